@@ -1,0 +1,63 @@
+"""Writes the prompt lists of the bundled models: 64 for calibration and 128 for evaluation.
+
+``python bundled/prompts.py`` is deterministic and gives the committed files back byte for byte. The two
+lists of a model share no concept, so evaluation never sees what calibration saw; styles take turns, so
+each has a third of every list. Captions use the first of the three phrasings of the training.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "training"))
+
+from artwork import CONCEPTS, STYLES, caption  # noqa: E402
+
+SEED = 0
+SIZES = {"calibration": 64, "evaluation": 128}
+
+# Concepts that the artwork of ``classic`` lacks: the models never saw these pairs.
+NOT_IN_CLASSIC = frozenset(
+    """
+    basket beetle broccoli bullseye coconut cricket cupcake cut-of-meat dumpling giraffe hedgehog hiking-boot
+    hippopotamus kangaroo kite leafy-green llama lobster magnet mango moon-cake mosquito parrot peacock pie
+    potted-plant pretzel raccoon sandwich sauropod swan t-rex takeout-box teddy-bear yarn zebra
+    """.split()
+)
+
+
+def draw(seed: int) -> dict[str, list[str]]:
+    """Disjoint lists of concepts, one a split."""
+    shuffled = random.Random(seed).sample(CONCEPTS, sum(SIZES.values()))
+    lists, start = {}, 0
+    for split, size in SIZES.items():
+        lists[split] = shuffled[start : start + size]
+        start += size
+    return lists
+
+
+def captions(concepts: list[str]) -> list[str]:
+    """One caption a concept; each takes the least used of the styles that have a picture of it."""
+    used = dict.fromkeys(STYLES, 0)
+    style_of = {}
+    for concept in sorted(concepts, key=lambda c: c not in NOT_IN_CLASSIC):  # the choosy ones first
+        styles = [style for style in STYLES if style != "classic" or concept not in NOT_IN_CLASSIC]
+        style_of[concept] = min(styles, key=used.__getitem__)
+        used[style_of[concept]] += 1
+    return [caption(concept, style_of[concept]) for concept in concepts]
+
+
+def main() -> None:
+    folder = HERE / "src" / "ditq_bundled" / "prompts"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, concepts in draw(SEED).items():
+        (folder / f"emoji-t2i-{split}.txt").write_text("\n".join(captions(concepts)) + "\n", encoding="utf-8")
+    for split, concepts in draw(SEED + 1).items():
+        (folder / f"emoji-class-{split}.txt").write_text("\n".join(concepts) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

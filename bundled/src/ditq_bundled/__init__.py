@@ -1,0 +1,47 @@
+"""Small trained diffusion transformers and the prompts that go with them.
+
+The models are plain diffusers pipeline folders, so ``DiffusionPipeline.from_pretrained(path(name))``
+loads one. This package only knows where they lie: it imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+__all__ = ["names", "path", "prompts"]
+
+SPLITS = ("calibration", "evaluation")
+
+# Wheels are unpacked at installation, so the package is a folder, as in an editable install.
+_ROOT = Path(str(files(__name__)))
+
+
+def names() -> list[str]:
+    """The bundled models, sorted: every pipeline folder under ``models/``."""
+    return sorted(index.parent.name for index in (_ROOT / "models").glob("*/model_index.json"))
+
+
+def path(name: str) -> Path:
+    """The pipeline folder of one bundled model.
+
+    Raises:
+        ValueError: no model has this name.
+    """
+    if name not in names():
+        raise ValueError(f"no bundled model is named {name!r}; known: {', '.join(names()) or 'none'}")
+    return _ROOT / "models" / name
+
+
+def prompts(name: str, split: str) -> list[str]:
+    """The prompts (or class names) of a model: ``calibration`` and ``evaluation`` share no concept.
+
+    Raises:
+        ValueError: the split or the model has no prompt list.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    known = {file.stem.removesuffix(f"-{split}"): file for file in (_ROOT / "prompts").glob(f"*-{split}.txt")}
+    if name not in known:
+        raise ValueError(f"no {split} prompts are bundled for {name!r}; known: {', '.join(sorted(known)) or 'none'}")
+    return known[name].read_text(encoding="utf-8").splitlines()
