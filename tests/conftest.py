@@ -1,0 +1,28 @@
+"""What every test shares: no network, two threads, fixed seeds, and the devices of this machine."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=["cpu"] + [pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available(),
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device of this machine in turn."""
+    return torch.device(request.param)
