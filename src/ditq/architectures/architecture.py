@@ -1,0 +1,239 @@
+"""The schema of an architecture file, and the answers the rest of ditq asks of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import nn
+
+from ditq.errors import UsageError
+from ditq.plan import first_error
+
+Condition = Literal["conditional", "unconditional"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Input(_Strict):
+    """What produces the tensor a group of linears reads (models.md, section 2), exactly one of:
+
+    ``norm``: a norm, modulated by ``linear`` (a module of the block) or by ``argument`` (of the block's
+    forward; shared by all blocks) whose ``shift`` chunks of ``chunks`` are shifts; or by nothing.
+    ``v``: attention over these value projections. ``online``: nothing that could carry a scale.
+    """
+
+    norm: str | None = None
+    linear: str | None = None
+    argument: str | None = None
+    chunks: int = Field(default=6, ge=1)
+    shift: tuple[int, ...] = ()
+    v: tuple[str, ...] = ()
+    online: Literal["activation", "residual", "text"] | None = None
+
+    @model_validator(mode="after")
+    def _one_producer(self) -> Self:
+        if sum((self.norm is not None, bool(self.v), self.online is not None)) != 1:
+            raise ValueError("an input names exactly one of norm, v, online")
+        if self.linear and self.argument:
+            raise ValueError("a norm is modulated by a linear of the block or by an argument, not by both")
+        return self
+
+    @property
+    def foldable(self) -> Literal["norm", "v"] | None:
+        """Where a static scale can go for free."""
+        return "norm" if self.norm else "v" if self.v else None
+
+
+class Group(_Strict):
+    """Linears of a block that read the same tensor, with the role of each."""
+
+    input: Input
+    linears: dict[str, str]
+
+
+class Forward(_Strict):
+    """Names of the transformer's forward arguments."""
+
+    sample: str
+    time: str
+    text: str | None = None
+    text_mask: str | None = None
+
+
+class Guidance(_Strict):
+    """How classifier-free guidance reaches the transformer: halves of one batch, or separate calls."""
+
+    style: Literal["batch", "calls", "embedded"]
+    order: tuple[Condition, ...] = ()
+
+
+class Pipeline(_Strict):
+    """Which argument of the pipeline names what to draw."""
+
+    condition: Literal["prompt", "class_labels"]
+
+
+class Example(_Strict):
+    """A tiny model of this family and inputs for it, so that every architecture file is tested by itself."""
+
+    config: dict[str, Any]
+    inputs: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of a model: its full name and its role."""
+
+    name: str
+    role: str
+    module: nn.Linear
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of one block that share an input tensor, and therefore a smoothing scale."""
+
+    block: str
+    input: Input
+    linears: tuple[Linear, ...]
+
+    @property
+    def name(self) -> str:
+        """The first linear's name stands for the group."""
+        return self.linears[0].name
+
+
+class Architecture(_Strict):
+    """One model family."""
+
+    name: str
+    classes: tuple[str, ...]
+    stacks: dict[str, tuple[Group, ...]]
+    table: str | None = None
+    other: dict[str, str] = {}
+    forward: Forward
+    guidance: Guidance
+    pipeline: Pipeline
+    example: Example | None = None
+
+    def groups(self, model: nn.Module) -> list[InputGroup]:
+        """All input groups of the stacks, in the order of the blocks.
+
+        Raises:
+            UsageError: a layer of the file is missing in the model, or is not an ``nn.Linear``.
+        """
+        return list(self._groups(model))
+
+    def _groups(self, model: nn.Module) -> Iterator[InputGroup]:
+        for stack, groups in self.stacks.items():
+            for i in range(len(_get(model, stack, self.name))):  # type: ignore[arg-type]
+                for group in groups:
+                    names = {f"{stack}.{i}.{path}": role for path, role in group.linears.items()}
+                    linears = tuple(Linear(n, role, _linear(model, n, self.name)) for n, role in names.items())
+                    yield InputGroup(f"{stack}.{i}", group.input, linears)
+
+    def linears(self, model: nn.Module) -> list[Linear]:
+        """Every ``nn.Linear`` of the model with its role.
+
+        Raises:
+            UsageError: a linear has no role in the architecture file, or two.
+        """
+        found = [linear for group in self.groups(model) for linear in group.linears]
+        known = {linear.name for linear in found}
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Linear) or name in known:
+                continue
+            roles = {role for pattern, role in self.other.items() if re.search(pattern, name)}
+            if len(roles) != 1:
+                raise UsageError(
+                    f"Linear layer {name!r} has {len(roles) or 'no'} role in architecture {self.name!r}; "
+                    "add it to 'stacks' or 'other' of the architecture file (see CONTRIBUTING.md, Add a model)."
+                )
+            found.append(Linear(name, roles.pop(), module))
+        return found
+
+
+def _get(model: nn.Module, name: str, architecture: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise UsageError(
+            f"Architecture {architecture!r} names {name!r}, which this {type(model).__name__} does not have."
+        ) from error
+
+
+def _linear(model: nn.Module, name: str, architecture: str) -> nn.Linear:
+    module = _get(model, name, architecture)
+    if not isinstance(module, nn.Linear):
+        raise UsageError(
+            f"Architecture {architecture!r} names {name!r}, which is a {type(module).__name__} and no nn.Linear "
+            "(fused projections must be unfused, adapters unloaded first)."
+        )
+    return module
+
+
+def _parse(text: str, source: str) -> Architecture:
+    try:
+        return Architecture.model_validate(yaml.safe_load(text))
+    except (ValidationError, yaml.YAMLError) as error:
+        detail = first_error(error) if isinstance(error, ValidationError) else str(error)
+        raise UsageError(f"The architecture file {source} is not valid: {detail}.") from error
+
+
+@cache
+def _bundled() -> dict[str, Architecture]:
+    folder = resources.files("ditq") / "architectures"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {a.name: a for a in (_parse(f.read_text(), f.name) for f in files)}
+
+
+def names() -> list[str]:
+    """The architectures that come with ditq."""
+    return sorted(_bundled())
+
+
+def load(architecture: str | Path | Architecture) -> Architecture:
+    """An architecture by name, or from a YAML file of one's own.
+
+    Raises:
+        UsageError: no such name or file, or the file is not valid.
+    """
+    if isinstance(architecture, Architecture):
+        return architecture
+    if str(architecture) in _bundled():
+        return _bundled()[str(architecture)]
+    path = Path(architecture)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return _parse(path.read_text(), str(path))
+    raise UsageError(
+        f"Unknown architecture {str(architecture)!r}. Known: {', '.join(names())}. Or give the path of a .yaml file "
+        "(copy one from ditq/architectures, see CONTRIBUTING.md, Add a model)."
+    )
+
+
+def match(model: nn.Module) -> Architecture:
+    """The architecture of a transformer, by the name of its class.
+
+    Raises:
+        UsageError: no file names this class; says how to add one.
+    """
+    wanted = type(model).__name__
+    for architecture in _bundled().values():
+        if wanted in architecture.classes:
+            return architecture
+    raise UsageError(
+        f"ditq does not know the architecture of {wanted}. Known: "
+        + ", ".join(f"{a.name} ({', '.join(a.classes)})" for a in _bundled().values())
+        + ". To add one, copy a file of ditq/architectures, name the role and the producer of every linear "
+        "(see CONTRIBUTING.md, Add a model), and pass it with architecture=PATH or --architecture PATH."
+    )

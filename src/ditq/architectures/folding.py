@@ -1,0 +1,107 @@
+"""Moves a static smoothing scale 1/s into the producer of an input, where that is exact (models.md, section 2)."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditq.architectures.architecture import Architecture, InputGroup
+from ditq.errors import UsageError
+from ditq.plan import Fold
+
+BUFFER = "ditq_modulation"
+
+
+@torch.no_grad()
+def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale: Tensor) -> Fold | None:
+    """Divides the input of ``group`` by ``scale`` [K] at its producer; the consumers' weights are not touched.
+
+    ``norm``: the norm's weight and bias, and the shift rows of what modulates it, are divided. The
+    (1 + scale) factor is left alone: folding there cancels in 16 bit (models.md 2.1).
+    ``v``: the rows of the value projections are divided.
+
+    Returns:
+        What a loader must rebuild before it loads weights, or None for ``v``, which changes weights only.
+    """
+    source = group.input
+    if source.v:
+        for path in source.v:
+            linear = model.get_submodule(f"{group.block}.{path}")
+            linear.weight.div_(scale[:, None].to(linear.weight.dtype))  # type: ignore[union-attr, operator]
+            if linear.bias is not None:
+                linear.bias.div_(scale.to(linear.bias.dtype))  # type: ignore[union-attr, operator, arg-type]
+        return None
+    if source.norm is None:
+        raise UsageError(f"The input of {group.name!r} has no producer that could carry a scale.")
+    record = Fold(
+        norm=f"{group.block}.{source.norm}",
+        block=group.block if source.argument else None,
+        argument=source.argument,
+        chunks=source.chunks,
+    )
+    prepare(model, record, width=len(scale))
+    norm = model.get_submodule(record.norm)
+    norm.weight.div_(scale.to(norm.weight))  # type: ignore[union-attr, operator, arg-type]
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.div_(scale.to(norm.bias))  # type: ignore[union-attr, operator, arg-type]
+    width = len(scale)
+    for chunk in source.shift:
+        rows = slice(chunk * width, (chunk + 1) * width)
+        if source.linear:
+            linear = model.get_submodule(f"{group.block}.{source.linear}")
+            linear.weight[rows].div_(scale[:, None].to(linear.weight.dtype))  # type: ignore[index, union-attr, operator]
+            if linear.bias is not None:
+                linear.bias[rows].div_(scale.to(linear.bias.dtype))  # type: ignore[index, union-attr, operator, arg-type]
+        elif source.argument:
+            block = model.get_submodule(group.block)
+            if architecture.table:
+                table = getattr(block, architecture.table)
+                table.view(source.chunks, width)[chunk].div_(scale.to(table.dtype))
+            getattr(block, BUFFER)[rows].div_(scale)
+    return record
+
+
+def prepare(model: nn.Module, record: Fold, width: int | None = None) -> None:
+    """Gives a norm its weight, and a block its factor of the shared modulation, where they have none yet.
+
+    Called before folding, and by the loader before weights are loaded (then on the meta device).
+
+    Raises:
+        UsageError: the model has no such norm or block, or the module is not a norm that can carry a weight.
+    """
+    try:
+        norm = model.get_submodule(record.norm)
+        block = model.get_submodule(record.block) if record.block else None
+    except AttributeError as error:
+        raise UsageError(f"The plan folds into {record.norm!r}, which this model does not have.") from error
+    if not hasattr(norm, "normalized_shape") and not isinstance(getattr(norm, "weight", None), nn.Parameter):
+        raise UsageError(f"{record.norm!r} is a {type(norm).__name__}, not a norm that could carry a weight.")
+    reference = next(model.parameters())
+    if getattr(norm, "weight", None) is None:
+        shape = norm.normalized_shape
+        norm.weight = nn.Parameter(
+            torch.ones(shape, dtype=reference.dtype, device=reference.device), requires_grad=False
+        )
+    if block is not None and BUFFER not in block._buffers:
+        width = width or norm.weight.numel()  # type: ignore[union-attr, operator]
+        block.register_buffer(BUFFER, torch.ones(record.chunks * width, device=reference.device))
+        assert record.argument is not None
+        _scale_argument(block, record.argument)
+
+
+def _scale_argument(block: nn.Module, argument: str) -> None:
+    """Multiplies one argument [..., chunks * width] of the block's forward by the block's factor."""
+    position = list(inspect.signature(block.forward).parameters).index(argument)
+
+    def scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        factor = getattr(module, BUFFER)
+        if argument in kwargs:
+            value = kwargs[argument]
+            return args, {**kwargs, argument: value * factor.to(value.dtype)}
+        value = args[position]
+        return (*args[:position], value * factor.to(value.dtype), *args[position + 1 :]), kwargs
+
+    block.register_forward_pre_hook(scale, with_kwargs=True)

@@ -1,0 +1,108 @@
+"""Watches a transformer at work: forward pre-hooks on the first linear of every input group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditq.architectures import Architecture, InputGroup
+from ditq.calibration.statistics import GroupStatistics, Statistics
+from ditq.errors import DitqError
+
+
+class Capture:
+    """Collects the statistics of one pipeline run.
+
+    Args:
+        rows: how many rows of each input to keep from one call of the transformer and one condition.
+        seed: chooses those rows; the same seed sees the same rows.
+    """
+
+    def __init__(self, architecture: Architecture, groups: list[InputGroup], rows: int, seed: int) -> None:
+        self.architecture, self.groups, self.rows, self.seed = architecture, groups, rows, seed
+        self.timesteps: list[float] = []
+        self.calls = 0
+        self._mask: Tensor | None = None
+        self._absmax: dict[str, dict[tuple[int, int], Tensor]] = {g.name: {} for g in groups}
+        self._rows: dict[str, list[Tensor]] = {g.name: [] for g in groups}
+        self._times: dict[str, list[float]] = {g.name: [] for g in groups}
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Statistics are collected inside."""
+        handles = [model.register_forward_pre_hook(self._begin_call, with_kwargs=True)]
+        for group in self.groups:
+            module = model.get_submodule(group.name)
+            handles.append(module.register_forward_pre_hook(self._observer(group)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = kwargs.get(self.architecture.forward.time)
+        time = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value if value is not None else -1)
+        if not self.timesteps or self.timesteps[-1] != time:
+            self.timesteps.append(time)
+        self.calls += 1
+        mask = self.architecture.forward.text_mask
+        self._mask = kwargs.get(mask) if mask else None
+
+    def _observer(self, group: InputGroup) -> Any:
+        def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x: Tensor = args[0].detach()
+            for condition, part in enumerate(self._conditions(x)):
+                mask = None
+                if group.input.online == "text" and self._mask is not None:
+                    mask = self._conditions(self._mask)[condition]
+                self._record(group.name, condition, part, mask)
+
+        return observe
+
+    def _conditions(self, x: Tensor) -> list[Tensor]:
+        """The conditional and the unconditional half of a batch, in this order; or all of it."""
+        guidance = self.architecture.guidance
+        if guidance.style != "batch" or len(guidance.order) != 2 or x.shape[0] % 2:
+            return [x]
+        halves = dict(zip(guidance.order, x.chunk(2), strict=True))
+        return [halves["conditional"], halves["unconditional"]]
+
+    def _record(self, name: str, condition: int, x: Tensor, mask: Tensor | None) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        if mask is not None and mask.numel() == len(rows):
+            rows = rows[mask.reshape(-1) > 0]  # padded text is never attended to
+        largest = rows.abs().amax(0).float().cpu()
+        if not torch.isfinite(largest).all():
+            raise DitqError(f"The input of layer {name!r} contains NaN or Inf at timestep {self.timesteps[-1]:g}.")
+        key = (len(self.timesteps) - 1, condition)
+        before = self._absmax[name].get(key)
+        self._absmax[name][key] = largest if before is None else torch.maximum(before, largest)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.calls)
+        chosen = torch.randperm(len(rows), generator=generator)[: self.rows]
+        self._rows[name].append(rows[chosen.to(rows.device)].cpu())
+        self._times[name] += [self.timesteps[-1]] * len(chosen)
+
+    def statistics(self) -> Statistics:
+        """What was collected.
+
+        Raises:
+            DitqError: a group was never called.
+        """
+        groups = {}
+        for group in self.groups:
+            seen = self._absmax[group.name]
+            if not seen:
+                raise DitqError(f"Layer {group.name!r} was never called during calibration.")
+            conditions = max(c for _, c in seen) + 1
+            absmax = torch.stack(
+                [torch.stack([seen[t, c] for c in range(conditions)]) for t in range(len(self.timesteps))]
+            )
+            groups[group.name] = GroupStatistics(
+                absmax, torch.cat(self._rows[group.name]), torch.tensor(self._times[group.name])
+            )
+        return Statistics(torch.tensor(self.timesteps), groups)

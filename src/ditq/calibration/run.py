@@ -1,0 +1,89 @@
+"""Runs the pipeline on prompts, batch by batch; every finished batch is a file that a later run starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditq.architectures import Architecture
+from ditq.calibration.capture import Capture
+from ditq.calibration.statistics import Statistics, merge
+from ditq.recipe import Calibration
+from ditq.calibration.sampling import sample
+
+Progress = Callable[[int, int], None]
+
+
+def cache_root() -> Path:
+    """Where calibration is cached: ``DITQ_CACHE``, or ``ditq`` in the user's cache folder."""
+    base = os.environ.get("DITQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "ditq")
+    return Path(base).expanduser() / "calibration"
+
+
+def calibrate(
+    pipe: Any,
+    architecture: Architecture,
+    prompts: Sequence[str],
+    settings: Calibration,
+    *,
+    seed: int = 0,
+    cache: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Statistics of every input group over the sampling trajectories of ``prompts``.
+
+    Deterministic under ``seed``. Memory is bounded: maxima are [timesteps, conditions, channels], samples
+    at most about ``settings.rows`` rows a group.
+
+    Args:
+        cache: folder of the finished batches; default one below :func:`cache_root`, named by everything that matters.
+        resume: take finished batches from the cache instead of starting over.
+        progress: called with (batches done, batches in all).
+    """
+    prompts = list(prompts)[: settings.prompts]
+    batches = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
+    groups = architecture.groups(pipe.transformer)
+    folder = cache or cache_root() / _key(pipe.transformer, architecture, prompts, settings, seed)
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = max(1, settings.rows // (len(batches) * settings.steps * 2))
+    parts = []
+    for i, batch in enumerate(batches):
+        path = folder / f"batch-{i:05d}.safetensors"
+        if path.exists():
+            parts.append(Statistics.load(path))
+        else:
+            capture = Capture(architecture, groups, rows, seed + i)
+            with capture.watching(pipe.transformer):
+                sample(
+                    pipe, architecture, batch, seed=seed + i * settings.batch_size, steps=settings.steps,
+                    guidance_scale=settings.guidance_scale, batch_size=len(batch),
+                )  # fmt: skip
+            parts.append(capture.statistics())
+            parts[-1].save(path)
+        if progress:
+            progress(i + 1, len(batches))
+    return merge(parts)
+
+
+def _key(
+    model: nn.Module, architecture: Architecture, prompts: list[str], settings: Calibration, seed: int
+) -> str:
+    """A name for the cache that changes with the weights, the prompts and every setting."""
+    digest = hashlib.sha256()
+    # One number a tensor is enough to tell two models apart, and cheap on large ones.
+    for name, p in model.named_parameters():
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.detach().double().sum().item()!r}".encode())
+    digest.update(json.dumps([architecture.name, prompts, settings.model_dump(mode="json"), seed]).encode())
+    digest.update(torch.__version__.encode())
+    return digest.hexdigest()[:16]

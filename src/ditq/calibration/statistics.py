@@ -1,0 +1,111 @@
+"""Statistics one can hold: per input group, per timestep, per condition; saved as safetensors, merged by pure functions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ditq.errors import CheckpointError
+
+
+@dataclass
+class GroupStatistics:
+    """Of the tensor that one group of linears reads.
+
+    Attributes:
+        absmax: float32 [T, C, K], the largest |x| per timestep, condition (C = 2 under guidance:
+            conditional, unconditional) and channel.
+        sample: [R, K], a bounded sample of rows in the model's dtype.
+        sample_time: float32 [R], the timestep of each row.
+    """
+
+    absmax: Tensor
+    sample: Tensor
+    sample_time: Tensor
+
+    def channel_absmax(self, timesteps: Tensor, between: tuple[int, int] | None = None) -> Tensor:
+        """Largest |x| of each channel, float32 [K], over all conditions and timesteps (``timesteps`` [T])."""
+        chosen = self.absmax
+        if between is not None:
+            inside = (timesteps >= between[0]) & (timesteps <= between[1])
+            chosen = chosen[inside] if inside.any() else chosen
+        return chosen.amax((0, 1))
+
+    def rows(self, between: tuple[int, int] | None = None) -> Tensor:
+        """The sample [R, K] as float32, restricted to a range of timesteps if it has any row there."""
+        if between is not None:
+            inside = (self.sample_time >= between[0]) & (self.sample_time <= between[1])
+            if inside.any():
+                return self.sample[inside].float()
+        return self.sample.float()
+
+
+@dataclass
+class Statistics:
+    """All groups of one model, by the group's name; ``timesteps`` float32 [T] in sampling order."""
+
+    timesteps: Tensor
+    groups: dict[str, GroupStatistics]
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file, under another name first: a killed run leaves no half of one."""
+        tensors = {"timesteps": self.timesteps}
+        for name, group in self.groups.items():
+            tensors[f"{name}/absmax"] = group.absmax
+            tensors[f"{name}/sample"] = group.sample
+            tensors[f"{name}/sample_time"] = group.sample_time
+        temporary = path.with_suffix(".tmp")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"ditq": json.dumps({"version": 1})})
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Reads and validates a file written by :meth:`save`.
+
+        Raises:
+            CheckpointError: the file is damaged or is not one of ours.
+        """
+        try:
+            with safe_open(path, framework="pt") as stored:
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"The calibration file {path} cannot be read ({error}). Delete it and run again.") from error
+        try:
+            timesteps = tensors.pop("timesteps")
+            names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
+            groups = {
+                n: GroupStatistics(*(tensors[f"{n}/{part}"] for part in ("absmax", "sample", "sample_time")))
+                for n in names
+            }
+        except KeyError as error:
+            raise CheckpointError(f"The calibration file {path} lacks {error}. Delete it and run again.") from error
+        for name, group in groups.items():
+            if (
+                group.absmax.ndim != 3
+                or group.absmax.shape[0] != len(timesteps)
+                or group.sample.shape != (len(group.sample_time), group.absmax.shape[2])
+            ):
+                raise CheckpointError(f"The calibration file {path} has wrong shapes for {name!r}. Delete it and run again.")
+        return cls(timesteps, groups)
+
+
+def merge(parts: Sequence[Statistics]) -> Statistics:
+    """Statistics of several batches of prompts as one: maxima of maxima, samples side by side."""
+    first = parts[0]
+    groups = {}
+    for name in first.groups:
+        all_of = [part.groups[name] for part in parts]
+        groups[name] = GroupStatistics(
+            torch.stack([g.absmax for g in all_of]).amax(0),
+            torch.cat([g.sample for g in all_of]),
+            torch.cat([g.sample_time for g in all_of]),
+        )
+    return Statistics(first.timesteps, groups)

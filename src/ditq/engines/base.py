@@ -1,0 +1,69 @@
+"""The operations every engine offers, and what it must say about itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditq.numerics import Quantized
+from ditq.plan import TensorFormat
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A packed integer weight as it lies in memory.
+
+    Attributes:
+        packed: uint8 [N, ceil(K * bits / 8)], see ``ditq.numerics.packing``.
+        scale: float32 [N, G], or [1, 1] per tensor.
+        zero_point: int8 of the same shape, None where symmetric.
+        columns: K, the number of input features.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    columns: int
+    format: TensorFormat
+
+
+class Engine(ABC):
+    """Executes quantized linears. Stateless; one instance per process.
+
+    ``priority`` orders the engines that can do a job, the highest first.
+    """
+
+    name: str
+    priority: int = 0
+
+    @abstractmethod
+    def why_unavailable(self) -> str | None:
+        """Why this engine cannot run on this machine at all (with the way out), or None."""
+
+    @abstractmethod
+    def why_unsupported(
+        self, weight: TensorFormat, activation: TensorFormat | None, device: torch.device
+    ) -> str | None:
+        """Why this engine cannot run these formats on this device, or None."""
+
+    @abstractmethod
+    def quantize_activations(self, x: Tensor, format: TensorFormat, scale: Tensor | None) -> Quantized:
+        """Integers of activations ``x`` [M, K]; ``scale`` is given for static formats only."""
+
+    @abstractmethod
+    def linear(
+        self,
+        x: Quantized,
+        x_format: TensorFormat,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """``x @ weight.T + bias`` [M, N] in ``dtype`` by integer matrix products."""
+
+    @abstractmethod
+    def dequantize_weight(self, weight: QuantizedWeight) -> Tensor:
+        """The weight's values, float32 [N, K]."""

@@ -1,0 +1,71 @@
+"""Finds the engines (a package of ``ditq.engines`` that has ``ENGINE``) and picks one for a job, saying why."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+
+import torch
+
+from ditq import engines as package
+from ditq.engines.base import Engine
+from ditq.errors import DitqError, unknown
+from ditq.plan import TensorFormat
+
+_forced: ContextVar[str | None] = ContextVar("ditq_engine", default=None)
+
+
+@cache
+def engines() -> dict[str, Engine]:
+    """All engines by name, the preferred ones first. Importing one must not import its heavy libraries."""
+    found = []
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.ispkg:
+            found.append(importlib.import_module(f"{package.__name__}.{info.name}").ENGINE)
+    return {engine.name: engine for engine in sorted(found, key=lambda e: -e.priority)}
+
+
+@contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """Runs everything inside with this engine, or fails: nothing falls back in silence.
+
+    Raises:
+        UsageError: no engine has this name.
+    """
+    if name not in engines():
+        raise unknown("engine", name, engines())
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(weight: TensorFormat, activation: TensorFormat | None, device: torch.device) -> Engine:
+    """The preferred engine that can run these formats on this device.
+
+    Raises:
+        DitqError: none can; the reason of each is given.
+    """
+    return _choose(weight, activation, device, _forced.get())
+
+
+@cache
+def _choose(
+    weight: TensorFormat, activation: TensorFormat | None, device: torch.device, forced: str | None
+) -> Engine:
+    candidates = [engines()[forced]] if forced else list(engines().values())
+    reasons = {}
+    for engine in candidates:
+        reason = engine.why_unavailable() or engine.why_unsupported(weight, activation, device)
+        if reason is None:
+            return engine
+        reasons[engine.name] = reason
+    raise DitqError(
+        f"No engine can run weights {weight} with activations {activation or '16 bit'} on {device}: "
+        + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    )

@@ -1,0 +1,178 @@
+"""``QuantizedLinear``: packed integer weights, their scales, and one ``forward`` that asks an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ditq import engines
+from ditq.engines import QuantizedWeight
+from ditq.numerics import Rotation, pack, packed_bytes, quantize, rotate, search_clip_ratio, unrotate
+from ditq.plan import LayerPlan
+
+# Buffers that keep float32 whatever dtype the model is cast to: scales of int8 weights become
+# subnormal in fp16 below a range of 0.008, and bf16 keeps three digits.
+_FLOAT32 = ("weight_scale", "input_scale", "smooth_scale")
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer with integer weights, and integer inputs unless its plan says 16 bit.
+
+    y = Q(x / s R) Q(W s R)^T + b with the smoothing scale s and the rotation R of the plan; either may
+    be absent. Where s is folded into the producer of x, the layer sees x / s already.
+
+    It subclasses ``nn.Linear`` and shows a dequantizing ``weight``, so that adapters (PEFT) accept it;
+    there is no weight parameter.
+
+    Buffers: ``qweight`` uint8 [N, ceil(K bits / 8)]; ``weight_scale`` float32 [N, G] or [1, 1];
+    ``weight_zero_point`` int8 likewise (asymmetric only); ``smooth_scale`` float32 [K] (online
+    smoothing only); ``input_scale`` float32 [1, 1] (static activations only).
+    """
+
+    def __init__(
+        self, plan: LayerPlan, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        if plan.weight is None:
+            raise ValueError(f"layer {plan.name!r} stays in 16 bit by its plan")
+        self.plan = plan
+        self.in_features, self.out_features = plan.in_features, plan.out_features
+        self.dtype = dtype
+        for name, (shape, kind) in buffers(plan).items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+        if plan.bias:
+            self.bias = nn.Parameter(torch.empty(plan.out_features, dtype=dtype, device=device), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        self.rotation = (
+            Rotation(plan.in_features, plan.rotate.block, plan.rotate.seed) if plan.rotate is not None else None
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        plan: LayerPlan,
+        *,
+        smooth_scale: Tensor | None = None,
+        input_scale: Tensor | None = None,
+    ) -> QuantizedLinear:
+        """Quantizes the weights of ``linear`` once, as planned.
+
+        Args:
+            smooth_scale: s [K] of the plan's smoothing, folded or not: the weight's columns are multiplied by it.
+            input_scale: scalar, the static activation scale (of the balanced input).
+        """
+        layer = cls(plan, dtype=linear.weight.dtype, device=linear.weight.device)
+        weight = linear.weight.float()
+        if smooth_scale is not None:
+            weight = weight * smooth_scale
+        if layer.rotation is not None:
+            weight = rotate(weight, layer.rotation)
+        fmt = plan.weight
+        assert fmt is not None
+        kwargs: dict[str, Any] = {
+            "symmetric": fmt.symmetric, "granularity": fmt.rows, "group_size": fmt.group_size
+        }  # fmt: skip
+        if plan.clip == "mse":
+            kwargs["clip_ratio"] = search_clip_ratio(weight, fmt.bits, **kwargs)
+        quantized = quantize(weight, fmt.bits, **kwargs)
+        layer.qweight.copy_(pack(quantized.codes, fmt.bits))
+        layer.weight_scale.copy_(quantized.scale)
+        if quantized.zero_point is not None:
+            layer.weight_zero_point.copy_(quantized.zero_point)
+        if "smooth_scale" in layer._buffers and smooth_scale is not None:
+            layer.smooth_scale.copy_(smooth_scale)
+        if "input_scale" in layer._buffers:
+            if input_scale is None:
+                raise ValueError(f"layer {plan.name!r} has static activations and needs an input_scale")
+            layer.input_scale.fill_(float(input_scale))
+        if linear.bias is not None:
+            layer.bias.copy_(linear.bias)
+        return layer
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """The packed weight, as engines take it."""
+        assert self.plan.weight is not None
+        zero_point = self._buffers.get("weight_zero_point")
+        return QuantizedWeight(self.qweight, self.weight_scale, zero_point, self.in_features, self.plan.weight)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantized weight [N, K], with respect to the input this layer is called with."""
+        engine = engines.choose(self.plan.weight, None, self.qweight.device)  # type: ignore[arg-type]
+        weight = engine.dequantize_weight(self.quantized_weight)
+        if self.rotation is not None:
+            weight = unrotate(weight, self.rotation)
+        if "smooth_scale" in self._buffers:
+            weight = weight / self.smooth_scale
+        return weight.to(self.dtype)
+
+    def balance(self, x: Tensor) -> Tensor:
+        """The input after online smoothing and rotation, float32 [..., K]."""
+        x = x.float()
+        if "smooth_scale" in self._buffers:
+            x = x / self.smooth_scale
+        return rotate(x, self.rotation) if self.rotation is not None else x
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        fmt, activation = self.plan.weight, self.plan.activation
+        assert fmt is not None
+        if activation is None:
+            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        engine = engines.choose(fmt, activation, x.device)
+        rows = self.balance(x.reshape(-1, self.in_features))
+        codes = engine.quantize_activations(rows, activation, self._buffers.get("input_scale"))
+        y = engine.linear(codes, activation, self.quantized_weight, self.bias, x.dtype)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def dequantize(self) -> nn.Linear:
+        """A plain ``nn.Linear`` with the dequantized weight; its input is still the folded one."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+        return linear
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        keep = {id(self._buffers[name]) for name in _FLOAT32 if self._buffers.get(name) is not None}
+
+        def move_only(t: Tensor) -> Tensor:
+            out = fn(t)
+            return t.to(out.device) if id(t) in keep and out.dtype != t.dtype else out
+
+        super()._apply(move_only, recurse)
+        probe = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
+        self.dtype = probe.dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"weight={self.plan.weight}, activation={self.plan.activation or '16 bit'}, balance={self.plan.balance}"
+        )
+
+
+def buffers(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Names, shapes and dtypes of the buffers of a planned layer; what a checkpoint is checked against."""
+    fmt = plan.weight
+    assert fmt is not None
+    scales = (1, 1) if fmt.granularity == "tensor" else (plan.out_features, fmt.groups(plan.in_features))
+    out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "qweight": ((plan.out_features, packed_bytes(plan.in_features, fmt.bits)), torch.uint8),
+        "weight_scale": (scales, torch.float32),
+    }
+    if not fmt.symmetric:
+        out["weight_zero_point"] = (scales, torch.int8)
+    if plan.smooth is not None and plan.smooth.folded is None:
+        out["smooth_scale"] = ((plan.in_features,), torch.float32)
+    if plan.activation is not None and not plan.activation.dynamic:
+        out["input_scale"] = ((1, 1), torch.float32)
+    return out

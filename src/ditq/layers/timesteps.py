@@ -1,0 +1,66 @@
+"""Timestep-aware layers (ViDiT-Q, first generation): own smoothing and own integer weights per range of timesteps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditq.layers.quantized_linear import QuantizedLinear
+from ditq.plan import LayerPlan
+
+
+class Clock(nn.Module):
+    """Knows the timestep of the transformer call in progress; one per model, told by a forward pre-hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def attach(self, model: nn.Module, argument: str) -> None:
+        """Reads ``argument`` (a number or a tensor of equal ones) before every forward of ``model``."""
+
+        def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = kwargs.get(argument)
+            if value is None:
+                raise ValueError(f"timestep-aware layers need the keyword argument {argument!r} of the transformer")
+            self.now = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+
+        model.register_forward_pre_hook(tell, with_kwargs=True)
+
+
+class TimestepLinear(nn.Linear):
+    """One ``QuantizedLinear`` per timestep range; memory is that of all of them, and is counted so."""
+
+    def __init__(self, plan: LayerPlan, ranges: list[QuantizedLinear], clock: Clock) -> None:
+        nn.Module.__init__(self)
+        self.plan = plan
+        self.in_features, self.out_features = plan.in_features, plan.out_features
+        self.ranges = nn.ModuleList(ranges)
+        # Not a submodule of every layer: the model owns the clock.
+        object.__setattr__(self, "clock", clock)
+        self.register_parameter("bias", None)
+
+    def current(self) -> QuantizedLinear:
+        """The layer of the range the clock is in; between two ranges, the nearest one."""
+        assert self.plan.timesteps is not None
+        now = self.clock.now  # type: ignore[attr-defined]
+        distance = [max(begin - now, now - end, 0.0) for begin, end in self.plan.timesteps]
+        return self.ranges[distance.index(min(distance))]  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The dequantized weight of the current range [N, K]."""
+        return self.current().weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.current()(x)
+
+    def extra_repr(self) -> str:
+        return f"timesteps={self.plan.timesteps}"
+
+    @torch.no_grad()
+    def dequantize(self) -> nn.Linear:
+        """The layer of the first range as a plain ``nn.Linear``: ranges differ by rounding only."""
+        return self.ranges[0].dequantize()  # type: ignore[union-attr, operator]

@@ -1,0 +1,6 @@
+"""How a plan's numbers are found: one file a method, found by name."""
+
+from ditq.methods.base import Method, get, names
+from ditq.methods.convert import convert, draft
+
+__all__ = ["Method", "convert", "draft", "get", "names"]

@@ -1,0 +1,252 @@
+"""From a recipe to a plan, and from a plan to integers: draft, fold, quantize, replace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ditq.architectures import Architecture, InputGroup
+from ditq.architectures.folding import fold
+from ditq.calibration import GroupStatistics, Statistics
+from ditq.errors import NothingQuantizedError, UsageError
+from ditq.layers import Clock, QuantizedLinear, TimestepLinear
+from ditq.methods.error import balanced, group_scale
+from ditq.numerics import incoherence
+from ditq.plan import Fold, Incoherence, LayerPlan, Plan
+from ditq.recipe import Recipe
+
+Progress = Callable[[int, int], None]
+
+
+def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[LayerPlan]:
+    """The recipe's formats for every linear of the model, by role; nothing balanced yet.
+
+    Raises:
+        NothingQuantizedError: the recipe keeps every layer in 16 bit.
+    """
+    quantizable = {linear.name for group in architecture.groups(model) for linear in group.linears}
+    layers = []
+    for linear in architecture.linears(model):
+        weight, activation, reason = recipe.formats(linear.name, linear.role)
+        if weight is not None and linear.name not in quantizable:
+            # Not in a stack: nothing is known about its input, so only its weight can be quantized.
+            activation = None
+        layers.append(
+            LayerPlan(
+                name=linear.name, role=linear.role, in_features=linear.module.in_features,
+                out_features=linear.module.out_features, bias=linear.module.bias is not None,
+                weight=weight, activation=activation, clip=recipe.clip if weight else "minmax",
+                timesteps=recipe.balance.timesteps if weight and activation else None, reason=reason,
+            )
+        )  # fmt: skip
+    if not any(layer.weight for layer in layers):
+        raise NothingQuantizedError(f"Recipe {recipe.name!r} keeps all {len(layers)} linear layers in 16 bit.")
+    return layers
+
+
+@torch.no_grad()
+def convert(
+    model: nn.Module,
+    architecture: Architecture,
+    layers: Iterable[LayerPlan],
+    statistics: Statistics | None,
+    *,
+    method: str,
+    recipe: str,
+    nominal: tuple[int, int],
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Plan:
+    """Carries out layer plans on ``model``, in place, and returns the complete plan.
+
+    Raises:
+        UsageError: a plan names a layer the model does not have, or of another size; or it smooths or
+            uses static scales and there are no statistics.
+        NothingQuantizedError: no layer has integer weights.
+    """
+    plans = {layer.name: layer for layer in layers}
+    _check_names(model, architecture, plans)
+    if not any(plan.weight for plan in plans.values()):
+        raise NothingQuantizedError("The plan keeps every layer in 16 bit.")
+    groups = architecture.groups(model)
+    # Weights decide the scales, and folding changes weights: first all scales, then all folds.
+    scales = {group.name: _scale(group, plans, statistics) for group in groups}
+    folds = [record for group in groups if (record := _fold(model, architecture, group, plans, scales[group.name]))]
+    storage = _round_to_storage(model)
+
+    in_stacks = {linear.name for group in groups for linear in group.linears}
+    rest = [linear for linear in architecture.linears(model) if linear.name not in in_stacks]
+    clock = Clock()
+    done, total = 0, sum(plan.weight is not None for plan in plans.values())
+    final: dict[str, LayerPlan] = {}
+    jobs = [(group, linear) for group in groups for linear in group.linears]
+    for group_or_none, linear in [*jobs, *((None, linear) for linear in rest)]:
+        plan = plans[linear.name]
+        if plan.weight is None:
+            final[plan.name] = plan
+            continue
+        scale = scales[group_or_none.name] if group_or_none else None
+        seen = statistics.groups.get(group_or_none.name) if statistics and group_or_none else None
+        if plan.timesteps and group_or_none:
+            assert statistics is not None
+            layer: nn.Module = _timestep_layer(plan, linear.module, group_or_none, statistics, clock)
+        else:
+            input_scale = _static_scale(plan, seen, scale)
+            layer = QuantizedLinear.from_linear(
+                linear.module, plan, smooth_scale=scale if plan.smooth else None, input_scale=input_scale
+            )
+        final[plan.name] = plan.model_copy(
+            update={"incoherence": _incoherence(plan, linear.module, scale if plan.smooth else None, seen)}
+        )
+        replace(model, plan.name, layer)
+        done += 1
+        if progress:
+            progress(done, total)
+    if any(plan.timesteps for plan in final.values()):
+        clock.attach(model, architecture.forward.time)
+    linear_parameters = sum(plan.parameters for plan in final.values())
+    return Plan(
+        method=method, recipe=recipe, architecture=architecture.name, seed=seed,
+        nominal_weight_bits=nominal[0], nominal_activation_bits=nominal[1],
+        layers=tuple(final.values()), folds=tuple(folds), storage_dtype=storage,
+        other_parameters=_count(model, final) - linear_parameters,
+    )  # fmt: skip
+
+
+def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts ``layer`` where ``name`` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _check_names(model: nn.Module, architecture: Architecture, plans: dict[str, LayerPlan]) -> None:
+    linears = {linear.name: linear for linear in architecture.linears(model)}
+    missing = [name for name in plans if name not in linears]
+    if missing:
+        raise UsageError(
+            f"The plan names layer {missing[0]!r}, which this {type(model).__name__} does not have"
+            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+            + f". Its layers look like {next(iter(linears))!r}."
+        )
+    absent = [name for name in linears if name not in plans]
+    if absent:
+        raise UsageError(f"The plan says nothing about layer {absent[0]!r}; every linear must be in it.")
+    for name, plan in plans.items():
+        module = linears[name].module
+        if (module.in_features, module.out_features) != (plan.in_features, plan.out_features):
+            raise UsageError(
+                f"The plan says {plan.in_features} -> {plan.out_features} for layer {name!r}, the model has "
+                f"{module.in_features} -> {module.out_features}."
+            )
+
+
+def _smooth_of(group: InputGroup, plans: dict[str, LayerPlan]) -> LayerPlan | None:
+    """A smoothed layer of the group; the linears of a folded group must agree, as they share one input."""
+    smoothed = [plans[x.name] for x in group.linears if plans[x.name].smooth is not None]
+    if not smoothed:
+        return None
+    if len({plan.smooth for plan in smoothed}) > 1:
+        raise UsageError(f"Layers that share the input of {group.name!r} must share its smoothing.")
+    return smoothed[0]
+
+
+def _scale(group: InputGroup, plans: dict[str, LayerPlan], statistics: Statistics | None) -> Tensor | None:
+    layer = _smooth_of(group, plans)
+    if layer is None or layer.smooth is None:
+        return None
+    if statistics is None or group.name not in statistics.groups:
+        raise UsageError(f"The plan smooths the input of {group.name!r}: calibration is needed, pass prompts.")
+    scale = group_scale(layer.smooth, group, statistics.groups[group.name], statistics.timesteps)
+    return scale.to(group.linears[0].module.weight.device)
+
+
+def _fold(
+    model: nn.Module, architecture: Architecture, group: InputGroup, plans: dict[str, LayerPlan], scale: Tensor | None
+) -> Fold | None:
+    layer = _smooth_of(group, plans)
+    if scale is None or layer is None or layer.smooth is None or layer.smooth.folded is None:
+        return None
+    if layer.smooth.folded != group.input.foldable:
+        raise UsageError(f"The plan folds into {layer.smooth.folded!r}, but {group.name!r} reads {group.input}.")
+    record = fold(model, architecture, group, scale)
+    for linear in group.linears:  # those that stay in 16 bit see the divided input too
+        if plans[linear.name].smooth is None:
+            linear.module.weight.mul_(scale.to(linear.module.weight.dtype))
+    return record
+
+
+def _static_scale(
+    plan: LayerPlan, seen: GroupStatistics | None, scale: Tensor | None, between: tuple[int, int] | None = None
+) -> Tensor | None:
+    """Scale of a static per-tensor activation format: the largest balanced input seen over 2^(b-1) - 1."""
+    if plan.activation is None or plan.activation.dynamic:
+        return None
+    if seen is None:
+        raise UsageError(f"Layer {plan.name!r} has static activation scales: calibration is needed, pass prompts.")
+    if plan.rotate is None:
+        largest = seen.absmax.amax((0, 1)) / (scale.cpu() if scale is not None and plan.smooth else 1.0)
+        top = largest.max()
+    else:
+        x = balanced(seen.rows(between), scale.cpu() if scale is not None else None, plan.rotate, weight=False)
+        top = x.abs().max()
+    return top.clamp_min(1e-12) / (2 ** (plan.activation.bits - 1) - 1)
+
+
+def _timestep_layer(
+    plan: LayerPlan, linear: nn.Linear, group: InputGroup, statistics: Statistics, clock: Clock
+) -> TimestepLinear:
+    seen = statistics.groups[group.name]
+    inner = plan.model_copy(update={"timesteps": None})
+    ranges = []
+    for between in plan.timesteps or ():
+        scale = None
+        if plan.smooth:
+            scale = group_scale(plan.smooth, group, seen, statistics.timesteps, between).to(linear.weight.device)
+        input_scale = _static_scale(inner, seen, scale, between)
+        ranges.append(QuantizedLinear.from_linear(linear, inner, smooth_scale=scale, input_scale=input_scale))
+    return TimestepLinear(plan, ranges, clock)
+
+
+def _incoherence(
+    plan: LayerPlan, linear: nn.Linear, scale: Tensor | None, seen: GroupStatistics | None
+) -> Incoherence:
+    w = linear.weight.detach().float()
+    values = {
+        "weight_before": incoherence(w).mean(),
+        "weight_after": incoherence(balanced(w, scale, plan.rotate, weight=True)).mean(),
+    }
+    if seen is not None:
+        x = seen.rows()[:512]
+        after = balanced(x, None if scale is None else scale.cpu(), plan.rotate, weight=False)
+        values |= {"input_before": incoherence(x).mean(), "input_after": incoherence(after).mean()}
+    return Incoherence(**{key: round(float(value), 3) for key, value in values.items()})
+
+
+def _round_to_storage(model: nn.Module) -> Literal["bfloat16", "float16", "float32"]:
+    """Rounds every parameter to the 16-bit type that costs least, so that what is saved equals what runs.
+
+    A pipeline loaded in float32 computes in float32; its unquantized parameters are stored in 16 bit.
+    """
+    dtype = next(model.parameters()).dtype
+    if dtype != torch.float32:
+        return str(dtype).removeprefix("torch.")  # type: ignore[return-value]
+    cost = {}
+    for candidate in (torch.bfloat16, torch.float16):
+        cost[candidate] = sum(float((p - p.to(candidate).float()).square().sum()) for p in model.parameters())
+        if not cost[candidate] < float("inf"):
+            cost[candidate] = float("inf")
+    best = min(cost, key=lambda c: cost[c])
+    for p in model.parameters():
+        p.copy_(p.to(best).float())
+    return "bfloat16" if best is torch.bfloat16 else "float16"
+
+
+def _count(model: nn.Module, plans: dict[str, LayerPlan]) -> int:
+    """Parameters of the model as it was: quantized layers counted by their plans."""
+    inside = tuple(f"{name}." for name, plan in plans.items() if plan.weight is not None)
+    outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+    quantized = [plan for plan in plans.values() if plan.weight is not None]
+    return outside + sum(plan.parameters + (plan.out_features if plan.bias else 0) for plan in quantized)

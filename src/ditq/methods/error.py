@@ -1,0 +1,99 @@
+"""Output error of a balanced and quantized linear on calibration inputs, and the choice of the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ditq.architectures import InputGroup
+from ditq.calibration import GroupStatistics
+from ditq.errors import UsageError
+from ditq.numerics import Rotation, fake_quantize, rotate, smoothing_scale
+from ditq.plan import LayerPlan, Rotate, Smooth, TensorFormat
+
+# The search looks at this many rows at most: its cost grows with candidates x layers x rows.
+SEARCH_ROWS = 1024
+
+
+def group_scale(
+    smooth: Smooth,
+    group: InputGroup,
+    seen: GroupStatistics,
+    timesteps: Tensor,
+    between: tuple[int, int] | None = None,
+) -> Tensor:
+    """The smoothing scale s, float32 [K], that all linears of a group share."""
+    weights = torch.stack([linear.module.weight.detach().float().abs().amax(0).cpu() for linear in group.linears])
+    return smoothing_scale(
+        seen.channel_absmax(timesteps, between), weights.amax(0), smooth.alpha, power_of_two=smooth.power_of_two
+    )
+
+
+def balanced(x: Tensor, scale: Tensor | None, rotate_plan: Rotate | None, *, weight: bool) -> Tensor:
+    """A weight (columns times s) or an input (channels over s), then rotated, float32."""
+    x = x.float()
+    if scale is not None:
+        scale = scale.to(x.device)
+        x = x * scale if weight else x / scale
+    if rotate_plan is not None:
+        x = rotate(x, Rotation(x.shape[-1], rotate_plan.block, rotate_plan.seed))
+    return x
+
+
+def _rounded(x: Tensor, fmt: TensorFormat | None) -> Tensor:
+    if fmt is None:
+        return x
+    return fake_quantize(
+        x, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size
+    )
+
+
+@torch.no_grad()
+def output_error(
+    x: Tensor, group: InputGroup, layers: Sequence[LayerPlan], scale: Tensor | None, rotate_plan: Rotate | None
+) -> float:
+    """Mean over the layers of ||X W^T - Q(X') Q(W')^T||^2 / ||X W^T||^2, for inputs ``x`` [R, K]."""
+    plans = {layer.name: layer for layer in layers}
+    inputs = balanced(x, scale, rotate_plan, weight=False)
+    rounded: dict[TensorFormat | None, Tensor] = {}
+    total = 0.0
+    for linear in group.linears:
+        plan = plans.get(linear.name)
+        if plan is None:
+            continue
+        w = linear.module.weight.detach().float()
+        if plan.activation not in rounded:
+            rounded[plan.activation] = _rounded(inputs, plan.activation)
+        exact = x @ w.T
+        approximate = rounded[plan.activation] @ _rounded(balanced(w, scale, rotate_plan, weight=True), plan.weight).T
+        total += float((exact - approximate).square().sum() / exact.square().sum().clamp_min(1e-30))
+    return total / len(plans)
+
+
+def best_balance(
+    options: Sequence[tuple[Smooth | None, Rotate | None]],
+    group: InputGroup,
+    layers: Sequence[LayerPlan],
+    seen: GroupStatistics | None,
+    timesteps: Tensor | None,
+) -> tuple[Smooth | None, Rotate | None]:
+    """The option with the smallest output error; the earlier one on a tie.
+
+    Raises:
+        UsageError: the choice needs calibration and there is none.
+    """
+    if len(options) == 1 and options[0][0] is None:
+        return options[0]
+    if seen is None or timesteps is None:
+        raise UsageError("Smoothing needs calibration: pass prompts, or a calibration cache.")
+    if len(options) == 1:
+        return options[0]
+    x = seen.rows()
+    x = x[:: max(1, len(x) // SEARCH_ROWS)].to(group.linears[0].module.weight.device)
+    errors = []
+    for smooth, rotation in options:
+        scale = None if smooth is None else group_scale(smooth, group, seen, timesteps)
+        errors.append(output_error(x, group, layers, scale, rotation))
+    return options[errors.index(min(errors))]

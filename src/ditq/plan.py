@@ -1,0 +1,305 @@
+"""What will be done to each layer: tensor formats, layer plans, and the Plan that is saved with a checkpoint.
+
+A Plan is resolved and explicit. It is validated when made and when read, prints as a table, sums to
+memory and average bits, diffs against another plan, and hashes (the key of every cached trial).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ditq.errors import CheckpointError, UsageError
+
+FORMAT_VERSION = 1
+
+Granularity = Literal["tensor", "channel", "token", "group"]
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorFormat(_Frozen):
+    """How one tensor becomes integers.
+
+    ``channel`` is one scale per output channel of a weight, ``token`` one per row of an activation,
+    ``group`` one per ``group_size`` neighbouring input channels of either. ``dynamic`` scales are
+    computed from the tensor itself at run time, static ones come from calibration.
+    """
+
+    bits: Bits
+    symmetric: bool = True
+    granularity: Granularity
+    group_size: Annotated[int, Field(ge=8)] | None = None
+    dynamic: bool = False
+
+    @model_validator(mode="after")
+    def _group_size_goes_with_groups(self) -> Self:
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError(
+                f"group_size is for granularity 'group' only, got {self.granularity!r} with {self.group_size}"
+            )
+        return self
+
+    def __str__(self) -> str:
+        per = f"group {self.group_size}" if self.group_size else self.granularity
+        kind = "" if self.granularity == "channel" else ", dynamic" if self.dynamic else ", static"
+        return f"int{self.bits} {'sym' if self.symmetric else 'asym'}/{per}{kind}"
+
+    @property
+    def rows(self) -> Literal["tensor", "row", "group"]:
+        """The same granularity in the words of ``ditq.numerics``, where a matrix has rows."""
+        return "row" if self.granularity in ("channel", "token") else self.granularity  # type: ignore[return-value]
+
+    def groups(self, columns: int) -> int:
+        """Number of scales in one row of ``columns`` numbers.
+
+        Raises:
+            UsageError: the group size does not divide the columns.
+        """
+        if self.group_size is None:
+            return 1
+        if columns % self.group_size:
+            fits = [g for g in (16, 32, 48, 64, 96, 128, 192, 256, 288, 384, 512) if columns % g == 0]
+            raise UsageError(
+                f"group_size must divide in_features={columns}; got {self.group_size}; possible: "
+                f"{', '.join(map(str, fits))}."
+            )
+        return columns // self.group_size
+
+
+class Smooth(_Frozen):
+    """Static channel balancing: inputs divided and weight columns multiplied by one scale per input channel.
+
+    ``folded`` names where 1/s went: into the producer of the input (``norm``, ``v``) or, ``None``,
+    into the layer itself, which then divides at run time.
+    """
+
+    alpha: Annotated[float, Field(ge=0, le=1)]
+    power_of_two: bool = False
+    folded: Literal["norm", "v"] | None = None
+
+
+class Rotate(_Frozen):
+    """Hadamard rotation of the input channels. ``block`` equal to the width is the full transform."""
+
+    kind: Literal["hadamard"] = "hadamard"
+    block: Annotated[int, Field(ge=2)]
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Incoherence(_Frozen):
+    """mu = max|x| sqrt(n) / ||x|| of a layer's weight rows and input tokens (means), before and after balancing."""
+
+    weight_before: float
+    weight_after: float
+    input_before: float | None = None
+    input_after: float | None = None
+
+
+class LayerPlan(_Frozen):
+    """What is done to one linear layer. ``weight`` None: it stays in 16 bit, ``reason`` says why."""
+
+    name: Annotated[str, Field(min_length=1)]
+    role: str
+    in_features: Annotated[int, Field(ge=1)]
+    out_features: Annotated[int, Field(ge=1)]
+    bias: bool = True
+    weight: TensorFormat | None = None
+    activation: TensorFormat | None = None
+    smooth: Smooth | None = None
+    rotate: Rotate | None = None
+    rounding: Literal["nearest"] = "nearest"
+    clip: Literal["minmax", "mse"] = "minmax"
+    timesteps: tuple[tuple[int, int], ...] | None = None
+    incoherence: Incoherence | None = None
+    reason: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.weight is None:
+            if self.activation or self.smooth or self.rotate or self.timesteps:
+                raise ValueError(f"layer {self.name!r} keeps 16-bit weights but plans something for its inputs")
+            return self
+        if self.weight.granularity == "token" or self.weight.dynamic:
+            raise ValueError(f"layer {self.name!r}: weights are static, per tensor, channel or group")
+        self.weight.groups(self.in_features)
+        if self.activation is not None:
+            if self.activation.granularity == "channel":
+                raise ValueError(f"layer {self.name!r}: activations have no granularity 'channel' (input channels)")
+            if not self.activation.dynamic and self.activation.granularity != "tensor":
+                raise ValueError(f"layer {self.name!r}: static activation scales are per tensor")
+            self.activation.groups(self.in_features)
+        if self.rotate is not None and self.in_features % self.rotate.block:
+            raise ValueError(f"layer {self.name!r}: rotation block {self.rotate.block} does not divide its inputs")
+        for begin, end in self.timesteps or ():
+            if begin > end:
+                raise ValueError(f"layer {self.name!r}: timestep range [{begin}, {end}] is empty")
+        return self
+
+    @property
+    def parameters(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def weight_bits(self) -> int:
+        return 16 if self.weight is None else self.weight.bits
+
+    @property
+    def activation_bits(self) -> int:
+        return 16 if self.activation is None else self.activation.bits
+
+    @property
+    def balance(self) -> str:
+        """Short words for smooth and rotate, e.g. ``"smooth 0.35 (norm) + hadamard 256"``."""
+        parts = []
+        if self.smooth:
+            parts.append(f"smooth {self.smooth.alpha:g} ({self.smooth.folded or 'online'})")
+        if self.rotate:
+            parts.append(f"hadamard {self.rotate.block}")
+        return " + ".join(parts) or "none"
+
+    def stored_bytes(self) -> int:
+        """Bytes of codes, scales, zero points and online smoothing scales; the bias in 16 bit."""
+        if self.weight is None:
+            return 2 * (self.parameters + (self.out_features if self.bias else 0))
+        scales = self.weight.groups(self.in_features) * (
+            1 if self.weight.granularity == "tensor" else self.out_features
+        )
+        n = self.out_features * ((self.in_features * self.weight.bits + 7) // 8)
+        n += scales * (4 if self.weight.symmetric else 5)
+        if self.smooth and self.smooth.folded is None:
+            n += 4 * self.in_features
+        if self.activation and not self.activation.dynamic:
+            n += 4
+        n *= len(self.timesteps) if self.timesteps else 1
+        return n + (2 * self.out_features if self.bias else 0)
+
+
+class Fold(_Frozen):
+    """A change of structure that lets a norm carry 1/s, so that a loader can rebuild it.
+
+    ``norm`` gained a weight. Where its shift and scale come through an argument of the block that
+    all blocks share (``argument``), the shift rows of that argument are multiplied by the buffer
+    ``ditq_modulation`` of the block, in a forward pre-hook (models.md, section 2, ``norm+hook``).
+    """
+
+    norm: str
+    block: str | None = None
+    argument: str | None = None
+    chunks: Annotated[int, Field(ge=1)] = 6
+
+
+class Plan(_Frozen):
+    """The explicit plan of one transformer, and the single source of truth about a checkpoint."""
+
+    format_version: Literal[1] = 1
+    method: str
+    recipe: str
+    architecture: str
+    seed: int = 0
+    nominal_weight_bits: int
+    nominal_activation_bits: int
+    layers: tuple[LayerPlan, ...]
+    folds: tuple[Fold, ...] = ()
+    other_parameters: Annotated[int, Field(ge=0)] = 0
+    storage_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    notes: dict[str, Any] = {}
+
+    @field_validator("layers")
+    @classmethod
+    def _names_are_unique(cls, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
+        names = [layer.name for layer in layers]
+        twice = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+        if twice:
+            raise ValueError(f"layers named twice: {', '.join(twice[:5])}")
+        return layers
+
+    def __iter__(self) -> Iterator[LayerPlan]:  # type: ignore[override]
+        return iter(self.layers)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    @property
+    def quantized(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for layer in self.layers if layer.weight is not None)
+
+    @property
+    def kept(self) -> tuple[LayerPlan, ...]:
+        return tuple(layer for layer in self.layers if layer.weight is None)
+
+    @property
+    def average_bits(self) -> float:
+        """Bits of a weight, averaged over all parameters of the transformer, 16-bit ones included."""
+        linear = sum(layer.parameters for layer in self.layers)
+        total = sum(layer.weight_bits * layer.parameters for layer in self.layers) + 16 * self.other_parameters
+        return total / max(1, linear + self.other_parameters)
+
+    @property
+    def average_activation_bits(self) -> float:
+        """Bits of a linear layer's input, weighted by its multiply-accumulates per token."""
+        linear = sum(layer.parameters for layer in self.layers)
+        return sum(layer.activation_bits * layer.parameters for layer in self.layers) / max(1, linear)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the transformer's weights as planned, and in 16 bit."""
+        biases = sum(layer.out_features for layer in self.layers if layer.bias)
+        linear = sum(layer.parameters for layer in self.layers)
+        other = 2 * (self.other_parameters - biases)
+        return sum(layer.stored_bytes() for layer in self.layers) + other, 2 * (linear + self.other_parameters)
+
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits that change with anything in the plan."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def diff(self, other: Plan) -> dict[str, tuple[str, str]]:
+        """Layers that differ, as ``{name: (mine, other's)}`` in words."""
+        mine, theirs = {x.name: x for x in self.layers}, {x.name: x for x in other.layers}
+        words = lambda x: "absent" if x is None else f"{x.weight}, {x.activation}, {x.balance}"  # noqa: E731
+        return {
+            name: (words(mine.get(name)), words(theirs.get(name)))
+            for name in [*mine, *(n for n in theirs if n not in mine)]
+            if mine.get(name) != theirs.get(name)
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """Validates a plan that someone else may have written.
+
+        Raises:
+            CheckpointError: it is not a plan, has a wrong field (which is named), or is newer than this ditq.
+        """
+        if not isinstance(data, dict):
+            raise CheckpointError(f"A plan is a JSON object, got {type(data).__name__}.")
+        version = data.get("format_version", FORMAT_VERSION)
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"This plan has format_version {version}; this ditq reads up to {FORMAT_VERSION}. "
+                f"Install a newer one: pip install 'ditq>=0.{version}'."
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise CheckpointError(f"The plan is not valid: {first_error(error)}.") from error
+
+
+def first_error(error: ValidationError) -> str:
+    """The first complaint of pydantic in one line: where, what is wrong, the value."""
+    item = error.errors()[0]
+    place = ".".join(str(part) for part in item["loc"]) or "plan"
+    got = repr(item.get("input"))
+    return f"{place}: {item['msg']} (got {got[:80]}{'…' if len(got) > 80 else ''})"
