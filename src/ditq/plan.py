@@ -210,6 +210,7 @@ class Plan(_Frozen):
     folds: tuple[Fold, ...] = ()
     other_parameters: Annotated[int, Field(ge=0)] = 0
     storage_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    time_argument: str | None = None
     notes: dict[str, Any] = {}
 
     @field_validator("layers")

@@ -112,6 +112,7 @@ def convert(
         method=method, recipe=recipe, architecture=architecture.name, seed=seed,
         nominal_weight_bits=nominal[0], nominal_activation_bits=nominal[1],
         layers=tuple(final.values()), folds=tuple(folds), storage_dtype=storage,
+        time_argument=architecture.forward.time,
         other_parameters=_count(model, final) - linear_parameters,
     )  # fmt: skip
 

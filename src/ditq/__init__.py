@@ -1,0 +1,78 @@
+"""ditq: post-training quantization for diffusion transformers.
+
+    import ditq                                   # registers the diffusers backend
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(path)
+    result = ditq.quantize(pipe, "viditq-w4a8", prompts=prompts)
+    pipe.save_pretrained(out)                     # plain diffusers loads it again
+
+Names below are imported when first used: ``import ditq`` costs milliseconds and pulls in no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ditq.checkpoint.registration import register as _register
+
+if TYPE_CHECKING:
+    from ditq.api import Comparison, Result, compare, load, quantize, save
+    from ditq.checkpoint.backend import DitqConfig
+    from ditq.engines import use_engine
+    from ditq.errors import CheckpointError, DitqError, UsageError
+    from ditq.plan import LayerPlan, Plan, TensorFormat
+    from ditq.recipe import Recipe
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "quantize": "ditq.api",
+    "load": "ditq.api",
+    "save": "ditq.api",
+    "compare": "ditq.api",
+    "Result": "ditq.api",
+    "Comparison": "ditq.api",
+    "DitqConfig": "ditq.checkpoint.backend",
+    "use_engine": "ditq.engines",
+    "CheckpointError": "ditq.errors",
+    "DitqError": "ditq.errors",
+    "UsageError": "ditq.errors",
+    "LayerPlan": "ditq.plan",
+    "Plan": "ditq.plan",
+    "TensorFormat": "ditq.plan",
+    "Recipe": "ditq.recipe",
+}
+
+__all__ = [
+    "CheckpointError",
+    "Comparison",
+    "DitqConfig",
+    "DitqError",
+    "LayerPlan",
+    "Plan",
+    "Recipe",
+    "Result",
+    "TensorFormat",
+    "UsageError",
+    "__version__",
+    "compare",
+    "load",
+    "quantize",
+    "save",
+    "use_engine",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ditq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+_register()

@@ -1,0 +1,360 @@
+"""The verbs: quantize, load, save, compare. Thin; what they do is in the folders below."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditq import architectures, engines
+from ditq.architectures import Architecture
+from ditq.calibration import Statistics, calibrate
+from ditq.calibration.capture import Capture
+from ditq.calibration.sampling import Samples, sample
+from ditq.checkpoint.backend import attach
+from ditq.errors import CheckpointError, DitqError, UsageError
+from ditq.methods import convert, quantize_model
+from ditq.metrics import FIDELITY, Aggregate, aggregate
+from ditq.plan import Plan
+from ditq.recipe import Recipe
+from ditq.recipe import load as load_recipe
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Result:
+    """What :func:`quantize` did.
+
+    Attributes:
+        model: the quantized transformer (it was changed in place).
+        plan: the complete plan, also saved with the checkpoint.
+        seconds: time of each stage.
+        engine: who runs it, and on which device.
+    """
+
+    model: nn.Module
+    plan: Plan
+    seconds: dict[str, float]
+    engine: str
+    notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """A table of what was done to which layer, memory and average bits, as text."""
+        from ditq.report.tables import plan_text
+
+        return plan_text(self.plan, engine=self.engine)
+
+
+def quantize(
+    pipe: Any,
+    recipe: str | Path | Recipe | Plan = "viditq-w4a8",
+    *,
+    prompts: Sequence[str] | None = None,
+    calibrate_with: Callable[[nn.Module], None] | None = None,
+    statistics: Statistics | None = None,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    architecture: str | Path | Architecture | None = None,
+    cache: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Quantizes the transformer of a pipeline (or a bare transformer) in place.
+
+    Args:
+        pipe: a diffusers pipeline, or its transformer.
+        recipe: name of a recipe, path of a YAML file, a :class:`Recipe`, or a :class:`Plan` to carry out.
+        prompts: what calibration draws: prompts, or class names or numbers for a class-conditional pipeline.
+        calibrate_with: for a bare transformer: a function that runs it on representative inputs.
+        statistics: finished statistics, instead of calibrating here.
+        overrides: ``key=value`` assignments to recipe fields.
+        architecture: name or YAML file, where the transformer's class is not known to ditq.
+        cache, resume: see :func:`ditq.calibration.calibrate`.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: an unknown recipe or architecture, no prompts where calibration is needed, or a
+            transformer that is quantized already.
+        DitqError: NaN or Inf in weights or activations; nothing to quantize.
+    """
+    model: nn.Module = getattr(pipe, "transformer", pipe)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"quantize() takes a diffusers pipeline with a transformer, or a transformer; got {type(pipe).__name__}.")
+    if getattr(model, "is_quantized", False):
+        raise UsageError(f"This {type(model).__name__} is quantized already; load the 16-bit model.")
+    arch = architectures.load(architecture) if architecture else architectures.match(model)
+    check_weights(model)
+    plan_given = recipe if isinstance(recipe, Plan) else None
+    wanted = None if isinstance(recipe, Plan) else load_recipe(recipe)
+    if wanted is not None and overrides:
+        wanted = wanted.override(list(overrides))
+    elif overrides:
+        raise UsageError("A Plan is explicit; overrides change recipes only.")
+    seconds: dict[str, float] = {}
+    model.eval()
+
+    if statistics is None and (wanted.needs_calibration if wanted else _needs_statistics(plan_given)):
+        begin = time.perf_counter()
+        settings = wanted.calibration if wanted else Recipe.model_fields["calibration"].default
+        if pipe is not model and prompts is not None:
+            if not [p for p in prompts if str(p).strip()]:
+                raise UsageError("There are no calibration prompts: the list is empty.")
+            statistics = calibrate(
+                pipe, arch, prompts, settings, seed=seed, cache=cache, resume=resume,
+                progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
+            )  # fmt: skip
+        elif calibrate_with is not None:
+            capture = Capture(arch, arch.groups(model), rows=64, seed=seed)
+            with capture.watching(model), torch.no_grad():
+                calibrate_with(model)
+            statistics = capture.statistics()
+        else:
+            raise UsageError(
+                f"{'Recipe ' + repr(wanted.name) if wanted else 'This plan'} needs calibration: pass prompts=[...]"
+                + ("." if pipe is not model else ", or for a bare transformer calibrate_with=function.")
+            )
+        seconds["calibrate"] = time.perf_counter() - begin
+
+    begin = time.perf_counter()
+    if wanted is not None:
+        plan = quantize_model(model, arch, wanted, statistics, seed=seed, progress=progress)
+    else:
+        assert plan_given is not None
+        plan = convert(
+            model, arch, plan_given.layers, statistics, method=plan_given.method, recipe=plan_given.recipe,
+            nominal=(plan_given.nominal_weight_bits, plan_given.nominal_activation_bits), seed=plan_given.seed,
+        )  # fmt: skip
+    seconds["quantize"] = time.perf_counter() - begin
+    attach(model, plan)
+    return Result(model, plan, seconds, engine_of(model, plan))
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuses a model with NaN or Inf in any parameter, by name."""
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not bool(torch.isfinite(p).all()):
+            raise DitqError(f"Weight {name!r} of {type(model).__name__} contains NaN or Inf; nothing was quantized.")
+
+
+def _needs_statistics(plan: Plan | None) -> bool:
+    return plan is not None and any(
+        layer.smooth is not None or (layer.activation is not None and not layer.activation.dynamic)
+        for layer in plan.quantized
+    )
+
+
+def engine_of(model: nn.Module, plan: Plan) -> str:
+    """Which engine runs which formats on the model's device, in words."""
+    device = next(model.parameters()).device
+    pairs = dict.fromkeys((x.weight, x.activation) for x in plan.quantized if x.weight and x.activation)
+    chosen = {engines.choose(w, a, device).name for w, a in pairs}
+    return f"{' and '.join(sorted(chosen)) or 'dequantized weights, 16-bit products'} on {device}"
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    """A pipeline from a folder, a hub id or ``bundled:NAME``, 16-bit or quantized by ditq.
+
+    Raises:
+        UsageError: the folder is no diffusers pipeline, or has no transformer; no such bundled model.
+        CheckpointError: its files are damaged, or do not fit their plan.
+    """
+    from diffusers import DiffusionPipeline
+
+    from ditq.checkpoint.registration import register
+    from ditq.checkpoint.verify import verify
+
+    register()
+    folder = resolve(path)
+    if isinstance(folder, Path):
+        plan = read_plan(folder)
+        if plan is not None:
+            verify(sorted((folder / "transformer").glob("*.safetensors")), plan)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, **({"dtype": dtype} if dtype else {}), **kwargs)
+    except DitqError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be loaded as a diffusers pipeline: {error}") from error
+    if getattr(pipe, "transformer", None) is None:
+        raise UsageError(f"{path} is a {type(pipe).__name__}, which has no transformer to quantize.")
+    return pipe
+
+
+def resolve(path: str | Path) -> Path | str:
+    """The folder that a pipeline argument means; a hub id stays a string.
+
+    Raises:
+        UsageError: an unknown bundled model, or a folder without ``model_index.json``.
+    """
+    text = str(path)
+    if text.startswith("bundled:"):
+        try:
+            import ditq_bundled
+        except ImportError as error:
+            raise UsageError("Bundled models are a separate package: pip install 'ditq[demo]'.") from error
+        try:
+            return Path(ditq_bundled.path(text.removeprefix("bundled:")))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    folder = Path(text)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UsageError(
+                f"{folder} is no diffusers pipeline: it has no model_index.json. Give the folder that "
+                "save_pretrained wrote, not its transformer subfolder."
+            )
+        return folder
+    if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise UsageError(f"There is no pipeline at {text!r}: give a folder, a hub id (owner/name) or bundled:NAME.")
+    return text
+
+
+def read_plan(folder: Path) -> Plan | None:
+    """The plan of a checkpoint folder, None where its transformer is not quantized by ditq.
+
+    Raises:
+        CheckpointError: there is a plan but it is not valid.
+    """
+    import json
+
+    path = folder / "transformer" / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} has no transformer/config.json.")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): damaged.") from error
+    fields = dict(config.get("quantization_config") or {})
+    if fields.pop("quant_method", None) != "ditq":
+        return None
+    return Plan.from_dict(fields)
+
+
+def save(pipe: Any, out: str | Path, *, source: str | Path | None = None, overwrite: bool = False) -> Path:
+    """Writes a pipeline to a new folder: all of it, or nothing.
+
+    Args:
+        source: where the pipeline came from; components that ditq does not touch are copied from there unchanged.
+
+    Raises:
+        UsageError: the folder exists.
+        DitqError: it cannot be written (read-only, full disk); nothing is left behind.
+    """
+    with new_folder(out, overwrite=overwrite) as folder:
+        pipe.save_pretrained(folder, safe_serialization=True)
+        origin = resolve(source) if source is not None else None
+        if isinstance(origin, Path):
+            for component in origin.iterdir():
+                if component.is_dir() and component.name != "transformer" and (folder / component.name).is_dir():
+                    shutil.rmtree(folder / component.name)
+                    shutil.copytree(component, folder / component.name)
+    return Path(out)
+
+
+@contextmanager
+def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that becomes ``out`` if everything inside succeeds, and vanishes if not."""
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise UsageError(f"The output folder {out} exists already. Choose another, or delete it first.")
+    temporary: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        if out.exists():
+            shutil.rmtree(out)
+        os.rename(temporary, out)
+        temporary = None
+    except OSError as error:
+        raise DitqError(f"Cannot write {out}: {error.strerror or error}. Nothing was left behind.") from error
+    except Exception as error:
+        # safetensors reports a full disk as an error of its own.
+        if type(error).__name__ == "SafetensorError":
+            raise DitqError(f"Cannot write {out}: {error}. Nothing was left behind.") from error
+        raise
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@dataclass
+class Comparison:
+    """Two models on the same prompts and seeds.
+
+    Attributes:
+        metrics: for each metric its values pair by pair, and their aggregate.
+    """
+
+    reference: Samples
+    other: Samples
+    values: dict[str, list[float]]
+    metrics: dict[str, Aggregate]
+    settings: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The stable JSON of ``ditq compare --json``."""
+        better = {metric.name: metric.higher_is_better for metric in FIDELITY}
+        return {
+            "pairs": len(self.reference.images),
+            "seed": self.settings["seed"],
+            "prompts": self.reference.conditions,
+            **{name: {**a.as_dict(), "higher_is_better": better[name]} for name, a in self.metrics.items()},
+            "settings": self.settings,
+        }
+
+
+def compare(
+    reference: Any | Samples,
+    other: Any | Samples,
+    prompts: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 8,
+    architecture: Architecture | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Draws the same prompts with the same noise by two pipelines and compares them pair by pair.
+
+    Either side may be finished :class:`Samples`, so that a reference is drawn once for many models.
+    """
+    both = []
+    for stage, side in (("reference", reference), ("quantized", other)):
+        if isinstance(side, Samples):
+            both.append(side)
+            continue
+        if prompts is None:
+            raise UsageError("compare() needs prompts, unless both sides are Samples.")
+        done = 0
+
+        def tick(n: int, stage: str = stage) -> None:
+            nonlocal done
+            done += n
+            if progress:
+                progress(stage, done, len(prompts))
+
+        both.append(
+            sample(
+                side, architecture or architectures.match(side.transformer), prompts, seed=seed, steps=steps,
+                guidance_scale=guidance_scale, batch_size=batch_size, on_batch=tick,
+            )
+        )  # fmt: skip
+    a, b = both
+    if a.conditions != b.conditions or a.seeds != b.seeds:
+        raise UsageError("The two sides were not drawn from the same prompts and seeds.")
+    values = {m.name: m.values(getattr(a, m.of), getattr(b, m.of)) for m in FIDELITY}
+    settings = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
+    return Comparison(a, b, values, {name: aggregate(v) for name, v in values.items()}, settings)

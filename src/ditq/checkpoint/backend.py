@@ -1,0 +1,209 @@
+"""The diffusers quantization backend ``ditq``: how a checkpoint's tensors become quantized layers, and back."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from ditq.architectures import match
+from ditq.architectures.folding import BUFFER, prepare
+from ditq.checkpoint.verify import DIGESTS, digest, verify
+from ditq.errors import CheckpointError, DitqError, UsageError
+from ditq.layers import Clock, QuantizedLinear, TimestepLinear
+from ditq.methods import quantize_model, replace
+from ditq.plan import Plan
+from ditq.recipe import load as load_recipe
+
+
+class Method(str, Enum):  # noqa: UP042 - diffusers reads `.value` of a str-valued enum member
+    DITQ = "ditq"
+
+
+class DitqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of a transformer: a plan, flattened, beside ``quant_method``.
+
+    ``DitqConfig(recipe="rtn-w8a8")`` quantizes while loading, for recipes that need no calibration.
+    """
+
+    def __init__(self, plan: Plan | None = None, recipe: str | None = None, **fields: Any) -> None:
+        self.quant_method = Method.DITQ
+        fields.pop("quant_method", None)
+        if plan is None and "layers" in fields:
+            plan = Plan.from_dict({**fields, "recipe": recipe})
+        if plan is None and recipe is None:
+            raise CheckpointError("A ditq quantization_config needs the fields of a plan, or the name of a recipe.")
+        self.plan, self.recipe = plan, recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {"recipe": self.recipe} if self.plan is None else self.plan.model_dump(mode="json", exclude_none=True)
+        return {"quant_method": self.quant_method.value, **fields}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        return f"DitqConfig({self.plan.hash() if self.plan else self.recipe})"
+
+
+class DitqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """What diffusers calls while it loads and saves a transformer quantized by ditq."""
+
+    requires_calibration = False
+    required_packages = ("ditq",)
+    use_keep_in_fp32_modules = False
+
+    def __init__(self, quantization_config: DitqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.dtype = torch.float32
+        self._parameters: frozenset[str] = frozenset()
+
+    @property
+    def plan(self) -> Plan:
+        plan = self.quantization_config.plan
+        if plan is None:
+            raise DitqError("This transformer is not quantized yet: its config names a recipe only.")
+        return plan
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        self.dtype = torch_dtype or torch.float32
+        return torch_dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        if self.pre_quantized:
+            verify(checkpoint_files, self.plan)
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            build(model, self.plan, self.dtype)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            recipe = load_recipe(self.quantization_config.recipe)
+            if recipe.needs_calibration:
+                raise UsageError(
+                    f"Recipe {recipe.name!r} needs calibration and cannot be applied while loading; "
+                    "use ditq.quantize(pipe, recipe, prompts=...)."
+                )
+            self.quantization_config.plan = quantize_model(model, match(model), recipe, None)
+            self.pre_quantized = True
+        self.remember(model)
+        model.register_to_config(quantization_config=self.quantization_config)
+        return model
+
+    def remember(self, model: nn.Module) -> None:
+        """Notes which tensors are parameters: a state dict does not tell, and only they are stored in 16 bit."""
+        self._parameters = frozenset(name for name, _ in model.named_parameters())
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        if not self.pre_quantized:
+            return False
+        parent, _, name = param_name.rpartition(".")
+        if name == BUFFER:
+            return True
+        return name != "bias" and isinstance(model.get_submodule(parent), QuantizedLinear)
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        # The uncast tensor: diffusers has turned scales into the model's dtype by now.
+        parent, _, name = param_name.rpartition(".")
+        model.get_submodule(parent)._buffers[name] = state_dict[param_name].to(target_device)
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        if self.pre_quantized and missing_keys:
+            raise CheckpointError(f"The checkpoint lacks tensor {missing_keys[0]!r} of {type(model).__name__}.")
+        return missing_keys
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Unquantized parameters in their 16-bit storage dtype, and a checksum of every tensor."""
+        storage = getattr(torch, self.plan.storage_dtype)
+        out = {}
+        for name, tensor in state_dict.items():
+            in_16_bit = name in self._parameters and tensor.dtype == torch.float32
+            out[name] = tensor.detach().to(storage) if in_16_bit else tensor
+        return out, {DIGESTS: json.dumps({name: digest(tensor) for name, tensor in out.items()})}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, TimestepLinear) or (
+                isinstance(module, QuantizedLinear) and ".ranges." not in f".{name}"
+            ):
+                replace(model, name, module.dequantize())
+        model.register_to_config(quantization_config=None)
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def build(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
+    """Gives ``model`` (on the meta device) the structure of a plan; tensors are loaded afterwards.
+
+    Raises:
+        CheckpointError: the plan names a layer the model does not have, or of another size.
+    """
+    for record in plan.folds:
+        prepare(model, record)
+    clock = Clock()
+    for layer in plan.quantized:
+        try:
+            linear = model.get_submodule(layer.name)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"The plan names layer {layer.name!r}, which {type(model).__name__} does not have."
+            ) from error
+        sizes = (getattr(linear, "in_features", None), getattr(linear, "out_features", None))
+        if sizes != (layer.in_features, layer.out_features):
+            raise CheckpointError(
+                f"The plan says {layer.in_features} -> {layer.out_features} for layer {layer.name!r}, "
+                f"{type(model).__name__} has {sizes[0]} -> {sizes[1]}."
+            )
+        if layer.timesteps:
+            inner = layer.model_copy(update={"timesteps": None})
+            ranges = [QuantizedLinear(inner, dtype=dtype, device="meta") for _ in layer.timesteps]
+            replace(model, layer.name, TimestepLinear(layer, ranges, clock))
+        else:
+            replace(model, layer.name, QuantizedLinear(layer, dtype=dtype, device="meta"))
+    if any(layer.timesteps for layer in plan.quantized):
+        if plan.time_argument is None:
+            raise CheckpointError("The plan is timestep-aware but has no time_argument.")
+        clock.attach(model, plan.time_argument)
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Marks a model that was quantized in memory, so that ``save_pretrained`` writes a ditq checkpoint."""
+    config = DitqConfig(plan=plan)
+    quantizer = DitqQuantizer(config, pre_quantized=True)
+    quantizer.dtype = next(model.parameters()).dtype
+    quantizer.remember(model)
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.register_to_config(quantization_config=config)  # type: ignore[operator]

@@ -1,0 +1,15 @@
+"""How close a quantized model's pictures are to the 16-bit model's, with the same prompt and seed."""
+
+from ditq.metrics.fidelity import FIDELITY, Metric, latent_sqnr_db, psnr_db, ssim
+from ditq.metrics.interval import Aggregate, aggregate, paired_difference
+
+__all__ = [
+    "FIDELITY",
+    "Aggregate",
+    "Metric",
+    "aggregate",
+    "latent_sqnr_db",
+    "paired_difference",
+    "psnr_db",
+    "ssim",
+]

@@ -1,0 +1,57 @@
+"""Quantization as pure functions on tensors: codes and scales, packing, rotations, clipping, smoothing, errors."""
+
+from ditq.numerics.clipping import search_clip_ratio
+from ditq.numerics.error import relative_error, sqnr_db
+from ditq.numerics.hadamard import (
+    Rotation,
+    hadamard_matrix,
+    is_supported,
+    largest_block,
+    rotate,
+    rotation_matrix,
+    signs,
+    unrotate,
+)
+from ditq.numerics.incoherence import channel_imbalance, incoherence
+from ditq.numerics.packing import pack, packed_bytes, unpack
+from ditq.numerics.smoothing import smoothing_scale
+from ditq.numerics.uniform import (
+    Granularity,
+    Quantized,
+    check_finite,
+    code_range,
+    dequantize,
+    fake_quantize,
+    group_view,
+    quantize,
+    scale_and_zero_point,
+)
+
+__all__ = [
+    "Granularity",
+    "Quantized",
+    "Rotation",
+    "channel_imbalance",
+    "check_finite",
+    "code_range",
+    "dequantize",
+    "fake_quantize",
+    "group_view",
+    "hadamard_matrix",
+    "incoherence",
+    "is_supported",
+    "largest_block",
+    "pack",
+    "packed_bytes",
+    "quantize",
+    "relative_error",
+    "rotate",
+    "rotation_matrix",
+    "scale_and_zero_point",
+    "search_clip_ratio",
+    "signs",
+    "smoothing_scale",
+    "sqnr_db",
+    "unpack",
+    "unrotate",
+]

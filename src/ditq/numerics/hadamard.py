@@ -1,0 +1,203 @@
+"""Hadamard matrices by construction, and the rotations made of them.
+
+Orders are 1, 2, Paley's q + 1 (q prime, 3 mod 4) and 2 (q + 1) (q prime, 1 mod 4), and these times
+powers of two: 12, 20, 28, 36, 44, 60, 76, 84, 108, 140 and so on, hence 1152 = 36 * 32, 4608 = 36 * 128.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# The power-of-two factor of a transform; with it, the other factor of the widths of today's models is 8 to 144.
+_INNER_LIMIT = 128
+
+
+def is_supported(n: int) -> bool:
+    """Whether :func:`hadamard_matrix` can construct order ``n``."""
+    return n >= 1 and _core_order(n) is not None
+
+
+def largest_block(n: int, limit: int = 128) -> int:
+    """The largest power of two that divides ``n`` and is at most ``limit``.
+
+    Raises:
+        ValueError: ``n`` or ``limit`` is not positive.
+    """
+    if n < 1 or limit < 1:
+        raise ValueError(f"n and limit must be positive, got {n} and {limit}")
+    return min(n & -n, 1 << (limit.bit_length() - 1))
+
+
+def hadamard_matrix(n: int) -> Tensor:
+    """H with entries +-1 and H H^T = n I, float32 [n, n] on the CPU; its two factors are cached.
+
+    H = kron(P, S): S the Sylvester matrix of the largest power of two for which P, a Paley matrix of
+    order n / 2^k, is known (P = [1] if n is a power of two). Not symmetric in general.
+
+    Raises:
+        ValueError: no construction is known here; names the nearest orders that have one.
+    """
+    outer, inner = _factors(n)
+    cpu = torch.device("cpu")
+    # A Kronecker product is a new tensor, so no caller can write into the cache.
+    return torch.kron(_cached_matrix(outer, cpu), _cached_matrix(inner, cpu))
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Q = diag(signs) blockdiag(H, ..., H) / sqrt(block), an orthogonal matrix [size, size].
+
+    Attributes:
+        size: K, the number of channels.
+        block: the order of H; equal to ``size`` for the full transform.
+        seed: of the signs.
+
+    Raises:
+        ValueError: ``block`` does not divide ``size`` or has no Hadamard matrix, or the seed is negative.
+    """
+
+    size: int
+    block: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.size < 1 or self.size % self.block:
+            raise ValueError(f"block must divide size {self.size}, got {self.block}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        _factors(self.block)
+
+
+def signs(size: int, seed: int) -> Tensor:
+    """Random signs, +-1, float32 [size] on the CPU; the same on every machine and for every device."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    bits = torch.randint(0, 2, (size,), generator=generator, device="cpu")
+    return (2 * bits - 1).to(torch.float32)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """``x @ Q`` for x [..., K], float32 [..., K].
+
+    With H = kron(A, B) and a block of x as a matrix V [order of A, order of B]: v H = A^T V B, two small
+    products instead of one K x K.
+
+    Raises:
+        ValueError: the last axis of ``x`` is not ``rotation.size``.
+    """
+    _check_width(x, rotation)
+    outer, inner = _factors(rotation.block)
+    scaled = x.float() * _cached_scaled_signs(rotation, x.device)
+    v = scaled.reshape(-1, outer, inner) @ _cached_matrix(inner, x.device)
+    if outer > 1:
+        v = _cached_matrix(outer, x.device).T @ v
+    return v.reshape(x.shape)
+
+
+def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """``x @ Q^T`` for x [..., K], float32 [..., K]: undoes :func:`rotate`.
+
+    Raises:
+        ValueError: the last axis of ``x`` is not ``rotation.size``.
+    """
+    _check_width(x, rotation)
+    outer, inner = _factors(rotation.block)
+    v = x.float().reshape(-1, outer, inner) @ _cached_matrix(inner, x.device).T
+    if outer > 1:
+        v = _cached_matrix(outer, x.device) @ v
+    return v.reshape(x.shape) * _cached_scaled_signs(rotation, x.device)
+
+
+def rotation_matrix(rotation: Rotation) -> Tensor:
+    """Q itself, float32 [K, K] on the CPU; for inspection and tests, :func:`rotate` does not need it."""
+    blocks = torch.kron(torch.eye(rotation.size // rotation.block, device="cpu"), hadamard_matrix(rotation.block))
+    return _cached_scaled_signs(rotation, torch.device("cpu"))[:, None] * blocks
+
+
+def _check_width(x: Tensor, rotation: Rotation) -> None:
+    if x.ndim < 1 or x.shape[-1] != rotation.size:
+        raise ValueError(f"x must have {rotation.size} channels on its last axis, got shape {tuple(x.shape)}")
+
+
+@cache
+def _factors(n: int) -> tuple[int, int]:
+    """Orders of A and B in H = kron(A, B); B is a power of two, at most ``_INNER_LIMIT``."""
+    core = _core_order(n) if n >= 1 else None
+    if core is None:
+        below = next((m for m in range(n - 1, 0, -1) if is_supported(m)), None)
+        above = next(m for m in range(max(n, 0) + 1, 2 * max(n, 1) + 1) if is_supported(m))
+        nearest = " and ".join(str(m) for m in (below, above) if m is not None)
+        divides = f"; the largest power of two that divides {n} is {n & -n}" if n >= 1 else ""
+        raise ValueError(f"no Hadamard matrix of order {n} is known here, the nearest are {nearest}{divides}")
+    inner = min(n // core, _INNER_LIMIT)
+    return n // inner, inner
+
+
+@cache
+def _core_order(n: int) -> int | None:
+    """The smallest Paley order n / 2^k; 1 for powers of two; None if there is none."""
+    odd = n // (n & -n)
+    if odd == 1:
+        return 1
+    order = 4 * odd  # all orders above 2 are multiples of 4
+    while n % order == 0:
+        if _paley_prime(order) is not None:
+            return order
+        order *= 2
+    return None
+
+
+def _paley_prime(order: int) -> int | None:
+    """The q of Paley's construction for an order that is a multiple of 4."""
+    for q, residue in ((order - 1, 3), (order // 2 - 1, 1)):
+        if q % 4 == residue and q > 1 and all(q % d for d in range(2, math.isqrt(q) + 1)):
+            return q
+    return None
+
+
+# Both caches are filled outside of inference mode: what is made inside cannot be used in training later (LoRA).
+
+
+@cache
+def _cached_matrix(n: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        core = _core_order(n)
+        assert core is not None
+        matrix = _paley(core) if core > 1 else torch.tensor([[1.0]], device="cpu")
+        sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu")
+        while len(matrix) < n:
+            matrix = torch.kron(matrix, sylvester)
+        return matrix.to(device)
+
+
+@cache
+def _cached_scaled_signs(rotation: Rotation, device: torch.device) -> Tensor:
+    """The signs over sqrt(block): the normalization rides along where a product with the signs is due anyway."""
+    with torch.inference_mode(False):
+        return (signs(rotation.size, rotation.seed) / math.sqrt(rotation.block)).to(device)
+
+
+def _paley(order: int) -> Tensor:
+    """Paley's first (order q + 1) or second (order 2 (q + 1)) matrix, float32 on the CPU.
+
+    With the quadratic character chi of the integers mod q and the Jacobsthal matrix J_ij = chi(j - i), C is J
+    bordered by ones, C C^T = q I. First: C is skew, H = I + C. Second: C is symmetric,
+    H = kron(C, [[1, 1], [1, -1]]) + kron(I, [[1, -1], [-1, -1]]).
+    """
+    q = _paley_prime(order)
+    assert q is not None
+    squares = {i * i % q for i in range(1, q)}
+    chi = [0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)]
+    side = -1.0 if q % 4 == 3 else 1.0
+    bordered = [[0.0] + [1.0] * q] + [[side] + [chi[(j - i) % q] for j in range(q)] for i in range(q)]
+    C = torch.tensor(bordered, device="cpu")
+    identity = torch.eye(q + 1, device="cpu")
+    if q % 4 == 3:
+        return identity + C
+    first = torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu")
+    second = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], device="cpu")
+    return torch.kron(C, first) + torch.kron(identity, second)

@@ -1,0 +1,54 @@
+"""Incoherence: how far the largest value stands out, which is what a uniform grid pays for."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ditq.numerics.uniform import group_view
+
+
+def incoherence(x: Tensor, granularity: Literal["tensor", "row"] = "row") -> Tensor:
+    """The smallest mu with max|x| <= mu ||x|| / sqrt(n), n the number of values (QuIP, ViDiT-Q).
+
+    1 when all magnitudes are equal, sqrt(n) when a single value is not zero; about sqrt(2 ln n) for
+    Gaussian values. Zeros give 1: nothing stands out.
+
+    Args:
+        x: [R, K], any real dtype; computed in float32.
+        granularity: "row" for one mu per row, "tensor" for one of the whole matrix.
+
+    Returns:
+        float32 [R], or [1] for "tensor".
+
+    Raises:
+        ValueError: ``x`` is not a matrix, or the granularity is another one.
+    """
+    if granularity not in ("tensor", "row"):
+        raise ValueError(f"granularity must be 'tensor' or 'row', got {granularity!r}")
+    rows = group_view(x, granularity, None)[:, 0].float()
+    if rows.shape[1] == 0:
+        return torch.ones(rows.shape[0], dtype=torch.float32, device=x.device)
+    largest = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)
+    # Divided by the maximum first, squares neither overflow nor vanish; the norm is then at least 1.
+    norm = torch.linalg.vector_norm(rows / torch.where(largest > 0, largest, 1.0), dim=-1)
+    return torch.where(largest[:, 0] > 0, math.sqrt(rows.shape[1]) / norm, 1.0)
+
+
+def channel_imbalance(x_absmax: Tensor) -> float:
+    """max_j max|X_j| / mean_j max|X_j|: 1 when all channels have one range, K when a single channel has any.
+
+    Args:
+        x_absmax: [K], the largest magnitude of each channel; all zeros give 1.
+
+    Raises:
+        ValueError: ``x_absmax`` is not a vector with at least one channel.
+    """
+    if x_absmax.ndim != 1 or x_absmax.numel() == 0:
+        raise ValueError(f"x_absmax must be a vector [K] with K >= 1, got shape {tuple(x_absmax.shape)}")
+    maxima = x_absmax.double()
+    largest = float(maxima.max())
+    return largest / float(maxima.mean()) if largest > 0 else 1.0
