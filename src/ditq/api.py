@@ -89,7 +89,9 @@ def quantize(
     """
     model: nn.Module = getattr(pipe, "transformer", pipe)
     if not isinstance(model, nn.Module):
-        raise UsageError(f"quantize() takes a diffusers pipeline with a transformer, or a transformer; got {type(pipe).__name__}.")
+        raise UsageError(
+            f"quantize() takes a diffusers pipeline with a transformer, or a transformer; got {type(pipe).__name__}."
+        )
     if getattr(model, "is_quantized", False):
         raise UsageError(f"This {type(model).__name__} is quantized already; load the 16-bit model.")
     arch = architectures.load(architecture) if architecture else architectures.match(model)

@@ -89,7 +89,9 @@ class Recipe(_Strict):
         """Whether the method looks at activations before it can quantize."""
         static = [self.activations, *(r.activations for r in self.roles.values())]
         return (
-            self.balance.smooth or self.balance.choose == "error" or any(a is not None and not a.dynamic for a in static)
+            self.balance.smooth
+            or self.balance.choose == "error"
+            or any(a is not None and not a.dynamic for a in static)
         )
 
     def formats(self, name: str, role: str) -> tuple[TensorFormat | None, TensorFormat | None, str]:

@@ -29,10 +29,10 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
     source = group.input
     if source.v:
         for path in source.v:
-            linear = model.get_submodule(f"{group.block}.{path}")
-            linear.weight.div_(scale[:, None].to(linear.weight.dtype))  # type: ignore[union-attr, operator]
+            linear: Any = model.get_submodule(f"{group.block}.{path}")
+            linear.weight.div_(scale[:, None].to(linear.weight.dtype))
             if linear.bias is not None:
-                linear.bias.div_(scale.to(linear.bias.dtype))  # type: ignore[union-attr, operator, arg-type]
+                linear.bias.div_(scale.to(linear.bias.dtype))
         return None
     if source.norm is None:
         raise UsageError(f"The input of {group.name!r} has no producer that could carry a scale.")
@@ -43,20 +43,20 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
         chunks=source.chunks,
     )
     prepare(model, record, width=len(scale))
-    norm = model.get_submodule(record.norm)
-    norm.weight.div_(scale.to(norm.weight))  # type: ignore[union-attr, operator, arg-type]
+    norm: Any = model.get_submodule(record.norm)
+    norm.weight.div_(scale.to(norm.weight))
     if getattr(norm, "bias", None) is not None:
-        norm.bias.div_(scale.to(norm.bias))  # type: ignore[union-attr, operator, arg-type]
+        norm.bias.div_(scale.to(norm.bias))
     width = len(scale)
     for chunk in source.shift:
         rows = slice(chunk * width, (chunk + 1) * width)
         if source.linear:
-            linear = model.get_submodule(f"{group.block}.{source.linear}")
-            linear.weight[rows].div_(scale[:, None].to(linear.weight.dtype))  # type: ignore[index, union-attr, operator]
-            if linear.bias is not None:
-                linear.bias[rows].div_(scale.to(linear.bias.dtype))  # type: ignore[index, union-attr, operator, arg-type]
+            modulation: Any = model.get_submodule(f"{group.block}.{source.linear}")
+            modulation.weight[rows].div_(scale[:, None].to(modulation.weight.dtype))
+            if modulation.bias is not None:
+                modulation.bias[rows].div_(scale.to(modulation.bias.dtype))
         elif source.argument:
-            block = model.get_submodule(group.block)
+            block: Any = model.get_submodule(group.block)
             if architecture.table:
                 table = getattr(block, architecture.table)
                 table.view(source.chunks, width)[chunk].div_(scale.to(table.dtype))
@@ -73,8 +73,8 @@ def prepare(model: nn.Module, record: Fold, width: int | None = None) -> None:
         UsageError: the model has no such norm or block, or the module is not a norm that can carry a weight.
     """
     try:
-        norm = model.get_submodule(record.norm)
-        block = model.get_submodule(record.block) if record.block else None
+        norm: Any = model.get_submodule(record.norm)
+        block: Any = model.get_submodule(record.block) if record.block else None
     except AttributeError as error:
         raise UsageError(f"The plan folds into {record.norm!r}, which this model does not have.") from error
     if not hasattr(norm, "normalized_shape") and not isinstance(getattr(norm, "weight", None), nn.Parameter):
@@ -86,7 +86,7 @@ def prepare(model: nn.Module, record: Fold, width: int | None = None) -> None:
             torch.ones(shape, dtype=reference.dtype, device=reference.device), requires_grad=False
         )
     if block is not None and BUFFER not in block._buffers:
-        width = width or norm.weight.numel()  # type: ignore[union-attr, operator]
+        width = width or norm.weight.numel()
         block.register_buffer(BUFFER, torch.ones(record.chunks * width, device=reference.device))
         assert record.argument is not None
         _scale_argument(block, record.argument)

@@ -15,9 +15,9 @@ from torch import nn
 
 from ditq.architectures import Architecture
 from ditq.calibration.capture import Capture
+from ditq.calibration.sampling import sample
 from ditq.calibration.statistics import Statistics, merge
 from ditq.recipe import Calibration
-from ditq.calibration.sampling import sample
 
 Progress = Callable[[int, int], None]
 
@@ -76,9 +76,7 @@ def calibrate(
     return merge(parts)
 
 
-def _key(
-    model: nn.Module, architecture: Architecture, prompts: list[str], settings: Calibration, seed: int
-) -> str:
+def _key(model: nn.Module, architecture: Architecture, prompts: list[str], settings: Calibration, seed: int) -> str:
     """A name for the cache that changes with the weights, the prompts and every setting."""
     digest = hashlib.sha256()
     # One number a tensor is enough to tell two models apart, and cheap on large ones.

@@ -1,4 +1,4 @@
-"""Statistics one can hold: per input group, per timestep, per condition; saved as safetensors, merged by pure functions."""
+"""Statistics one can hold: per input group, per timestep, per condition; saved as safetensors, and merged."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ class Statistics:
             tensors[f"{name}/sample"] = group.sample
             tensors[f"{name}/sample_time"] = group.sample_time
         temporary = path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"ditq": json.dumps({"version": 1})})
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"ditq": json.dumps({"version": 1})}
+        )
         os.replace(temporary, path)
 
     @classmethod
@@ -77,7 +79,9 @@ class Statistics:
             with safe_open(path, framework="pt") as stored:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"The calibration file {path} cannot be read ({error}). Delete it and run again.") from error
+            raise CheckpointError(
+                f"The calibration file {path} cannot be read ({error}). Delete it and run again."
+            ) from error
         try:
             timesteps = tensors.pop("timesteps")
             names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
@@ -93,7 +97,9 @@ class Statistics:
                 or group.absmax.shape[0] != len(timesteps)
                 or group.sample.shape != (len(group.sample_time), group.absmax.shape[2])
             ):
-                raise CheckpointError(f"The calibration file {path} has wrong shapes for {name!r}. Delete it and run again.")
+                raise CheckpointError(
+                    f"The calibration file {path} has wrong shapes for {name!r}. Delete it and run again."
+                )
         return cls(timesteps, groups)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -25,7 +25,7 @@ class Method(str, Enum):  # noqa: UP042 - diffusers reads `.value` of a str-valu
     DITQ = "ditq"
 
 
-class DitqConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class DitqConfig(QuantizationConfigMixin):
     """``quantization_config`` of a transformer: a plan, flattened, beside ``quant_method``.
 
     ``DitqConfig(recipe="rtn-w8a8")`` quantizes while loading, for recipes that need no calibration.
@@ -51,7 +51,7 @@ class DitqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return f"DitqConfig({self.plan.hash() if self.plan else self.recipe})"
 
 
-class DitqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class DitqQuantizer(DiffusersQuantizer):
     """What diffusers calls while it loads and saves a transformer quantized by ditq."""
 
     requires_calibration = False
@@ -60,6 +60,7 @@ class DitqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: DitqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.pre_quantized: bool = kwargs.get("pre_quantized", True)
         self.dtype = torch.float32
         self._parameters: frozenset[str] = frozenset()
 
@@ -94,7 +95,7 @@ class DitqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             self.quantization_config.plan = quantize_model(model, match(model), recipe, None)
             self.pre_quantized = True
         self.remember(model)
-        model.register_to_config(quantization_config=self.quantization_config)
+        cast(Any, model).register_to_config(quantization_config=self.quantization_config)
         return model
 
     def remember(self, model: nn.Module) -> None:
@@ -147,7 +148,7 @@ class DitqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 isinstance(module, QuantizedLinear) and ".ranges." not in f".{name}"
             ):
                 replace(model, name, module.dequantize())
-        model.register_to_config(quantization_config=None)
+        cast(Any, model).register_to_config(quantization_config=None)
         return model
 
     @property
@@ -203,7 +204,8 @@ def attach(model: nn.Module, plan: Plan) -> None:
     quantizer = DitqQuantizer(config, pre_quantized=True)
     quantizer.dtype = next(model.parameters()).dtype
     quantizer.remember(model)
-    model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = config.quant_method  # type: ignore[assignment]
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
-    model.register_to_config(quantization_config=config)  # type: ignore[operator]
+    target = cast(Any, model)
+    target.is_quantized = True
+    target.quantization_method = config.quant_method
+    target.hf_quantizer = quantizer
+    target.register_to_config(quantization_config=config)

@@ -35,7 +35,7 @@ def _extend(module: ModuleType) -> None:
         import warnings
 
         warnings.warn(
-            f"This diffusers keeps its quantizers elsewhere ({error}): ditq checkpoints load with ditq.load(path) only.",
+            f"This diffusers keeps its quantizers elsewhere ({error}): it cannot load ditq checkpoints.",
             stacklevel=2,
         )
 
@@ -48,7 +48,7 @@ class _Waiting:
     ) -> ModuleSpec | None:
         if name != TARGET:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return None

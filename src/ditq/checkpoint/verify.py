@@ -77,7 +77,9 @@ def _digests(metadata: dict[str, str] | None, file: str | Path) -> dict[str, str
     try:
         digests = json.loads((metadata or {})[DIGESTS])
     except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} has no checksums of ditq: it was not written by ditq, or is damaged.") from error
+        raise CheckpointError(
+            f"{file} has no checksums of ditq: it was not written by ditq, or is damaged."
+        ) from error
     if not isinstance(digests, dict):
         raise CheckpointError(f"{file}: the checksums are no JSON object.")
     return digests

@@ -55,9 +55,7 @@ def choose(weight: TensorFormat, activation: TensorFormat | None, device: torch.
 
 
 @cache
-def _choose(
-    weight: TensorFormat, activation: TensorFormat | None, device: torch.device, forced: str | None
-) -> Engine:
+def _choose(weight: TensorFormat, activation: TensorFormat | None, device: torch.device, forced: str | None) -> Engine:
     candidates = [engines()[forced]] if forced else list(engines().values())
     reasons = {}
     for engine in candidates:

@@ -33,6 +33,13 @@ class QuantizedLinear(nn.Linear):
     smoothing only); ``input_scale`` float32 [1, 1] (static activations only).
     """
 
+    qweight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    smooth_scale: Tensor
+    input_scale: Tensor
+    bias: nn.Parameter | None  # type: ignore[assignment]
+
     def __init__(
         self, plan: LayerPlan, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> None:
@@ -92,7 +99,7 @@ class QuantizedLinear(nn.Linear):
             if input_scale is None:
                 raise ValueError(f"layer {plan.name!r} has static activations and needs an input_scale")
             layer.input_scale.fill_(float(input_scale))
-        if linear.bias is not None:
+        if linear.bias is not None and layer.bias is not None:
             layer.bias.copy_(linear.bias)
         return layer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,10 @@ class TimestepLinear(nn.Linear):
     def current(self) -> QuantizedLinear:
         """The layer of the range the clock is in; between two ranges, the nearest one."""
         assert self.plan.timesteps is not None
-        now = self.clock.now  # type: ignore[attr-defined]
+        clock: Clock = self.__dict__["clock"]
+        now = clock.now
         distance = [max(begin - now, now - end, 0.0) for begin, end in self.plan.timesteps]
-        return self.ranges[distance.index(min(distance))]  # type: ignore[return-value]
+        return cast(QuantizedLinear, self.ranges[distance.index(min(distance))])
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -63,4 +64,4 @@ class TimestepLinear(nn.Linear):
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:
         """The layer of the first range as a plain ``nn.Linear``: ranges differ by rounding only."""
-        return self.ranges[0].dequantize()  # type: ignore[union-attr, operator]
+        return cast(QuantizedLinear, self.ranges[0]).dequantize()

@@ -46,9 +46,7 @@ class Method(ABC):
 def smooth_of(group: InputGroup, recipe: Recipe, alpha: float) -> Smooth:
     """The smoothing of a group at one ``alpha``, folded where the recipe and the architecture allow it."""
     fold = recipe.balance.fold and recipe.balance.timesteps is None
-    return Smooth(
-        alpha=alpha, power_of_two=recipe.balance.power_of_two, folded=group.input.foldable if fold else None
-    )
+    return Smooth(alpha=alpha, power_of_two=recipe.balance.power_of_two, folded=group.input.foldable if fold else None)
 
 
 def rotate_of(width: int, recipe: Recipe, seed: int) -> Rotate:

@@ -13,6 +13,8 @@ from ditq.errors import UsageError
 from ditq.numerics import Rotation, fake_quantize, rotate, smoothing_scale
 from ditq.plan import LayerPlan, Rotate, Smooth, TensorFormat
 
+Option = tuple[Smooth | None, Rotate | None]
+
 # The search looks at this many rows at most: its cost grows with candidates x layers x rows.
 SEARCH_ROWS = 1024
 
@@ -45,9 +47,7 @@ def balanced(x: Tensor, scale: Tensor | None, rotate_plan: Rotate | None, *, wei
 def _rounded(x: Tensor, fmt: TensorFormat | None) -> Tensor:
     if fmt is None:
         return x
-    return fake_quantize(
-        x, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size
-    )
+    return fake_quantize(x, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size)
 
 
 @torch.no_grad()
@@ -73,12 +73,12 @@ def output_error(
 
 
 def best_balance(
-    options: Sequence[tuple[Smooth | None, Rotate | None]],
+    options: Sequence[Option],
     group: InputGroup,
     layers: Sequence[LayerPlan],
     seen: GroupStatistics | None,
     timesteps: Tensor | None,
-) -> tuple[Smooth | None, Rotate | None]:
+) -> Option:
     """The option with the smallest output error; the earlier one on a tie.
 
     Raises:

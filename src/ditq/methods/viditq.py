@@ -15,7 +15,7 @@ from torch import Tensor
 from ditq.architectures import InputGroup
 from ditq.calibration import GroupStatistics
 from ditq.methods.base import Method, rotate_of, smooth_of
-from ditq.methods.error import best_balance
+from ditq.methods.error import Option, best_balance
 from ditq.plan import LayerPlan, Rotate, Smooth
 from ditq.recipe import Recipe
 
@@ -35,10 +35,10 @@ class ViDiTQ(Method):
         rules = recipe.balance
         smooths = [smooth_of(group, recipe, alpha) for alpha in rules.alphas] if rules.smooth else []
         rotation = rotate_of(layers[0].in_features, recipe, seed) if rules.rotate else None
-        both = [(smooth, rotation) for smooth in smooths] or [(None, rotation)]
+        both: list[Option] = [(smooth, rotation) for smooth in smooths] or [(None, rotation)]
         if rules.choose == "always":
             return best_balance(both, group, layers, seen, timesteps)
-        options: list[tuple[Smooth | None, Rotate | None]] = [(None, None)]
+        options: list[Option] = [(None, None)]
         options += [(smooth, None) for smooth in smooths]
         if rotation:
             options += [(None, rotation), *((smooth, rotation) for smooth in smooths)]

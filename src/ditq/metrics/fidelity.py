@@ -32,7 +32,7 @@ def ssim(reference: Image.Image, other: Image.Image) -> float:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     value = structural_similarity_index_measure(to_tensor(other)[None], to_tensor(reference)[None], data_range=1.0)
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def latent_sqnr_db(reference: Tensor, other: Tensor) -> float:

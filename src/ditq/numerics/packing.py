@@ -100,7 +100,7 @@ def _unpack_any(packed: Tensor, bits: int) -> Tensor:
     """int8 [R, >= columns] for any width, by the position of a code in its period; stays in 8-bit integers."""
     rows, width = packed.shape
     count, size = _period(bits)
-    stream = F.pad(packed, (0, -width % size)).view(rows, -1, size)
+    stream = F.pad(packed, (0, -width % size)).view(rows, -(-width // size), size)
     codes = torch.empty(rows, stream.shape[1], count, dtype=torch.uint8, device=packed.device)
     for i in range(count):
         byte, shift = divmod(i * bits, 8)
@@ -108,4 +108,4 @@ def _unpack_any(packed: Tensor, bits: int) -> Tensor:
         if shift + bits > 8:
             value |= stream[..., byte + 1] << (8 - shift)  # bits beyond the eighth fall off, as they should
         codes[..., i] = value & (2**bits - 1)
-    return codes.view(rows, -1).view(torch.int8).sub_(2 ** (bits - 1))
+    return codes.flatten(1).view(torch.int8).sub_(2 ** (bits - 1))

@@ -236,9 +236,7 @@ def _per_group(value: Tensor, groups: Tensor, name: str) -> Tensor:
     try:
         return value.expand(shape)
     except RuntimeError:
-        raise ValueError(
-            f"{name} must broadcast to {tuple(shape)} (one per group), got {tuple(value.shape)}"
-        ) from None
+        raise ValueError(f"{name} must broadcast to {tuple(shape)}, one per group, got {tuple(value.shape)}") from None
 
 
 def _clip_ratio(clip_ratio: float | Tensor, groups: Tensor) -> float | Tensor:

@@ -42,7 +42,12 @@ class TorchEngine(Engine):
         if fast:
             return quantize_tokens(x, format.bits)
         return quantize(
-            x, format.bits, symmetric=format.symmetric, granularity=format.rows, group_size=format.group_size, scale=scale
+            x,
+            format.bits,
+            symmetric=format.symmetric,
+            granularity=format.rows,
+            group_size=format.group_size,
+            scale=scale,
         )
 
     def linear(

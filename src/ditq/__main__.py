@@ -1,0 +1,5 @@
+"""``python -m ditq`` is ``ditq``."""
+
+from ditq.cli import main
+
+main()

@@ -1,0 +1,67 @@
+"""Assembles the verbs and turns errors into one paragraph and an exit status."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+import sys
+import warnings
+
+import typer
+
+from ditq import cli as package
+from ditq.errors import DitqError, UsageError
+
+DESCRIPTION = "Post-training quantization for diffusion transformers. --debug on any verb shows tracebacks."
+
+
+def build() -> typer.Typer:
+    """The application: every module of ``ditq.cli`` that has ``VERB`` is one."""
+    app = typer.Typer(help=DESCRIPTION, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        if hasattr(module, "VERB"):
+            app.command(info.name.rstrip("_"))(module.VERB)
+    return app
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit status."""
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug:
+        warnings.filterwarnings("ignore")
+        logging.getLogger("diffusers").setLevel(logging.ERROR)
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        build()(args=arguments, standalone_mode=True)
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 1
+    except UsageError as error:
+        return _fail(error, debug, 2)
+    except DitqError as error:
+        return _fail(error, debug, 1)
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished calibration batches are kept: add --resume to go on.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        return _fail(error, debug, 1)
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(error, debug, 1, hint=" This is unexpected; --debug shows where.")
+    return 0
+
+
+def _fail(error: BaseException, debug: bool, status: int, hint: str = "") -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    else:
+        kind = "" if isinstance(error, DitqError) else f"{type(error).__name__}: "
+        print(f"error: {kind}{error}{hint}", file=sys.stderr)
+    return status

@@ -1,0 +1,157 @@
+"""Options that several verbs share, prompts, devices, progress bars."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ditq.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ditq.architectures import Architecture
+
+Pipeline = Annotated[str, typer.Argument(help="A pipeline folder, a hub id, or bundled:NAME.")]
+Seed = Annotated[int, typer.Option(help="Seed of noise, calibration and rotations.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on a GPU, else float32.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps; default: the pipeline's.", min=1)]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's.")]
+BatchSize = Annotated[int, typer.Option(help="Pictures drawn at once.", min=1)]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", help="Text file, one prompt (or class name, or class number) a line.")
+]
+ArchitectureOption = Annotated[
+    str | None, typer.Option("--architecture", help="Name or YAML file, for a transformer class ditq does not know.")
+]
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(data: Any) -> None:
+    """JSON on stdout, nothing else."""
+    json.dump(data, sys.stdout, indent=1)
+    sys.stdout.write("\n")
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of ``--device``.
+
+    Raises:
+        UsageError: not a device, or not on this machine.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The compute dtype of ``--dtype``."""
+    import torch
+
+    if dtype == "auto":
+        # On a CPU float32 is what diffusers loads by default, and without bf16 instructions the fast one.
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise UsageError(f"--dtype must be auto, {', '.join(known)}; got {dtype!r}.")
+    return known[dtype]
+
+
+def open_pipeline(path: str, device: str, dtype: str) -> Any:
+    """Loads a pipeline and puts it on the device."""
+    from ditq import api
+
+    where = pick_device(device)
+    return api.load(path, dtype=pick_dtype(dtype, where)).to(where)
+
+
+def pick_architecture(pipe: Any, name: str | None) -> Architecture:
+    """The architecture of a pipeline's transformer, or the one that was asked for."""
+    from ditq import architectures
+
+    return architectures.load(name) if name else architectures.match(pipe.transformer)
+
+
+def pick_prompts(
+    path: str, pipe: Any, architecture: Architecture, file: Path | None, split: str, count: int | None = None
+) -> list[str]:
+    """Prompts from a file, from a bundled model's own lists, or evenly spread classes of the pipeline.
+
+    Raises:
+        UsageError: the file is missing or empty, or there is nothing to choose from.
+    """
+    if file is not None:
+        if not file.is_file():
+            raise UsageError(f"There is no prompts file {file}.")
+        prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        if not prompts:
+            raise UsageError(f"The prompts file {file} is empty: write one prompt a line.")
+    elif path.startswith("bundled:"):
+        import ditq_bundled
+
+        prompts = ditq_bundled.prompts(path.removeprefix("bundled:"), split)
+    elif architecture.pipeline.condition == "class_labels":
+        labels = sorted(set((getattr(pipe, "labels", None) or {}).values())) or list(range(1000))
+        prompts = [str(label) for label in labels[:: max(1, len(labels) // 32)]][:32]
+    else:
+        raise UsageError("Give --prompts FILE with prompts like those you will draw (32 are enough), one a line.")
+    return prompts[:count] if count else prompts
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A callback (stage, done, total) that shows one bar a stage on stderr; None if quiet."""
+    if quiet:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    bars: dict[str, Any] = {}
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err) as progress:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=total)
+            progress.update(bars[stage], completed=done)
+
+        yield show
+
+
+def metrics_table(title: str, rows: Sequence[tuple[str, dict[str, Any], str]]) -> Any:
+    """Rows of (model, metrics by name, size) as a table of means with 95 % intervals."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("model")
+    for column in ("PSNR dB", "SSIM", "latent SQNR dB", "transformer"):
+        table.add_column(column, justify="right")
+    for name, metrics, size in rows:
+        p, s, q = (metrics.get(key) for key in ("psnr_db", "ssim", "latent_sqnr_db"))
+        table.add_row(
+            name,
+            f"{p.mean:.1f} [{p.ci95[0]:.1f}, {p.ci95[1]:.1f}]" if p else "",
+            f"{s.mean:.4f} [{s.ci95[0]:.4f}, {s.ci95[1]:.4f}]" if s else "",
+            f"{q.mean:.1f} [{q.ci95[0]:.1f}, {q.ci95[1]:.1f}]" if q else "",
+            size,
+        )
+    return table

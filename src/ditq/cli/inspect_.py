@@ -1,0 +1,46 @@
+"""``ditq inspect``: what was done to which layer of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ditq.cli.common import AsJson, Pipeline, out, print_json
+
+
+def inspect(
+    pipeline: Pipeline,
+    as_json: AsJson = False,
+    roles: Annotated[bool, typer.Option("--roles", help="One row for each role instead of each layer.")] = False,
+    verify: Annotated[bool, typer.Option(help="Check every tensor against the plan and its checksum.")] = True,
+) -> None:
+    """Show the plan of a quantized pipeline: formats, balance, bits, bytes.
+
+    Example: ditq inspect emoji-w4a8 --json
+    """
+    from pathlib import Path
+
+    from ditq import api
+    from ditq.checkpoint.verify import verify as verify_files
+    from ditq.errors import UsageError
+    from ditq.report.tables import plan_json, plan_summary, plan_table
+
+    folder = api.resolve(pipeline)
+    if not isinstance(folder, Path):
+        raise UsageError(f"inspect reads folders; download {pipeline!r} first.")
+    plan = api.read_plan(folder)
+    if plan is None:
+        raise UsageError(f"{pipeline} is not quantized by ditq: every layer of its transformer is as it was.")
+    files = sorted((folder / "transformer").glob("*.safetensors"))
+    if verify:
+        verify_files(files, plan)
+    size = sum(file.stat().st_size for file in files)
+    if as_json:
+        print_json(plan_json(plan, size))
+        return
+    out.print(plan_table(plan, full=not roles))
+    out.print(plan_summary(plan, size), markup=False)
+
+
+VERB = inspect
