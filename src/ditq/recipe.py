@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ditq.errors import UsageError, unknown
 from ditq.plan import TensorFormat, first_error
@@ -84,6 +84,16 @@ class Recipe(_Strict):
     calibration: Calibration = Calibration()
     clip: Literal["minmax", "mse"] = "minmax"
 
+    @field_validator("keep_layers")
+    @classmethod
+    def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return patterns
+
     @property
     def needs_calibration(self) -> bool:
         """Whether the method looks at activations before it can quantize."""
@@ -116,21 +126,32 @@ class Recipe(_Strict):
             UsageError: an assignment has no ``=`` or names no field of a recipe.
         """
         data = self.model_dump(mode="json")
+        made = {id(data["roles"])}  # mappings that take any key; validation has the last word
         for assignment in assignments:
             key, equals, value = assignment.partition("=")
             if not equals:
                 raise UsageError(f"--set takes key=value, got {assignment!r}.")
-            target, parts = data, key.strip().split(".")
-            for part in parts[:-1]:
-                if part not in target:
+            target, parts = data, _path(key.strip())
+            for i, part in enumerate(parts):
+                if not isinstance(target, dict) or (part not in target and id(target) not in made):
                     raise unknown("recipe field", key, _fields(data))
-                if target[part] is None:
-                    target[part] = {}
-                target = target[part]
-            if parts[-1] not in target and parts[0] != "roles":
-                raise unknown("recipe field", key, _fields(data))
-            target[parts[-1]] = yaml.safe_load(value)
+                if i < len(parts) - 1:
+                    if target.get(part) is None:
+                        target[part] = {}
+                        made.add(id(target[part]))
+                    target = target[part]
+            try:
+                target[parts[-1]] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise UsageError(f"--set {assignment!r}: the value is not YAML ({error}).") from error
         return parse(data, "--set")
+
+
+def _path(key: str) -> list[str]:
+    """The parts of a dotted key; the name of a role, dotted itself, is one part."""
+    if match := re.fullmatch(r"roles\.(.+?)((?:\.(?:weights|activations)(?:\..+)?)?)", key):
+        return ["roles", match[1], *match[2].split(".")[1:]]
+    return key.split(".")
 
 
 def _fields(data: dict[str, Any], prefix: str = "") -> list[str]:
