@@ -191,6 +191,7 @@ class Fold(_Frozen):
     """
 
     norm: str
+    width: Annotated[int, Field(ge=1)]
     block: str | None = None
     argument: str | None = None
     chunks: Annotated[int, Field(ge=1)] = 6
@@ -257,6 +258,7 @@ class Plan(_Frozen):
         biases = sum(layer.out_features for layer in self.layers if layer.bias)
         linear = sum(layer.parameters for layer in self.layers)
         other = 2 * (self.other_parameters - biases)
+        other += sum({fold.block: 4 * fold.chunks * fold.width for fold in self.folds if fold.block}.values())
         return sum(layer.stored_bytes() for layer in self.layers) + other, 2 * (linear + self.other_parameters)
 
     def hash(self) -> str:

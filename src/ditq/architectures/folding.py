@@ -38,11 +38,12 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
         raise UsageError(f"The input of {group.name!r} has no producer that could carry a scale.")
     record = Fold(
         norm=f"{group.block}.{source.norm}",
+        width=len(scale),
         block=group.block if source.argument else None,
         argument=source.argument,
         chunks=source.chunks,
     )
-    prepare(model, record, width=len(scale))
+    prepare(model, record)
     norm: Any = model.get_submodule(record.norm)
     norm.weight.div_(scale.to(norm.weight))
     if getattr(norm, "bias", None) is not None:
@@ -64,7 +65,7 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
     return record
 
 
-def prepare(model: nn.Module, record: Fold, width: int | None = None) -> None:
+def prepare(model: nn.Module, record: Fold) -> None:
     """Gives a norm its weight, and a block its factor of the shared modulation, where they have none yet.
 
     Called before folding, and by the loader before weights are loaded (then on the meta device).
@@ -86,8 +87,7 @@ def prepare(model: nn.Module, record: Fold, width: int | None = None) -> None:
             torch.ones(shape, dtype=reference.dtype, device=reference.device), requires_grad=False
         )
     if block is not None and BUFFER not in block._buffers:
-        width = width or norm.weight.numel()
-        block.register_buffer(BUFFER, torch.ones(record.chunks * width, device=reference.device))
+        block.register_buffer(BUFFER, torch.ones(record.chunks * record.width, device=reference.device))
         assert record.argument is not None
         _scale_argument(block, record.argument)
 
