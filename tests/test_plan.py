@@ -1,0 +1,272 @@
+"""Plan: validation that names the field, JSON, hash, diff, and arithmetic checked by hand and against files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import layer_plan, tiny_model, tiny_statistics, token_format, weight_format
+from pydantic import ValidationError
+from safetensors import safe_open
+
+import ditq
+from ditq.errors import CheckpointError, UsageError
+from ditq.plan import FORMAT_VERSION, Fold, LayerPlan, Plan, Rotate, Smooth, TensorFormat
+
+
+def small_plan(**fields: Any) -> Plan:
+    layers = (
+        layer_plan("blocks.0.up", k=64, n=32),
+        layer_plan("blocks.0.down", k=32, n=64, weight=weight_format(3, symmetric=True), activation=None, bias=False),
+        LayerPlan(name="head", role="final", in_features=32, out_features=16, reason="role final is kept in 16 bit"),
+    )
+    defaults: dict[str, Any] = {
+        "method": "rtn", "recipe": "mine", "architecture": "dit", "layers": layers,
+        "nominal_weight_bits": 4, "nominal_activation_bits": 8, "other_parameters": 1000,
+    }  # fmt: skip
+    return Plan(**{**defaults, **fields})
+
+
+# --------------------------------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 16])
+def test_format_refuses_bits(bits: int) -> None:
+    with pytest.raises(ValidationError, match="bits"):
+        TensorFormat(bits=bits, granularity="token")
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"granularity": "group"}, "group_size"),
+        ({"granularity": "token", "group_size": 32}, "group_size"),
+        ({"granularity": "group", "group_size": 4}, "group_size"),
+        ({"granularity": "row"}, "granularity"),
+        ({"granularity": "token", "wide": True}, "wide"),
+    ],
+)
+def test_format_names_the_wrong_field(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        TensorFormat(bits=4, **fields)
+
+
+def test_group_size_that_does_not_divide_names_those_that_do() -> None:
+    with pytest.raises(UsageError, match=r"in_features=96; got 64; possible: 16, 32, 48, 96\."):
+        weight_format(granularity="group", group=64).groups(96)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"weight": None, "activation": token_format()}, "keeps 16-bit weights"),
+        ({"weight": None, "activation": None, "rotate": Rotate(block=32)}, "keeps 16-bit weights"),
+        ({"weight": token_format(4)}, "weights are static"),
+        ({"activation": weight_format(8)}, "no granularity 'channel'"),
+        ({"activation": TensorFormat(bits=8, granularity="token")}, "static activation scales are per tensor"),
+        ({"weight": weight_format(granularity="group", group=24)}, "group_size must divide in_features=32"),
+        ({"activation": token_format(granularity="group", group=24)}, "group_size must divide in_features=32"),
+        ({"rotate": Rotate(block=64)}, "rotation block 64"),
+        ({"timesteps": ((0, 10), (30, 20))}, r"timestep range \[30, 20\]"),
+        ({"smooth": {"alpha": 1.5}}, r"smooth\.alpha"),
+        ({"out_features": 0}, "out_features"),
+        ({"rounding": "gptq!"}, "rounding"),
+        ({"name": ""}, "name"),
+    ],
+)
+def test_layer_plan_names_the_wrong_field(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises((ValidationError, UsageError), match=complaint):
+        layer_plan(**fields)
+
+
+def test_layers_named_twice_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"layers named twice: a, b"):
+        small_plan(layers=tuple(layer_plan(name) for name in "abcba"))
+
+
+def test_plans_are_frozen() -> None:
+    plan = small_plan()
+    with pytest.raises(ValidationError):
+        plan.seed = 3
+    with pytest.raises(ValidationError):
+        plan.layers[0].role = "ffn.down"
+
+
+# --------------------------------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        small_plan(),
+        small_plan(
+            layers=(
+                layer_plan(smooth=Smooth(alpha=0.35, folded="norm"), rotate=Rotate(block=32, seed=7)),
+                layer_plan("t", timesteps=((0, 499), (500, 999)), smooth=Smooth(alpha=0.1, power_of_two=True)),
+            ),
+            folds=(Fold(norm="blocks.0.norm1", width=64, block="blocks.0", argument="timestep"),),
+            notes={"budget": 4.5},
+        ),
+    ],
+    ids=["plain", "with-everything"],
+)
+def test_json_round_trip(plan: Plan) -> None:
+    again = Plan.from_dict(json.loads(plan.to_json()))
+    assert again == plan
+    assert again.hash() == plan.hash()
+
+
+def test_newer_format_version_names_the_ditq_to_install() -> None:
+    data = {**json.loads(small_plan().to_json()), "format_version": FORMAT_VERSION + 2, "unheard": "of"}
+    with pytest.raises(CheckpointError, match=rf"format_version {FORMAT_VERSION + 2}.*pip install 'ditq>=0"):
+        Plan.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("layers", 0, "weight", "bits"), 12, r"layers\.0\.weight\.bits.*12"),
+        (("layers", 1, "out_features"), "many", r"layers\.1\.out_features"),
+        (("method",), None, "method"),
+        (("storage_dtype",), "int8", "storage_dtype"),
+        (("format_version",), 0, "format_version"),
+        (("extra",), 1, "extra"),
+    ],
+)
+def test_damaged_json_names_the_field(path: tuple[Any, ...], value: object, complaint: str) -> None:
+    data = target = json.loads(small_plan().to_json())
+    for part in path[:-1]:
+        target = target[part]
+    target[path[-1]] = value
+    with pytest.raises(CheckpointError, match=complaint):
+        Plan.from_dict(data)
+
+
+@pytest.mark.parametrize("data", [None, [], "plan", 3])
+def test_something_else_than_a_plan_is_refused(data: object) -> None:
+    with pytest.raises(CheckpointError, match="a JSON object"):
+        Plan.from_dict(data)
+
+
+# ------------------------------------------------------------------------------------- hash and diff
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "quarot"},
+        {"recipe": "yours"},
+        {"architecture": "pixart"},
+        {"seed": 1},
+        {"nominal_weight_bits": 5},
+        {"nominal_activation_bits": 6},
+        {"other_parameters": 1001},
+        {"storage_dtype": "float16"},
+        {"time_argument": "t"},
+        {"notes": {"why": "not"}},
+        {"folds": (Fold(norm="n", width=8),)},
+        {"layers": (*small_plan().layers[:2], small_plan().layers[2].model_copy(update={"reason": "other"}))},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_hash_changes_with_every_field_of_a_plan(fields: dict[str, Any]) -> None:
+    assert small_plan(**fields).hash() != small_plan().hash()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "b"},
+        {"role": "ffn.down"},
+        {"in_features": 64},
+        {"out_features": 25},
+        {"bias": False},
+        {"weight": weight_format(5)},
+        {"weight": weight_format(symmetric=True)},
+        {"weight": weight_format(granularity="group", group=16)},
+        {"activation": None},
+        {"activation": TensorFormat(bits=8, granularity="tensor")},
+        {"smooth": Smooth(alpha=0.5)},
+        {"smooth": Smooth(alpha=0.5, folded="norm")},
+        {"rotate": Rotate(block=32)},
+        {"rotate": Rotate(block=32, seed=1)},
+        {"clip": "mse"},
+        {"timesteps": ((0, 9),)},
+        {"reason": "because"},
+    ],
+    ids=str,
+)
+def test_hash_changes_with_every_field_of_a_layer(fields: dict[str, Any]) -> None:
+    base = small_plan(layers=(layer_plan("a"),))
+    assert small_plan(layers=(layer_plan(**{"name": "a", **fields}),)).hash() != base.hash()
+
+
+def test_diff_lists_what_changed_appeared_and_vanished() -> None:
+    a = small_plan(layers=(layer_plan("same"), layer_plan("bits"), layer_plan("gone")))
+    b = small_plan(layers=(layer_plan("same"), layer_plan("bits", weight=weight_format(8)), layer_plan("new")))
+    diff = a.diff(b)
+    assert list(diff) == ["bits", "gone", "new"]
+    assert "int4" in diff["bits"][0]
+    assert "int8 asym/channel" in diff["bits"][1]
+    assert diff["gone"][1] == diff["new"][0] == "absent"
+    assert a.diff(a) == {}
+
+
+# -------------------------------------------------------------------------------- bits and memory
+
+
+def test_average_bits_by_hand() -> None:
+    # 64*32 at 4 bits, 32*64 at 3, 32*16 at 16, 1000 others at 16.
+    expected = (2048 * 4 + 2048 * 3 + 512 * 16 + 1000 * 16) / (2048 + 2048 + 512 + 1000)
+    assert small_plan().average_bits == pytest.approx(expected)
+    assert small_plan().average_activation_bits == pytest.approx((2048 * 8 + 2048 * 16 + 512 * 16) / 4608)
+
+
+def test_memory_by_hand() -> None:
+    up = 32 * 64 * 4 // 8 + 32 * (4 + 1) + 32 * 2  # codes, scales and zero points, bias
+    down = 64 * 32 * 3 // 8 + 64 * 4  # symmetric, no bias
+    head = 2 * (32 * 16 + 16)
+    others = 2 * (1000 - 32 - 16)  # biases are counted with their layers
+    assert small_plan().memory() == (up + down + head + others, 2 * (4608 + 1000))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"weight": weight_format(3)}, 24 * 12 + 24 * 5 + 48),
+        ({"weight": weight_format(3), "k": 33, "bias": False}, 24 * 13 + 24 * 5),  # 99 bits take 13 bytes
+        ({"weight": weight_format(8, "tensor", symmetric=True)}, 24 * 32 + 4 + 48),
+        ({"weight": weight_format(2, "group", group=16)}, 24 * 8 + 24 * 2 * 5 + 48),
+        ({"smooth": Smooth(alpha=0.5)}, 24 * 16 + 24 * 5 + 4 * 32 + 48),
+        ({"smooth": Smooth(alpha=0.5, folded="v")}, 24 * 16 + 24 * 5 + 48),
+        ({"activation": TensorFormat(bits=8, granularity="tensor")}, 24 * 16 + 24 * 5 + 4 + 48),
+        ({"timesteps": ((0, 1), (2, 3), (4, 5)), "bias": False}, 3 * (24 * 16 + 24 * 5)),
+    ],
+    ids=str,
+)
+def test_stored_bytes_by_hand(fields: dict[str, Any], expected: int) -> None:
+    assert layer_plan(**fields).stored_bytes() == expected
+
+
+@pytest.mark.parametrize("recipe", ["rtn-static-w8a8", "quarot-w4a4", "smoothquant-w4a8"])
+@pytest.mark.parametrize("architecture", ["pixart", "dit"])
+def test_memory_is_the_bytes_of_the_saved_file(architecture: str, recipe: str, tmp_path: Path) -> None:
+    model = tiny_model(architecture)
+    statistics = tiny_statistics(model, architecture)
+    plan = ditq.quantize(model, recipe, statistics=statistics).plan
+    model.save_pretrained(tmp_path)
+    stored = 0
+    with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(name)
+            stored += tensor.numel() * tensor.element_size()
+    assert plan.memory()[0] == stored
+
+
+def test_average_bits_lie_between_nominal_and_16() -> None:
+    model = tiny_model("dit")
+    plan = ditq.quantize(model, "rtn-w4a8").plan
+    assert plan.nominal_weight_bits == 4
+    assert 4 < plan.average_bits < 16
+    assert len(plan.quantized) + len(plan.kept) == len(plan.layers)
+    assert all(layer.reason for layer in plan.kept)
