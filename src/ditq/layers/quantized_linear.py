@@ -93,7 +93,9 @@ class QuantizedLinear(nn.Linear):
         layer.weight_scale.copy_(quantized.scale)
         if quantized.zero_point is not None:
             layer.weight_zero_point.copy_(quantized.zero_point)
-        if "smooth_scale" in layer._buffers and smooth_scale is not None:
+        if "smooth_scale" in layer._buffers:
+            if smooth_scale is None:
+                raise ValueError(f"layer {plan.name!r} smooths its input and needs a smooth_scale")
             layer.smooth_scale.copy_(smooth_scale)
         if "input_scale" in layer._buffers:
             if input_scale is None:

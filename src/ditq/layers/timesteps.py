@@ -17,17 +17,20 @@ class Clock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
+        self.argument = ""
 
     def attach(self, model: nn.Module, argument: str) -> None:
         """Reads ``argument`` (a number or a tensor of equal ones) before every forward of ``model``."""
 
-        def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = kwargs.get(argument)
-            if value is None:
-                raise ValueError(f"timestep-aware layers need the keyword argument {argument!r} of the transformer")
-            self.now = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+        self.argument = argument
+        # A bound method, so that a deep copy of the model tells its own copy of the clock.
+        model.register_forward_pre_hook(self._tell, with_kwargs=True)
 
-        model.register_forward_pre_hook(tell, with_kwargs=True)
+    def _tell(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = kwargs.get(self.argument)
+        if value is None:
+            raise ValueError(f"timestep-aware layers need the keyword argument {self.argument!r} of the transformer")
+        self.now = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
 
 
 class TimestepLinear(nn.Linear):
