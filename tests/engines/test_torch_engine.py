@@ -1,0 +1,208 @@
+"""The torch engine against a float64 reference of the dequantized operands, format by format."""
+
+from __future__ import annotations
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+import torch
+from helpers import token_format, weight_format
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ditq.engines import QuantizedWeight
+from ditq.engines.torch.engine import MAX_COLUMNS, TorchEngine, integer_product, quantize_tokens
+from ditq.numerics import Quantized, pack, quantize
+from ditq.plan import TensorFormat
+
+ENGINE = TorchEngine()
+STATIC = TensorFormat(bits=8, granularity="tensor")
+
+
+def packed(weight: Tensor, fmt: TensorFormat) -> tuple[QuantizedWeight, Quantized]:
+    q = quantize(weight, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size)
+    zero_point = None if q.zero_point is None else q.zero_point.to(torch.int8)
+    return QuantizedWeight(pack(q.codes, fmt.bits), q.scale, zero_point, weight.shape[1], fmt), q
+
+
+def values(q: Quantized) -> Tensor:
+    """scale * (codes - zero_point) in float64; scales are [R, G] or [1, 1]."""
+    rows, columns = q.codes.shape
+    groups = q.scale.shape[1]
+    zero = torch.zeros_like(q.scale) if q.zero_point is None else q.zero_point
+    grid = q.codes.double().reshape(rows, groups, columns // groups)
+    return (q.scale.double()[..., None] * (grid - zero.double()[..., None])).reshape(rows, columns)
+
+
+def check(x: Tensor, weight: Tensor, w_fmt: TensorFormat, x_fmt: TensorFormat, bias: Tensor | None = None) -> Tensor:
+    scale = None if x_fmt.dynamic else x.abs().max().reshape(1, 1) / 100 if x.numel() else torch.ones(1, 1)
+    engine_weight, w = packed(weight, w_fmt)
+    codes = ENGINE.quantize_activations(x, x_fmt, scale)
+    y = ENGINE.linear(codes, x_fmt, engine_weight, bias, torch.float32)
+    expected = values(codes) @ values(w).T + (0 if bias is None else bias.double())
+    assert y.dtype == torch.float32
+    assert y.shape == expected.shape
+    # Float32 rounding of the sums of rescaled groups, and nothing else.
+    size = (values(codes).abs() @ values(w).abs().T).clamp_min(1e-20) + (0 if bias is None else bias.abs().double())
+    assert bool(((y.double() - expected).abs() <= 2e-6 * size).all())
+    return y
+
+
+X_FORMATS = {
+    "token-sym": token_format(),
+    "token-asym": token_format(symmetric=False),
+    "tensor-static": STATIC,
+    "tensor-sym": token_format(granularity="tensor"),
+    "tensor-asym": token_format(granularity="tensor", symmetric=False),
+    "group16-sym": token_format(granularity="group", group=16),
+    "group48-asym": token_format(granularity="group", symmetric=False, group=48),
+}
+W_FORMATS = {
+    "channel-sym": weight_format(symmetric=True),
+    "channel-asym": weight_format(),
+    "tensor-sym": weight_format(granularity="tensor", symmetric=True),
+    "tensor-asym": weight_format(granularity="tensor"),
+    "group16-sym": weight_format(granularity="group", symmetric=True, group=16),
+    "group32-asym": weight_format(granularity="group", group=32),
+}
+
+
+@pytest.mark.parametrize("x_format", X_FORMATS)
+@pytest.mark.parametrize("w_format", W_FORMATS)
+def test_formats(w_format: str, x_format: str) -> None:
+    x, w = torch.randn(9, 96) + 0.3, torch.randn(11, 96) - 0.2
+    check(x, w, W_FORMATS[w_format], X_FORMATS[x_format], bias=torch.randn(11))
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("a", [4, 6, 8])
+@pytest.mark.parametrize("w", range(2, 9))
+def test_bits(w: int, a: int, symmetric: bool) -> None:
+    x, weight = torch.randn(7, 40), torch.randn(5, 40)
+    check(x, weight, weight_format(w, symmetric=symmetric), token_format(a, symmetric=not symmetric))
+    check(x, weight, weight_format(w, symmetric=symmetric), token_format(a, symmetric=symmetric))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(0, 16, 8), (1, 16, 8), (1, 1, 1), (3, 7, 5), (17, 33, 65), (16, 129, 1), (2, 1153, 31)]
+)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_shapes(m: int, k: int, n: int, bias: bool, symmetric: bool) -> None:
+    y = check(
+        torch.randn(m, k),
+        torch.randn(n, k),
+        weight_format(4, symmetric=symmetric),
+        token_format(8, symmetric=symmetric),
+        torch.randn(n) if bias else None,
+    )
+    assert y.shape == (m, n)
+
+
+@pytest.mark.parametrize("x_format", X_FORMATS)
+def test_no_rows(x_format: str) -> None:
+    y = check(torch.empty(0, 96), torch.randn(4, 96), W_FORMATS["group32-asym"], X_FORMATS[x_format])
+    assert y.shape == (0, 4)
+
+
+@pytest.mark.parametrize("x_format", X_FORMATS)
+@pytest.mark.parametrize("w_format", ["channel-asym", "group32-asym", "channel-sym"])
+def test_constant_and_zero_rows(w_format: str, x_format: str) -> None:
+    x, w = torch.randn(6, 96), torch.randn(6, 96)
+    x[0], x[1], x[2] = 0.0, 3.5, -3.5
+    w[0], w[1], w[2] = 0.0, -0.25, 0.25
+    y = check(x, w, W_FORMATS[w_format], X_FORMATS[x_format])
+    assert torch.equal(y[0], torch.zeros(6))
+    assert torch.equal(y[:, 0], torch.zeros(6))
+
+
+def test_non_contiguous_inputs() -> None:
+    wide = torch.randn(10, 64)
+    x, w = wide[:, ::2], torch.randn(32, 12).t()
+    assert not x.is_contiguous()
+    assert not w.is_contiguous()
+    for x_fmt in (token_format(), token_format(symmetric=False)):
+        y = check(x, w, weight_format(), x_fmt)
+        assert torch.equal(y, check(x.contiguous(), w.contiguous(), weight_format(), x_fmt))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_output_dtype_is_the_one_asked_for(dtype: torch.dtype) -> None:
+    weight, _ = packed(torch.randn(4, 32), weight_format())
+    codes = ENGINE.quantize_activations(torch.randn(3, 32).to(dtype), token_format(), None)
+    assert ENGINE.linear(codes, token_format(), weight, torch.zeros(4, dtype=dtype), dtype).dtype == dtype
+
+
+def test_static_scale_is_used() -> None:
+    codes = ENGINE.quantize_activations(torch.tensor([[1.0, -2.0, 100.0]]), STATIC, torch.tensor([[0.5]]))
+    assert codes.codes.tolist() == [[2, -4, 127]]
+    assert codes.scale.item() == 0.5
+
+
+@pytest.mark.parametrize("w_format", W_FORMATS)
+def test_dequantized_weight_is_that_of_numerics(w_format: str) -> None:
+    weight, q = packed(torch.randn(11, 96), W_FORMATS[w_format])
+    assert torch.allclose(ENGINE.dequantize_weight(weight).double(), values(q), rtol=1e-6, atol=0)
+
+
+# -------------------------------------------------------------------------------- integer products
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (1, 8, 8), (5, 31, 9), (33, 257, 65), (16, 1152, 24)])
+def test_integer_product_equals_int64(m: int, k: int, n: int) -> None:
+    x = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    w = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    y = integer_product(x, w)
+    assert y.dtype == torch.int32
+    assert torch.equal(y.long(), x.long() @ w.long().T)
+
+
+def test_integer_product_of_extreme_codes_does_not_saturate() -> None:
+    k = 4096
+    x, w = torch.full((3, k), -128, dtype=torch.int8), torch.full((8, k), -128, dtype=torch.int8)
+    assert bool((integer_product(x, w) == k * 128 * 128).all())
+    assert bool((integer_product(x, (-w - 1).to(torch.int8)) == -k * 128 * 127).all())
+
+
+def test_integer_product_refuses_what_could_overflow() -> None:
+    x = torch.zeros(1, MAX_COLUMNS + 1, dtype=torch.int8)
+    with pytest.raises(ValueError, match=f"at most {MAX_COLUMNS}.*got {MAX_COLUMNS + 1}"):
+        integer_product(x, x)
+
+
+def test_asymmetric_sums_at_the_widest_layer_stay_exact() -> None:
+    k = MAX_COLUMNS
+    x = Quantized(torch.full((1, k), 127, dtype=torch.int8), torch.ones(1, 1), torch.full((1, 1), -128).short())
+    fmt = weight_format(8)
+    codes = torch.full((1, k), 127, dtype=torch.int8)
+    weight = QuantizedWeight(pack(codes, 8), torch.ones(1, 1), torch.full((1, 1), -128, dtype=torch.int8), k, fmt)
+    y = ENGINE.linear(x, token_format(symmetric=False), weight, None, torch.float32)
+    assert y.item() == pytest.approx(k * 255 * 255, rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------- quantize_tokens
+
+FINITE = st.floats(-(2.0**127), 2.0**127, width=32, allow_nan=False, allow_subnormal=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=FINITE), st.integers(2, 8)
+)
+def test_quantize_tokens_equals_numerics_bit_by_bit(array: np.ndarray, bits: int) -> None:
+    x = torch.from_numpy(array)
+    fast, slow = quantize_tokens(x, bits), quantize(x, bits)
+    assert torch.equal(fast.codes, slow.codes)
+    assert torch.equal(fast.scale, slow.scale)
+    assert fast.zero_point is slow.zero_point is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_quantize_tokens_equals_numerics_in_16_bit(bits: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(50, 64) * torch.logspace(-7, 4, 50)[:, None]).to(dtype)
+    x[3] = 0
+    fast, slow = quantize_tokens(x, bits), quantize(x, bits)
+    assert torch.equal(fast.codes, slow.codes)
+    assert torch.equal(fast.scale, slow.scale)
