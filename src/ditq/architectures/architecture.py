@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
 from ditq.errors import UsageError
@@ -125,6 +125,16 @@ class Architecture(_Strict):
     guidance: Guidance
     pipeline: Pipeline
     example: Example | None = None
+
+    @field_validator("other")
+    @classmethod
+    def _patterns_compile(cls, other: dict[str, str]) -> dict[str, str]:
+        for pattern in other:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return other
 
     def groups(self, model: nn.Module) -> list[InputGroup]:
         """All input groups of the stacks, in the order of the blocks.

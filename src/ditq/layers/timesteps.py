@@ -21,7 +21,6 @@ class Clock(nn.Module):
 
     def attach(self, model: nn.Module, argument: str) -> None:
         """Reads ``argument`` (a number or a tensor of equal ones) before every forward of ``model``."""
-
         self.argument = argument
         # A bound method, so that a deep copy of the model tells its own copy of the clock.
         model.register_forward_pre_hook(self._tell, with_kwargs=True)
