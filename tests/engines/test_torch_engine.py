@@ -27,7 +27,7 @@ def packed(weight: Tensor, fmt: TensorFormat) -> tuple[QuantizedWeight, Quantize
 
 
 def values(q: Quantized) -> Tensor:
-    """scale * (codes - zero_point) in float64; scales are [R, G] or [1, 1]."""
+    """What the codes stand for, scale * (codes - zero_point), in float64; scales are [R, G] or [1, 1]."""
     rows, columns = q.codes.shape
     groups = q.scale.shape[1]
     zero = torch.zeros_like(q.scale) if q.zero_point is None else q.zero_point
