@@ -45,14 +45,14 @@ def calibrate(
     at most about ``settings.rows`` rows a group.
 
     Args:
-        cache: folder of the finished batches; default one below :func:`cache_root`, named by everything that matters.
+        cache: where finished batches are kept, in a folder named by everything that matters; default :func:`cache_root`.
         resume: take finished batches from the cache instead of starting over.
         progress: called with (batches done, batches in all).
     """
     prompts = list(prompts)[: settings.prompts]
     batches = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
     groups = architecture.groups(pipe.transformer)
-    folder = cache or cache_root() / _key(pipe.transformer, architecture, prompts, settings, seed)
+    folder = (cache or cache_root()) / _key(pipe.transformer, architecture, prompts, settings, seed)
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
