@@ -298,10 +298,11 @@ def test_ranges_of_timesteps_select_maxima_and_rows() -> None:
 
 
 def test_merge_takes_maxima_of_maxima_and_all_rows() -> None:
+    times = torch.full((2,), 5.0)
     a, b = (
-        Statistics(torch.tensor([5.0]), {"g": GroupStatistics(torch.tensor([[[x, -x + 4]]]), torch.full((2, 2), x), torch.full((2,), 5.0))})
+        Statistics(times[:1], {"g": GroupStatistics(torch.tensor([[[x, 4 - x]]]), torch.full((2, 2), x), times)})
         for x in (1.0, 3.0)
-    )  # fmt: skip
+    )
     merged = merge([a, b]).groups["g"]
     assert merged.absmax.tolist() == [[[3.0, 3.0]]]
     assert merged.sample[:, 0].tolist() == [1.0, 1.0, 3.0, 3.0]

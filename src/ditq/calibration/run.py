@@ -45,7 +45,7 @@ def calibrate(
     at most about ``settings.rows`` rows a group.
 
     Args:
-        cache: where finished batches are kept, in a folder named by everything that matters; default :func:`cache_root`.
+        cache: where finished batches are kept, below a name of everything that matters; default :func:`cache_root`.
         resume: take finished batches from the cache instead of starting over.
         progress: called with (batches done, batches in all).
     """
