@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -263,22 +263,33 @@ def save(pipe: Any, out: str | Path, *, source: str | Path | None = None, overwr
     return Path(out)
 
 
+def check_output(out: str | Path) -> None:
+    """Fails now rather than after the work, where ``out`` exists or its parent cannot be written."""
+    with new_folder(out, keep=False):
+        pass
+
+
 @contextmanager
-def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that becomes ``out`` if everything inside succeeds, and vanishes if not."""
+def new_folder(out: str | Path, *, overwrite: bool = False, keep: bool = True) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that becomes ``out`` if everything inside succeeds, and vanishes if not.
+
+    ``keep=False`` lets it vanish in any case. Folders above ``out`` are made, and removed again if left empty.
+    """
     out = Path(out)
     if out.exists() and not overwrite:
         raise UsageError(f"The output folder {out} exists already. Choose another, or delete it first.")
     temporary: Path | None = None
+    made = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         temporary.chmod(0o755)
         yield temporary
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(temporary, out)
-        temporary = None
+        if keep:
+            if out.exists():
+                shutil.rmtree(out)
+            os.rename(temporary, out)
+            temporary = None
     except OSError as error:
         raise DitqError(f"Cannot write {out}: {error.strerror or error}. Nothing was left behind.") from error
     except Exception as error:
@@ -289,6 +300,9 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not made, or not empty
+                parent.rmdir()
 
 
 @dataclass

@@ -94,7 +94,10 @@ def prepare(model: nn.Module, record: Fold) -> None:
 
 def _scale_argument(block: nn.Module, argument: str) -> None:
     """Multiplies one argument [..., chunks * width] of the block's forward by the block's factor."""
-    position = list(inspect.signature(block.forward).parameters).index(argument)
+    parameters = list(inspect.signature(block.forward).parameters)
+    if argument not in parameters:
+        raise UsageError(f"The plan folds into argument {argument!r}, which {type(block).__name__} does not have.")
+    position = parameters.index(argument)
 
     def scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         factor = getattr(module, BUFFER)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ditq.architectures import match
 from ditq.architectures.folding import BUFFER, prepare
+from ditq.checkpoint.registration import register
 from ditq.checkpoint.verify import DIGESTS, digest, verify
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
@@ -63,6 +64,7 @@ class DitqQuantizer(DiffusersQuantizer):
         self.pre_quantized: bool = kwargs.get("pre_quantized", True)
         self.dtype = torch.float32
         self._parameters: frozenset[str] = frozenset()
+        self._stored: frozenset[str] = frozenset()
 
     @property
     def plan(self) -> Plan:
@@ -78,11 +80,18 @@ class DitqQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         if self.pre_quantized:
             verify(checkpoint_files, self.plan)
+            self._stored = frozenset(loaded_keys)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized:
             build(model, self.plan, self.dtype)
+            # diffusers would ignore these, and a model that lacks a fold draws something else.
+            surplus = sorted(self._stored - model.state_dict().keys())
+            if surplus:
+                raise CheckpointError(
+                    f"The checkpoint holds tensor {surplus[0]!r}, which the plan does not account for."
+                )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if not self.pre_quantized:
@@ -135,6 +144,8 @@ class DitqQuantizer(DiffusersQuantizer):
         self, state_dict: dict[str, Tensor], safe_serialization: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Unquantized parameters in their 16-bit storage dtype, and a checksum of every tensor."""
+        if not safe_serialization:
+            raise UsageError("ditq writes safetensors only; leave safe_serialization=True.")
         storage = getattr(torch, self.plan.storage_dtype)
         out = {}
         for name, tensor in state_dict.items():
@@ -209,3 +220,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
     target.quantization_method = config.quant_method
     target.hf_quantizer = quantizer
     target.register_to_config(quantization_config=config)
+
+
+# Where importing this module is what imported diffusers, the registration has waited for it.
+register()

@@ -7,6 +7,7 @@ for the module that holds the dictionaries.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -26,11 +27,12 @@ def register() -> None:
 
 
 def _extend(module: ModuleType) -> None:
-    from ditq.checkpoint.backend import DitqConfig, DitqQuantizer
-
+    backend = importlib.import_module("ditq.checkpoint.backend")
+    if not hasattr(backend, "DitqQuantizer"):
+        return  # importing the backend is what imported diffusers: it registers itself when it is complete
     try:
-        module.AUTO_QUANTIZER_MAPPING["ditq"] = DitqQuantizer
-        module.AUTO_QUANTIZATION_CONFIG_MAPPING["ditq"] = DitqConfig
+        module.AUTO_QUANTIZER_MAPPING["ditq"] = backend.DitqQuantizer
+        module.AUTO_QUANTIZATION_CONFIG_MAPPING["ditq"] = backend.DitqConfig
     except AttributeError as error:
         import warnings
 

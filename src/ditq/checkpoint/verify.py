@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ditq.architectures.folding import BUFFER
 from ditq.errors import CheckpointError
 from ditq.layers.quantized_linear import buffers
-from ditq.plan import LayerPlan, Plan
+from ditq.plan import Plan
 
 DIGESTS = "ditq_sha256"
 
@@ -25,16 +27,30 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(data + f"{tensor.dtype}{tuple(tensor.shape)}".encode()).hexdigest()[:16]
 
 
-def expected(plan: Plan) -> dict[str, tuple[LayerPlan, str]]:
-    """Every tensor the plan's quantized layers must have, with its layer and the buffer's name."""
-    out = {}
+@dataclass(frozen=True)
+class Expected:
+    """What the plan says about one tensor; ``bits`` where it holds zero points of so many."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bits: int | None = None
+
+
+def expected(plan: Plan) -> dict[str, Expected]:
+    """Every tensor that the plan's quantized layers and folds must have, parameters apart."""
+    out = {
+        f"{fold.block}.{BUFFER}": Expected((fold.chunks * fold.width,), torch.float32)
+        for fold in plan.folds
+        if fold.block
+    }
     for layer in plan.quantized:
         prefixes = [f"{layer.name}."]
         if layer.timesteps:
             prefixes = [f"{layer.name}.ranges.{i}." for i in range(len(layer.timesteps))]
         for prefix in prefixes:
-            for buffer in buffers(layer):
-                out[prefix + buffer] = (layer, buffer)
+            for buffer, (shape, dtype) in buffers(layer).items():
+                zero_points = buffer == "weight_zero_point" and layer.weight is not None
+                out[prefix + buffer] = Expected(shape, dtype, layer.weight.bits if zero_points else None)
     return out
 
 
@@ -44,6 +60,9 @@ def verify(files: Iterable[str | Path], plan: Plan) -> None:
     Raises:
         CheckpointError: names the file or the tensor and what is wrong with it.
     """
+    files = list(files)
+    if not files:
+        raise CheckpointError("There is no safetensors file of the transformer; ditq reads no other format.")
     wanted = expected(plan)
     seen: set[str] = set()
     for file in files:
@@ -55,7 +74,7 @@ def verify(files: Iterable[str | Path], plan: Plan) -> None:
                 for name in stored.keys():  # noqa: SIM118
                     tensor = stored.get_tensor(name)
                     if name in wanted:
-                        _check(name, tensor, *wanted[name])
+                        _check(name, tensor, wanted[name])
                     if digests.get(name) != digest(tensor):
                         raise CheckpointError(
                             f"Tensor {name!r} of {file} does not match its checksum: the file is damaged. "
@@ -85,16 +104,14 @@ def _digests(metadata: dict[str, str] | None, file: str | Path) -> dict[str, str
     return digests
 
 
-def _check(name: str, tensor: Tensor, layer: LayerPlan, buffer: str) -> None:
-    shape, dtype = buffers(layer)[buffer]
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+def _check(name: str, tensor: Tensor, wanted: Expected) -> None:
+    if tuple(tensor.shape) != wanted.shape or tensor.dtype != wanted.dtype:
         raise CheckpointError(
-            f"Tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}; the plan says {dtype} {shape}."
+            f"Tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}; the plan says {wanted.dtype} {wanted.shape}."
         )
-    if dtype == torch.float32 and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+    if wanted.dtype == torch.float32 and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
         raise CheckpointError(f"Tensor {name!r} holds scales that are not positive and finite.")
-    if buffer == "weight_zero_point":
-        assert layer.weight is not None
-        half = 2 ** (layer.weight.bits - 1)
+    if wanted.bits is not None:
+        half = 2 ** (wanted.bits - 1)
         if int(tensor.min()) < -half or int(tensor.max()) >= half:
             raise CheckpointError(f"Tensor {name!r} holds zero points outside [{-half}, {half - 1}].")

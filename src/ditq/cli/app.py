@@ -16,6 +16,9 @@ from ditq.errors import DitqError, UsageError
 
 DESCRIPTION = "Post-training quantization for diffusion transformers. --debug on any verb shows tracebacks."
 
+# What typer makes of Ctrl-C.
+_INTERRUPTED = 130
+
 
 def build() -> typer.Typer:
     """The application: every module of ``ditq.cli`` that has ``VERB`` is one."""
@@ -39,14 +42,15 @@ def run(arguments: list[str]) -> int:
     try:
         build()(args=arguments, standalone_mode=True)
     except SystemExit as done:
+        if done.code == _INTERRUPTED:
+            print("\nInterrupted; no output was written. A finished calibration batch is kept: --resume goes on from "
+                  "there.", file=sys.stderr)  # fmt: skip
+            return 1
         return done.code if isinstance(done.code, int) else 1
     except UsageError as error:
         return _fail(error, debug, 2)
     except DitqError as error:
         return _fail(error, debug, 1)
-    except KeyboardInterrupt:
-        print("\nInterrupted. Finished calibration batches are kept: add --resume to go on.", file=sys.stderr)
-        return 1
     except OSError as error:
         return _fail(error, debug, 1)
     except Exception as error:

@@ -27,7 +27,6 @@ from ditq.cli.common import (
     print_json,
     progress_bars,
 )
-from ditq.errors import UsageError
 
 
 def compare(
@@ -53,8 +52,8 @@ def compare(
     from ditq import api
     from ditq.report.sheet import sheet
 
-    if out_dir is not None and out_dir.exists():
-        raise UsageError(f"The output folder {out_dir} exists already. Choose another, or delete it first.")
+    if out_dir is not None:
+        api.check_output(out_dir)
     a, b = (open_pipeline(path, device, dtype) for path in (reference, quantized))
     arch = pick_architecture(a, architecture)
     wanted = pick_prompts(reference, a, arch, prompts, "evaluation", count)

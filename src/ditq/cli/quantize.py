@@ -23,7 +23,6 @@ from ditq.cli.common import (
     print_json,
     progress_bars,
 )
-from ditq.errors import UsageError
 
 
 def quantize(
@@ -52,8 +51,7 @@ def quantize(
     from ditq.report.tables import plan_json, plan_summary, plan_table
 
     wanted = load(recipe).override(overrides or [])
-    if out_dir.exists():  # before minutes of work, not after
-        raise UsageError(f"The output folder {out_dir} exists already. Choose another, or delete it first.")
+    api.check_output(out_dir)  # before minutes of work, not after
     pipe = open_pipeline(pipeline, device, dtype)
     arch = pick_architecture(pipe, architecture)
     chosen = None
