@@ -76,10 +76,15 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return known[dtype]
 
 
-def open_pipeline(path: str, device: str, dtype: str) -> Any:
-    """Loads a pipeline and puts it on the device."""
+def open_pipeline(path: str, device: str = "auto", dtype: str = "auto") -> Any:
+    """Loads a pipeline and puts it on the device; without the bars that libraries draw while loading."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
     from ditq import api
 
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     where = pick_device(device)
     return api.load(path, dtype=pick_dtype(dtype, where)).to(where)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ditq.cli.common import Quiet, Seed, metrics_table, out, pick_prompts, progress_bars
+from ditq.cli.common import Quiet, Seed, metrics_table, open_pipeline, out, pick_prompts, progress_bars
 
 RECIPES = ("rtn-static-w8a8", "viditq-w8a8", "rtn-w4a8", "viditq-w4a8", "rtn-w4a4", "viditq-w4a4")
 
@@ -36,7 +36,7 @@ def demo(
     from ditq.report.sheet import sheet
 
     begin = time.perf_counter()
-    pipe = api.load(model)
+    pipe = open_pipeline(model)
     arch = architectures.match(pipe.transformer)
     wanted = pick_prompts(model, pipe, arch, None, "evaluation", count)
     calibration = pick_prompts(model, pipe, arch, None, "calibration")
@@ -57,7 +57,7 @@ def demo(
         with api.new_folder(out_dir, overwrite=True) as folder:
             for recipe in RECIPES:
                 show(recipe, 0, 2)
-                pipe = api.load(model)
+                pipe = open_pipeline(model)
                 result = api.quantize(pipe, recipe, statistics=statistics, seed=seed)
                 show(recipe, 1, 2)
                 comparison = api.compare(reference, sample(pipe, arch, wanted, seed=seed, batch_size=16), seed=seed)

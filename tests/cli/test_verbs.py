@@ -1,0 +1,293 @@
+"""The verbs on tiny pipelines, through the function behind the ``ditq`` command; messages, statuses, what is left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from helpers import PROMPTS, QUICK, tiny_pixart
+from PIL import Image
+
+from ditq.cli.app import run
+
+SETTINGS = [item for setting in QUICK for item in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny 16-bit PixArt pipeline folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_pixart().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized(pipeline: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quantized") / "w4a8"
+    assert run(["quantize", str(pipeline), "--prompts", str(prompts), "--out", str(out), "--quiet", *SETTINGS]) == 0
+    return out
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DITQ_CACHE", str(tmp_path / "cache"))
+
+
+def ditq(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of one command line."""
+    status = run([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+# ------------------------------------------------------------------------------------------ the work
+
+
+def test_quantize_writes_a_pipeline_that_plain_diffusers_loads(quantized: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(quantized)
+    assert type(pipe.transformer.transformer_blocks[0].attn1.to_q).__name__ == "QuantizedLinear"
+
+
+def test_quantize_leaves_other_components_as_they_were(pipeline: Path, quantized: Path) -> None:
+    for file in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (pipeline / file).read_bytes() == (quantized / file).read_bytes()
+
+
+def test_inspect_json_agrees_with_the_files(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = ditq(capsys, "inspect", quantized, "--json")
+    data = json.loads(out)
+    assert status == 0
+    assert data["nominal_bits"] == {"weights": 4, "activations": 8}
+    assert data["transformer_bytes"] == sum(
+        f.stat().st_size for f in (quantized / "transformer").glob("*.safetensors")
+    )
+    assert data["transformer_bytes"] < data["transformer_bytes_16bit"]
+    row = next(layer for layer in data["layers"] if layer["role"] == "ffn.up")
+    assert set(row) >= {
+        "name",
+        "role",
+        "weight_bits",
+        "activation_bits",
+        "granularity",
+        "balance",
+        "rounding",
+        "reason",
+    }
+    assert all(layer["reason"] for layer in data["layers"] if layer["weight_bits"] == 16)
+
+
+def test_inspect_prints_every_layer(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = ditq(capsys, "inspect", quantized)
+    assert status == 0
+    assert "linear layers quantized" in out
+
+
+def test_generate_repeats_itself(quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        arguments = ["--prompt", PROMPTS[0], "--steps", 2, "--seed", 3, "--quiet", "--out", tmp_path / name]
+        assert ditq(capsys, "generate", quantized, *arguments)[0] == 0
+    first, second = (Image.open(tmp_path / name / "0000.png").tobytes() for name in ("a", "b"))
+    assert first == second
+    assert (tmp_path / "a" / "prompts.txt").read_text().strip() == PROMPTS[0]
+
+
+def test_compare_json_has_the_promised_fields(
+    pipeline: Path, quantized: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_dir = tmp_path / "comparison"
+    arguments = ["--prompts", prompts, "--steps", 2, "--json", "--out", out_dir]
+    status, out, _ = ditq(capsys, "compare", pipeline, quantized, *arguments)
+    data = json.loads(out)
+    assert status == 0
+    assert data["pairs"] == len(PROMPTS)
+    assert data["prompts"] == PROMPTS
+    for metric in ("psnr_db", "ssim", "latent_sqnr_db"):
+        assert set(data[metric]) == {"mean", "ci95", "n", "higher_is_better"}
+        assert data[metric]["ci95"][0] <= data[metric]["mean"] <= data[metric]["ci95"][1]
+    assert Image.open(out_dir / "sheet.png").width > 100
+
+
+def test_comparing_a_pipeline_with_itself_finds_no_difference(
+    pipeline: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = ditq(capsys, "compare", pipeline, pipeline, "--prompts", prompts, "--steps", 2, "--json")
+    assert json.loads(out)["psnr_db"]["mean"] == 100
+
+
+@pytest.mark.parametrize("verb", ["recipes", "architectures", "doctor"])
+def test_listings_print_a_table_and_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ditq(capsys, verb)[0] == 0
+    status, out, _ = ditq(capsys, verb, "--json")
+    assert status == 0
+    assert json.loads(out)
+
+
+def test_doctor_names_engines_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = ditq(capsys, "doctor", "--json")
+    rows = {row["name"]: row for row in json.loads(out)["engines"]}
+    assert rows["torch"]["available"] is True
+    assert all(row["reason"] for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    "verb", ["demo", "quantize", "generate", "inspect", "compare", "recipes", "architectures", "doctor"]
+)
+def test_help_of_every_verb_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = ditq(capsys, verb, "--help")
+    assert status == 0
+    assert f"Example: ditq {verb}" in " ".join(out.split())
+
+
+# ---------------------------------------------------------------------------------------- the errors
+
+
+def one_paragraph(err: str) -> bool:
+    return err.startswith("error: ") and err.strip().count("\n") == 0 and "Traceback" not in err
+
+
+def check_failure(result: tuple[int, str, str], status: int, *words: str, left: Path | None = None) -> None:
+    """The promised status, one paragraph with these words, and nothing left where the output would be."""
+    code, _, err = result
+    assert code == status, err
+    assert one_paragraph(err), err
+    for word in words:
+        assert word in err
+    if left is not None:
+        assert not left.exists()
+        assert not list(left.parent.glob(f".{left.name}*"))
+
+
+def test_unknown_recipe_names_the_known(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    result = ditq(capsys, "quantize", pipeline, "--recipe", "viditq-w4a9", "--out", out)
+    check_failure(result, 2, "viditq-w4a9", "Did you mean", "rtn-w8a8", left=out)
+
+
+def test_folder_that_is_no_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "nothing").mkdir()
+    result = ditq(capsys, "quantize", tmp_path / "nothing", "--recipe", "rtn-w8a8", "--out", out)
+    check_failure(result, 2, "no diffusers pipeline", "model_index.json", left=out)
+    missing = ditq(capsys, "quantize", tmp_path / "absent", "--recipe", "rtn-w8a8", "--out", out)
+    check_failure(missing, 2, "There is no pipeline", left=out)
+
+
+def test_unknown_bundled_model_names_the_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = ditq(capsys, "quantize", "bundled:nope", "--recipe", "rtn-w8a8", "--out", tmp_path / "out")
+    check_failure(result, 2, "nope", "known", left=tmp_path / "out")
+
+
+def test_unknown_architecture_says_how_to_add_one(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers import SD3Transformer2DModel
+
+    folder, out = tmp_path / "sd3", tmp_path / "out"
+    shutil.copytree(pipeline, folder)
+    shutil.rmtree(folder / "transformer")
+    SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+    ).save_pretrained(folder / "transformer")  # fmt: skip
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "SD3Transformer2DModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    result = ditq(capsys, "quantize", folder, "--recipe", "rtn-w8a8", "--out", out)
+    check_failure(result, 2, "SD3Transformer2DModel", "--architecture", "CONTRIBUTING.md", left=out)
+
+
+def test_nan_in_weights_names_the_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, folder, out = tiny_pixart(), tmp_path / "nan", tmp_path / "out"
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[1].attn1.to_k.weight[0, 0] = float("nan")
+    pipe.save_pretrained(folder)
+    result = ditq(capsys, "quantize", folder, "--recipe", "rtn-w8a8", "--out", out)
+    check_failure(result, 1, "transformer_blocks.1.attn1.to_k.weight", "NaN", left=out)
+
+
+def test_empty_prompts_file(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty, out = tmp_path / "empty.txt", tmp_path / "out"
+    empty.write_text("\n \n")
+    result = ditq(capsys, "quantize", pipeline, "--prompts", empty, "--out", out)
+    check_failure(result, 2, "empty", "one prompt a line", left=out)
+
+
+def test_no_prompts_for_a_recipe_that_needs_them(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_failure(ditq(capsys, "quantize", pipeline, "--out", tmp_path / "out"), 2, "--prompts", left=tmp_path / "out")
+
+
+def test_existing_output_is_refused_and_untouched(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    check_failure(ditq(capsys, "quantize", pipeline, "--recipe", "rtn-w8a8", "--out", out), 2, "exists already")
+    assert [p.name for p in out.iterdir()] == ["precious.txt"]
+
+
+def test_output_that_cannot_be_written(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("no folder")
+    result = ditq(capsys, "quantize", pipeline, "--recipe", "rtn-w8a8", "--out", tmp_path / "file" / "out")
+    check_failure(result, 1, "Cannot write")
+
+
+def test_quantizing_twice_is_refused(quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = ditq(capsys, "quantize", quantized, "--recipe", "rtn-w8a8", "--out", tmp_path / "out")
+    check_failure(result, 2, "quantized already", left=tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_weights_name_file_or_tensor(
+    damage: str, quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(quantized, folder)
+    file = next((folder / "transformer").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    if damage == "truncated":
+        data = data[: len(data) // 2]
+    else:
+        data[len(data) * 3 // 4] ^= 0x10
+    file.write_bytes(data)
+    for verb in ("inspect", "generate"):
+        arguments = [] if verb == "inspect" else ["--prompt", "a red cat", "--steps", 1, "--out", tmp_path / "out"]
+        result = ditq(capsys, verb, folder, *arguments)
+        check_failure(result, 1, ".safetensors" if damage == "truncated" else "checksum", left=tmp_path / "out")
+
+
+def test_plan_that_names_a_missing_layer(quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "wrong"
+    shutil.copytree(quantized, folder)
+    config = folder / "transformer" / "config.json"
+    config.write_text(config.read_text().replace("transformer_blocks.1.attn1.to_q", "transformer_blocks.9.attn1.to_q"))
+    result = ditq(capsys, "generate", folder, "--prompt", "a red cat", "--out", tmp_path / "out")
+    check_failure(result, 1, "transformer_blocks.9.attn1.to_q", left=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("setting", "word"), [("weights.bits=9", "weights.bits"), ("nonsense=1", "nonsense"), ("justtext", "key=value")]
+)
+def test_wrong_set_is_a_usage_error(
+    setting: str, word: str, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = ditq(capsys, "quantize", pipeline, "--set", setting, "--out", tmp_path / "out")
+    check_failure(result, 2, word, left=tmp_path / "out")
+
+
+def test_unknown_option_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ditq(capsys, "quantize", "--no-such-option")[0] == 2
