@@ -31,6 +31,9 @@ def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[
     layers = []
     for linear in architecture.linears(model):
         weight, activation, reason = recipe.formats(linear.name, linear.role)
+        for fmt in (weight, activation):
+            if fmt is not None:
+                fmt.groups(linear.module.in_features)
         if weight is not None and linear.name not in quantizable:
             # Not in a stack: nothing is known about its input, so only its weight can be quantized.
             activation = None
@@ -72,6 +75,7 @@ def convert(
     if not any(plan.weight for plan in plans.values()):
         raise NothingQuantizedError("The plan keeps every layer in 16 bit.")
     groups = architecture.groups(model)
+    _check_statistics(groups, plans, statistics)
     # Weights decide the scales, and folding changes weights: first all scales, then all folds.
     scales = {group.name: _scale(group, plans, statistics) for group in groups}
     folds = [record for group in groups if (record := _fold(model, architecture, group, plans, scales[group.name]))]
@@ -144,6 +148,23 @@ def _check_names(model: nn.Module, architecture: Architecture, plans: dict[str, 
             )
 
 
+def _check_statistics(
+    groups: Iterable[InputGroup], plans: dict[str, LayerPlan], statistics: Statistics | None
+) -> None:
+    """Refuses what cannot be carried out before anything is changed."""
+    group_of = {linear.name: group for group in groups for linear in group.linears}
+    for name, plan in plans.items():
+        group = group_of.get(name)
+        needs = "smooths its input" if plan.smooth else "has its own integers per timestep" if plan.timesteps else ""
+        if plan.activation is not None and not plan.activation.dynamic:
+            needs = "has static activation scales"
+        if needs and (statistics is None or group is None or group.name not in statistics.groups):
+            raise UsageError(f"Layer {name!r} {needs}: calibration of its input is needed, pass prompts.")
+        folded = plan.smooth.folded if plan.smooth else None
+        if folded is not None and group is not None and folded != group.input.foldable:
+            raise UsageError(f"The plan folds into {folded!r}, but {name!r} reads {group.input}.")
+
+
 def _smooth_of(group: InputGroup, plans: dict[str, LayerPlan]) -> LayerPlan | None:
     """A smoothed layer of the group; the linears of a folded group must agree, as they share one input."""
     smoothed = [plans[x.name] for x in group.linears if plans[x.name].smooth is not None]
@@ -170,8 +191,6 @@ def _fold(
     layer = _smooth_of(group, plans)
     if scale is None or layer is None or layer.smooth is None or layer.smooth.folded is None:
         return None
-    if layer.smooth.folded != group.input.foldable:
-        raise UsageError(f"The plan folds into {layer.smooth.folded!r}, but {group.name!r} reads {group.input}.")
     record = fold(model, architecture, group, scale)
     for linear in group.linears:  # those that stay in 16 bit see the divided input too
         if plans[linear.name].smooth is None:
