@@ -258,7 +258,7 @@ def first_quantized(fields: dict[str, Any]) -> dict[str, Any]:
         (lambda f: f.update(format_version=2), r"format_version 2.*pip install 'ditq>="),
         (lambda f: first_quantized(f)["weight"].update(bits=11), r"layers\.\d+\.weight\.bits.*11"),
         (lambda f: first_quantized(f)["weight"].update(bits=5), "qweight"),
-        (lambda f: first_quantized(f).update(name="transformer_blocks.9.attn1.to_q"), r"transformer_blocks\.9\.attn1\.to_q"),
+        (lambda f: first_quantized(f).update(name="blocks.9.to_q"), r"blocks\.9\.to_q"),
         (lambda f: first_quantized(f).update(in_features=64), "attn1.to_q"),
         (lambda f: f.update(layers="all"), "layers"),
         (lambda f: f.pop("method"), "method"),
