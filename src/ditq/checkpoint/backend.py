@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any, cast
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
@@ -159,7 +160,9 @@ class DitqQuantizer(DiffusersQuantizer):
                 isinstance(module, QuantizedLinear) and ".ranges." not in f".{name}"
             ):
                 replace(model, name, module.dequantize())
-        cast(Any, model).register_to_config(quantization_config=None)
+        # Not None but absent: diffusers writes whatever stands under this key.
+        target = cast(Any, model)
+        target._internal_dict = FrozenDict({k: v for k, v in target.config.items() if k != "quantization_config"})
         return model
 
     @property

@@ -49,8 +49,8 @@ def expected(plan: Plan) -> dict[str, Expected]:
             prefixes = [f"{layer.name}.ranges.{i}." for i in range(len(layer.timesteps))]
         for prefix in prefixes:
             for buffer, (shape, dtype) in buffers(layer).items():
-                zero_points = buffer == "weight_zero_point" and layer.weight is not None
-                out[prefix + buffer] = Expected(shape, dtype, layer.weight.bits if zero_points else None)
+                bits = layer.weight_bits if buffer == "weight_zero_point" else None
+                out[prefix + buffer] = Expected(shape, dtype, bits)
     return out
 
 
