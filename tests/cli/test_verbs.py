@@ -154,7 +154,7 @@ def test_help_of_every_verb_has_an_example(verb: str, capsys: pytest.CaptureFixt
 
 
 def one_paragraph(err: str) -> bool:
-    return err.startswith("error: ") and err.strip().count("\n") == 0 and "Traceback" not in err
+    return err.strip().startswith("error: ") and "\n" not in err.strip() and "Traceback" not in err
 
 
 def check_failure(result: tuple[int, str, str], status: int, *words: str, left: Path | None = None) -> None:

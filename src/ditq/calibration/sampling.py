@@ -112,6 +112,11 @@ def call_arguments(
     if "use_resolution_binning" in accepted and pipe.transformer.config.sample_size not in (32, 64, 128):
         # PixArt's pipelines round every size to tables of their published resolutions, by default.
         kwargs["use_resolution_binning"] = False
+    if "max_sequence_length" in accepted and getattr(pipe, "tokenizer", None) is not None:
+        # Masked padding changes no picture, but 120 text tokens cost more than a small picture's own.
+        longest = max(len(ids) for ids in pipe.tokenizer([str(c) for c in batch]).input_ids)
+        limit = accepted["max_sequence_length"].default
+        kwargs["max_sequence_length"] = min(limit, -(-longest // 8) * 8)
     if "clean_caption" in accepted and not (importlib.util.find_spec("bs4") and importlib.util.find_spec("ftfy")):
         kwargs["clean_caption"] = False
     return kwargs

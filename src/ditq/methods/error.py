@@ -16,7 +16,7 @@ from ditq.plan import LayerPlan, Rotate, Smooth, TensorFormat
 Option = tuple[Smooth | None, Rotate | None]
 
 # The search looks at this many rows at most: its cost grows with candidates x layers x rows.
-SEARCH_ROWS = 1024
+SEARCH_ROWS = 512
 
 
 def group_scale(
@@ -52,9 +52,18 @@ def _rounded(x: Tensor, fmt: TensorFormat | None) -> Tensor:
 
 @torch.no_grad()
 def output_error(
-    x: Tensor, group: InputGroup, layers: Sequence[LayerPlan], scale: Tensor | None, rotate_plan: Rotate | None
+    x: Tensor,
+    group: InputGroup,
+    layers: Sequence[LayerPlan],
+    scale: Tensor | None,
+    rotate_plan: Rotate | None,
+    exact: dict[str, Tensor] | None = None,
 ) -> float:
-    """Mean over the layers of ||X W^T - Q(X') Q(W')^T||^2 / ||X W^T||^2, for inputs ``x`` [R, K]."""
+    """Mean over the layers of ||X W^T - Q(X') Q(W')^T||^2 / ||X W^T||^2, for inputs ``x`` [R, K].
+
+    ``exact`` keeps X W^T of each layer between calls with the same ``x``.
+    """
+    exact = {} if exact is None else exact
     plans = {layer.name: layer for layer in layers}
     inputs = balanced(x, scale, rotate_plan, weight=False)
     rounded: dict[TensorFormat | None, Tensor] = {}
@@ -66,9 +75,11 @@ def output_error(
         w = linear.module.weight.detach().float()
         if plan.activation not in rounded:
             rounded[plan.activation] = _rounded(inputs, plan.activation)
-        exact = x @ w.T
+        if linear.name not in exact:
+            exact[linear.name] = x @ w.T
+        y = exact[linear.name]
         approximate = rounded[plan.activation] @ _rounded(balanced(w, scale, rotate_plan, weight=True), plan.weight).T
-        total += float((exact - approximate).square().sum() / exact.square().sum().clamp_min(1e-30))
+        total += float(torch.dist(y, approximate).square() / torch.linalg.vector_norm(y).square().clamp_min(1e-30))
     return total / len(plans)
 
 
@@ -92,8 +103,8 @@ def best_balance(
         return options[0]
     x = seen.rows()
     x = x[:: max(1, len(x) // SEARCH_ROWS)].to(group.linears[0].module.weight.device)
-    errors = []
+    errors, exact = [], dict[str, Tensor]()
     for smooth, rotation in options:
         scale = None if smooth is None else group_scale(smooth, group, seen, timesteps)
-        errors.append(output_error(x, group, layers, scale, rotation))
+        errors.append(output_error(x, group, layers, scale, rotation, exact))
     return options[errors.index(min(errors))]
