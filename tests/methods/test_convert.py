@@ -43,8 +43,8 @@ def drafted(name: str, recipe: str = "rtn-w4a8", *overrides: str) -> tuple[nn.Mo
 @pytest.mark.parametrize(
     ("recipe", "floor"),
     [
-        ("rtn-w8a8", 28), ("smoothquant-w8a8", 28), ("quarot-w8a8", 28), ("viditq-w8a8", 28),
-        ("viditq-w6a6", 18), ("viditq-w4a8", 12), ("viditq-w4a4", 6),
+        ("rtn-w8a8", 32), ("smoothquant-w8a8", 32), ("quarot-w8a8", 32), ("viditq-w8a8", 32),
+        ("viditq-w6a6", 22), ("viditq-w4a8", 14), ("viditq-w4a4", 9),
     ],
 )  # fmt: skip
 def test_outputs_stay_close(recipe: str, floor: float, name: str) -> None:
