@@ -21,7 +21,7 @@ OUTLIER_SHARE, OUTLIER_RANGE, SPREAD = 0.04, (10.0, 60.0), 0.5
 
 
 def channel_factors(width: int, generator: torch.Generator) -> Tensor:
-    """c float32 [width]: powers of two, so that moving them costs no precision at all."""
+    """C float32 [width]: powers of two, so that moving them costs no precision at all."""
     factors = (SPREAD * torch.randn(width, generator=generator)).exp()
     outliers = torch.randperm(width, generator=generator)[: max(1, round(OUTLIER_SHARE * width))]
     low, high = OUTLIER_RANGE

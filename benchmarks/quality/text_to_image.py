@@ -32,6 +32,7 @@ from ditq.recipe import Calibration
 from ditq.report.sheet import sheet
 
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a4")
+TEASER = ("16 bit", "rtn-w4a8", "viditq-w4a8", "viditq-w8a8")
 METHODS = ("rtn-static", "rtn", "smoothquant", "quarot", "viditq")
 
 
@@ -60,7 +61,9 @@ def run(args: argparse.Namespace, imbalanced: bool) -> tuple[dict[str, Any], lis
     import ditq_bundled
 
     wanted = ditq_bundled.prompts(name, "evaluation")[: args.prompts]
-    statistics = calibrate(pipe, arch, ditq_bundled.prompts(name, "calibration"), Calibration(), seed=args.seed + 10_000)
+    statistics = calibrate(
+        pipe, arch, ditq_bundled.prompts(name, "calibration"), Calibration(), seed=args.seed + 10_000
+    )
     options = {"seed": args.seed, "steps": args.steps, "batch_size": args.batch_size}
     reference: Samples = sample(pipe, arch, wanted, **options)
     print(f"\n{title}: {len(wanted)} held-out prompts, {args.steps} steps, seed {args.seed}")
@@ -145,6 +148,9 @@ def main() -> None:
         page = sheet([(label, images[shown]) for label, images in pictures], prompts[shown], zoom=1)
         RESULTS.mkdir(exist_ok=True)
         page.save(RESULTS / f"{args.name}{suffix}.png")
+        rows = [(label, images[shown]) for label, images in pictures if label in TEASER]
+        if not imbalanced and len(rows) == len(TEASER):
+            sheet(sorted(rows, key=lambda row: TEASER.index(row[0])), zoom=1).save(RESULTS / f"{args.name}-teaser.png")
     print("\nwritten to", write(args.name, result))
 
 

@@ -61,7 +61,7 @@ def pipeline(work: Path, kind: str) -> tuple[DiffusionPipeline, dict]:
             transformer=half(model.transformer), scheduler=scheduler,
         )  # fmt: skip
     else:
-        labels = {i: concept for i, concept in enumerate(sorted(CONCEPTS))}
+        labels = dict(enumerate(sorted(CONCEPTS)))
         pipe = DiTPipeline(half(model.transformer), half(vae), scheduler, id2label=labels)
     return pipe, state
 
@@ -81,7 +81,9 @@ def loss_curve(log: list[dict], path: Path) -> None:
     draw.rectangle([margin, margin, width - margin, height - margin], outline="#999999")
     for value in (top, bottom):
         draw.text((4, point(0, value)[1] - 6), f"{value:.3f}", fill="black")
-    draw.text((margin, height - 30), f"step 0 .. {max(steps)}; v-prediction mean squared error, moving average", fill="black")
+    draw.text(
+        (margin, height - 30), f"step 0 .. {max(steps)}; v-prediction mean squared error, moving average", fill="black"
+    )
     page.save(path)
 
 
@@ -120,7 +122,8 @@ exists to show and test quantization on a model that was really trained; it is n
 | transformer | {blocks} blocks, width 256, 4 heads of 64, patch 4 on 16 x 16 x 4 latents (16 tokens a picture) |
 | autoencoder | `AutoencoderKL`, 0.65 M parameters, 28.1 dB PSNR on the taught pictures, trained on the same artwork |
 | {condition_key} | {condition} |
-| artwork | {pictures} pictures of {concepts} concepts: Noto Emoji and its first version (Apache-2.0), Fluent Emoji flat (MIT), rendered from `@iconify/json` 2.2.535 |
+| artwork | {pictures} pictures of {concepts} concepts, rendered from `@iconify/json` 2.2.535 |
+| licences | Noto Emoji and its first version: Apache-2.0; Fluent Emoji flat: MIT |
 | objective | v-prediction, cosine schedule, 10 % of conditions dropped for guidance |
 | optimizer | Muon for hidden matrices, AdamW for the rest, batch 128, averaged weights (0.998), seed 0 |
 | training | {steps} steps, about {minutes:.0f} minutes on two CPU cores; last loss {loss:.3f} |

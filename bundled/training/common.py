@@ -19,9 +19,7 @@ class Ema:
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
         self.decay = decay
         self.modules = modules
-        self.shadow = {
-            key: p.detach().clone().float() for key, p in self._named() if p.requires_grad
-        }
+        self.shadow = {key: p.detach().clone().float() for key, p in self._named() if p.requires_grad}
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         for prefix, module in self.modules.items():
@@ -50,7 +48,9 @@ class Muon(torch.optim.Optimizer):
     not a hidden matrix belongs to AdamW.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -90,7 +90,9 @@ def orthogonalise(g: torch.Tensor, steps: int = 4) -> torch.Tensor:
 class Run:
     """One resumable training run: its folder, its log and its checkpoint."""
 
-    def __init__(self, folder: Path, modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer], ema: Ema | None) -> None:
+    def __init__(
+        self, folder: Path, modules: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer], ema: Ema | None
+    ) -> None:
         self.folder, self.modules, self.optimizers, self.ema = folder, modules, optimizers, ema
         self.step, self.log = 0, []
         self.started = time.time()

@@ -70,8 +70,16 @@ def tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
 def text_encoder(vocabulary: int) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
-            vocab_size=vocabulary, d_model=WIDTH, d_kv=64, d_ff=512, num_layers=2, num_heads=4, dropout_rate=0.0,
-            feed_forward_proj="relu", pad_token_id=0, eos_token_id=1,
+            vocab_size=vocabulary,
+            d_model=WIDTH,
+            d_kv=64,
+            d_ff=512,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="relu",
+            pad_token_id=0,
+            eos_token_id=1,
         )
     )
 
@@ -136,7 +144,9 @@ class ClassToImage(nn.Module):
 def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     hidden, rest = [], []
     for name, p in model.named_parameters():
-        matrix = p.ndim == 2 and ("attn" in name or ".ff." in name or "DenseReluDense" in name or "SelfAttention" in name)
+        matrix = p.ndim == 2 and (
+            "attn" in name or ".ff." in name or "DenseReluDense" in name or "SelfAttention" in name
+        )
         (hidden if matrix and "relative" not in name else rest).append(p)
     return [
         Muon(hidden, lr=2 * lr),
@@ -145,7 +155,9 @@ def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 
 @torch.no_grad()
-def sample_sheet(model: nn.Module, conditions: torch.Tensor, null: torch.Tensor, vae: AutoencoderKL, path: Path) -> None:
+def sample_sheet(
+    model: nn.Module, conditions: torch.Tensor, null: torch.Tensor, vae: AutoencoderKL, path: Path
+) -> None:
     """Twenty DPM-Solver++ steps at guidance 3 for each condition, decoded, eight to a row."""
     from PIL import Image
 
@@ -187,7 +199,11 @@ def main() -> None:
         texts = [phrasings(*n) for n in names]
         tok = tokenizer([text for three in texts for text in three])
         tok.save_pretrained(args.work / "tokenizer")
-        encode = lambda batch: tok(batch, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt").input_ids  # noqa: E731
+
+        def encode(batch: list[str]) -> torch.Tensor:
+            padded = tok(batch, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
+            return padded.input_ids
+
         conditions = torch.stack([encode(three) for three in texts])  # [N, 3, L]
         null = encode([""])[0]
         model: nn.Module = TextToImage(len(tok))
@@ -206,7 +222,7 @@ def main() -> None:
     if args.model == "class" and run.step == 0 and warm_start.exists():
         shadow = torch.load(warm_start, weights_only=True)["ema"]
         prefix = "model.transformer."
-        model.start_from({k[len(prefix):]: v for k, v in shadow.items() if k.startswith(prefix)})
+        model.start_from({k[len(prefix) :]: v for k, v in shadow.items() if k.startswith(prefix)})
         ema.shadow = {f"model.{n}": p.detach().clone() for n, p in model.named_parameters()}
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(names)} pictures", flush=True)
 
@@ -224,7 +240,9 @@ def main() -> None:
         index, order = order[: args.batch], order[args.batch :]
         z = (mean[index] + std[index] * torch.randn(std[index].shape, generator=generator)) * factor
         # Stratified times: one from each of `batch` equal slices, which lowers the loss's variance.
-        u = (torch.randperm(args.batch, generator=generator) + torch.rand(args.batch, generator=generator)) / args.batch
+        u = (
+            torch.randperm(args.batch, generator=generator) + torch.rand(args.batch, generator=generator)
+        ) / args.batch
         t = (u * 1000).long().clamp(0, 999)
         noise = torch.randn(z.shape, generator=generator)
         a = alphas[t].sqrt()[:, None, None, None]

@@ -93,7 +93,9 @@ def main() -> None:
     vae = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters, {len(pictures)} pictures", flush=True)
     parts = [vae.decoder, vae.post_quant_conv] if args.decoder_only else [vae]
-    optimizer = torch.optim.AdamW([p for m in parts for p in m.parameters()], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(
+        [p for m in parts for p in m.parameters()], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4
+    )
     ema = Ema({"vae": vae}, 0.998)
     run = Run(args.work / ("vae-decoder" if args.decoder_only else "vae-run"), {"vae": vae}, [optimizer], ema)
     if args.decoder_only and run.step == 0:
@@ -136,7 +138,14 @@ def main() -> None:
         vae.register_to_config(scaling_factor=1.0)
         vae.save_pretrained(args.work / "vae")
         np.savez(args.work / "latents.npz", mean=mean.numpy(), std=std.numpy())
-        print("latent channel means", mean[taught].mean((0, 2, 3)).tolist(), "stds", mean[taught].std((0, 2, 3)).tolist(), "noise", std.mean().item())
+        print(
+            "latent channel means",
+            mean[taught].mean((0, 2, 3)).tolist(),
+            "stds",
+            mean[taught].std((0, 2, 3)).tolist(),
+            "noise",
+            std.mean().item(),
+        )
     with torch.no_grad():
         x = pictures[taught][:: max(1, int(taught.sum()) // 64)][:64].float().div(127.5).sub(1)
         y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)

@@ -236,6 +236,8 @@ def read_plan(folder: Path) -> Plan | None:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): damaged.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config", {}), (dict, type(None))):
+        raise CheckpointError(f"{path} is not the config of a model: damaged.")
     fields = dict(config.get("quantization_config") or {})
     if fields.pop("quant_method", None) != "ditq":
         return None
@@ -371,6 +373,9 @@ def compare(
     a, b = both
     if a.conditions != b.conditions or a.seeds != b.seeds:
         raise UsageError("The two sides were not drawn from the same prompts and seeds.")
+    for name, side in (("reference", a), ("quantized", b)):
+        if not bool(torch.isfinite(side.latents).all()):
+            raise DitqError(f"The {name} model draws NaN or Inf.")
     values = {m.name: m.values(getattr(a, m.of), getattr(b, m.of)) for m in FIDELITY}
     settings = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
     return Comparison(a, b, values, {name: aggregate(v) for name, v in values.items()}, settings)

@@ -178,8 +178,8 @@ class LayerPlan(_Frozen):
             n += 4 * self.in_features
         if self.activation and not self.activation.dynamic:
             n += 4
-        n *= len(self.timesteps) if self.timesteps else 1
-        return n + (2 * self.out_features if self.bias else 0)
+        n += 2 * self.out_features if self.bias else 0
+        return n * (len(self.timesteps) if self.timesteps else 1)
 
 
 class Fold(_Frozen):
@@ -191,6 +191,7 @@ class Fold(_Frozen):
     """
 
     norm: str
+    created: bool = True
     width: Annotated[int, Field(ge=1)]
     block: str | None = None
     argument: str | None = None

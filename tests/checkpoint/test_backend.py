@@ -263,14 +263,8 @@ def test_dequantize_gives_plain_linears_and_close_outputs(case: str) -> None:
     "case",
     [
         "dit-groups-w4a8",
-        pytest.param(
-            "pixart-smoothquant-w4a8",
-            marks=pytest.mark.xfail(strict=True, reason="folded norms are no part of the plain class"),
-        ),
-        pytest.param(
-            "dit-smoothquant-w8a8",
-            marks=pytest.mark.xfail(strict=True, reason="folded norms are no part of the plain class"),
-        ),
+        "pixart-smoothquant-w4a8",
+        "dit-smoothquant-w8a8",
     ],
 )
 def test_dequantized_model_can_be_saved_as_a_plain_one(case: str, tmp_path: Path) -> None:

@@ -167,9 +167,7 @@ def test_missing_file_is_found(load: Callable[[Path], Any], folder: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"quantization_config": 3}'], ids=["empty", "cut", "list", "number"])
-def test_damaged_config_is_found(text: str, load: Callable[[Path], Any], folder: Path, request: Any) -> None:
-    if load is by_ditq and text in ("[]", '{"quantization_config": 3}'):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="read_plan takes the config for a mapping"))
+def test_damaged_config_is_found(text: str, load: Callable[[Path], Any], folder: Path) -> None:
     (folder / "transformer" / "config.json").write_text(text)
     with pytest.raises(Exception) as error:  # noqa: PT011 - diffusers has its own kinds
         load(folder)

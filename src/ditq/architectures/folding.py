@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,8 +37,10 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
         return None
     if source.norm is None:
         raise UsageError(f"The input of {group.name!r} has no producer that could carry a scale.")
+    created = getattr(model.get_submodule(f"{group.block}.{source.norm}"), "weight", None) is None
     record = Fold(
         norm=f"{group.block}.{source.norm}",
+        created=created,
         width=len(scale),
         block=group.block if source.argument else None,
         argument=source.argument,
@@ -63,6 +66,29 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
                 table.view(source.chunks, width)[chunk].div_(scale.to(table.dtype))
             getattr(block, BUFFER)[rows].div_(scale)
     return record
+
+
+@torch.no_grad()
+def unfold(model: nn.Module, architecture: Architecture, folds: Iterable[Fold]) -> None:
+    """Takes norm folds back, so that the model has the plain structure of its class again.
+
+    The consumers must be plain linears by now; their columns are divided by s. Norms that had a weight
+    of their own before folding keep their changed values, which the plain class can hold.
+    """
+    groups = {f"{g.block}.{g.input.norm}": g for g in architecture.groups(model) if g.input.norm}
+    folds = list(folds)
+    for record in folds:
+        if not record.created and record.argument is None:
+            continue
+        group = groups[record.norm]
+        norm: Any = model.get_submodule(record.norm)
+        scale = 1 / norm.weight.float()
+        fold(model, architecture, group, 1 / scale)
+        for linear in group.linears:
+            linear.module.weight.div_(scale.to(linear.module.weight.dtype))
+        norm.weight = None
+    for name in {record.block for record in folds if record.block}:
+        model.get_submodule(name)._buffers.pop(BUFFER, None)
 
 
 def prepare(model: nn.Module, record: Fold) -> None:
@@ -100,7 +126,9 @@ def _scale_argument(block: nn.Module, argument: str) -> None:
     position = parameters.index(argument)
 
     def scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        factor = getattr(module, BUFFER)
+        factor = module._buffers.get(BUFFER)
+        if factor is None:  # unfolded since
+            return args, kwargs
         if argument in kwargs:
             value = kwargs[argument]
             return args, {**kwargs, argument: value * factor.to(value.dtype)}

@@ -103,6 +103,8 @@ def call_arguments(
     guidance_scale: float | None,
 ) -> dict[str, Any]:
     """Keyword arguments of one pipeline call; what is None is left to the pipeline's default."""
+    if steps == 1 and "PixArt" in type(pipe).__name__:
+        raise UsageError("PixArt's pipelines cannot sample in one step; ask for at least 2.")
     accepted = inspect.signature(pipe.__call__).parameters
     kwargs: dict[str, Any] = {architecture.pipeline.condition: batch}
     if steps is not None:

@@ -12,8 +12,9 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from ditq.architectures import load as load_architecture
 from ditq.architectures import match
-from ditq.architectures.folding import BUFFER, prepare
+from ditq.architectures.folding import BUFFER, prepare, unfold
 from ditq.checkpoint.registration import register
 from ditq.checkpoint.verify import DIGESTS, digest, verify
 from ditq.errors import CheckpointError, DitqError, UsageError
@@ -160,6 +161,7 @@ class DitqQuantizer(DiffusersQuantizer):
                 isinstance(module, QuantizedLinear) and ".ranges." not in f".{name}"
             ):
                 replace(model, name, module.dequantize())
+        unfold(model, load_architecture(self.plan.architecture), self.plan.folds)
         # Not None but absent: diffusers writes whatever stands under this key.
         target = cast(Any, model)
         target._internal_dict = FrozenDict({k: v for k, v in target.config.items() if k != "quantization_config"})
@@ -171,7 +173,7 @@ class DitqQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters on top are; integers are not
 
     @property
     def is_compileable(self) -> bool:

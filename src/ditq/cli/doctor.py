@@ -19,11 +19,10 @@ def doctor(as_json: AsJson = False) -> None:
     import torch
     from rich.table import Table
 
-    import ditq
     from ditq.engines import engines
 
-    versions = {"ditq": ditq.__version__, "python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "accelerate", "safetensors", "peft"):
+    versions = {"python": platform.python_version()}
+    for package in ("ditq", "torch", "diffusers", "transformers", "accelerate", "safetensors", "peft"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,10 +131,16 @@ class QuantizedLinear(nn.Linear):
         return rotate(x, self.rotation) if self.rotation is not None else x
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
-        fmt, activation = self.plan.weight, self.plan.activation
-        assert fmt is not None
-        if activation is None:
+        if self.plan.activation is None:
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _StraightThrough.apply(x, self))
+        return self.integer_forward(x)
+
+    def integer_forward(self, x: Tensor) -> Tensor:
+        """The forward pass by integer products, without gradients."""
+        fmt, activation = self.plan.weight, self.plan.activation
+        assert fmt is not None and activation is not None
         engine = engines.choose(fmt, activation, x.device)
         rows = self.balance(x.reshape(-1, self.in_features))
         codes = engine.quantize_activations(rows, activation, self._buffers.get("input_scale"))
@@ -167,6 +173,20 @@ class QuantizedLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"weight={self.plan.weight}, activation={self.plan.activation or '16 bit'}, balance={self.plan.balance}"
         )
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounding has no gradient; its input gets that of the dequantized weight, so that adapters below can train."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.integer_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.layer.weight.to(gradient.dtype), None
 
 
 def buffers(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
