@@ -63,6 +63,7 @@ def pipeline(work: Path, kind: str) -> tuple[DiffusionPipeline, dict]:
     else:
         labels = dict(enumerate(sorted(CONCEPTS)))
         pipe = DiTPipeline(half(model.transformer), half(vae), scheduler, id2label=labels)
+        pipe.register_to_config(id2label=labels)  # the pipeline reads them from its index, but does not write them
     return pipe, state
 
 

@@ -138,7 +138,18 @@ def quantize(
         )  # fmt: skip
     seconds["quantize"] = time.perf_counter() - begin
     attach(model, plan)
+    _keep_labels(pipe)
     return Result(model, plan, seconds, engine_of(model, plan))
+
+
+def _keep_labels(pipe: Any) -> None:
+    """Class names would be lost on saving: DiTPipeline reads them from its index, but does not write them."""
+    labels: dict[str, int] = getattr(pipe, "labels", None) or {}
+    if labels and "id2label" not in pipe.config:
+        names: dict[int, list[str]] = {}
+        for name, i in labels.items():
+            names.setdefault(i, []).append(name)
+        pipe.register_to_config(id2label={str(i): ", ".join(n) for i, n in sorted(names.items())})
 
 
 def check_weights(model: nn.Module) -> None:
