@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 from environment import RESULTS, environment, write
-from imbalanced import make_imbalanced
+from imbalanced import OUTLIERS, make_imbalanced
 
 import ditq
 from ditq import api, architectures
@@ -34,12 +34,15 @@ from ditq.report.sheet import sheet
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a4")
 TEASER = ("16 bit", "rtn-w4a8", "viditq-w4a8", "viditq-w8a8")
 METHODS = ("rtn-static", "rtn", "smoothquant", "quarot", "viditq")
+# The 4-bit ViDiT-Q recipes search the weights' range; these rows tell apart what that and the balancing give.
+VARIANTS = {f"{method}-{width} clip={clip}": (f"{method}-{width}", [f"clip={clip}"])
+            for width in ("w4a8", "w4a4") for method, clip in (("rtn", "mse"), ("viditq", "minmax"))}  # fmt: skip
 
 
-def load(model: str, imbalanced: bool, seed: int) -> Any:
-    pipe = api.load(model)
+def load(args: argparse.Namespace, imbalanced: bool) -> Any:
+    pipe = api.load(args.model)
     if imbalanced:
-        make_imbalanced(pipe.transformer, architectures.match(pipe.transformer), seed)
+        make_imbalanced(pipe.transformer, architectures.match(pipe.transformer), args.seed, args.outliers)
     return pipe
 
 
@@ -55,7 +58,7 @@ def incoherence_by_role(plan: Plan) -> dict[str, dict[str, float]]:
 
 def run(args: argparse.Namespace, imbalanced: bool) -> tuple[dict[str, Any], list[tuple[str, list[Any]]], list[str]]:
     title = "imbalanced copy (synthetic)" if imbalanced else args.model
-    pipe = load(args.model, imbalanced, args.seed)
+    pipe = load(args, imbalanced)
     arch = architectures.match(pipe.transformer)
     name = args.model.removeprefix("bundled:")
     import ditq_bundled
@@ -67,16 +70,17 @@ def run(args: argparse.Namespace, imbalanced: bool) -> tuple[dict[str, Any], lis
     options = {"seed": args.seed, "steps": args.steps, "batch_size": args.batch_size}
     reference: Samples = sample(pipe, arch, wanted, **options)
     print(f"\n{title}: {len(wanted)} held-out prompts, {args.steps} steps, seed {args.seed}")
-    print(f"{'recipe':18} {'PSNR dB':>22} {'SSIM':>25} {'latent SQNR dB':>22} {'bits':>5} {'size':>5} {'s':>4}")
+    print(f"{'recipe':24} {'PSNR dB':>22} {'SSIM':>25} {'latent SQNR dB':>22} {'bits':>5} {'size':>5} {'s':>4}")
     values: dict[str, dict[str, list[float]]] = {}
     rows: dict[str, Any] = {}
     pictures = [("16 bit", reference.images)]
     for width in args.widths:
-        for method in args.methods:
-            recipe = f"{method}-{width}"
+        named = {f"{method}-{width}": (f"{method}-{width}", list[str]()) for method in args.methods}
+        named |= {k: v for k, v in VARIANTS.items() if v[0] in named}
+        for recipe, (base, overrides) in named.items():
             begin = time.perf_counter()
-            pipe = load(args.model, imbalanced, args.seed)
-            plan = ditq.quantize(pipe, recipe, statistics=statistics, seed=args.seed).plan
+            pipe = load(args, imbalanced)
+            plan = ditq.quantize(pipe, base, overrides=overrides, statistics=statistics, seed=args.seed).plan
             other = sample(pipe, arch, wanted, **options)
             comparison = api.compare(reference, other, **{k: v for k, v in options.items() if k != "batch_size"})
             seconds = time.perf_counter() - begin
@@ -99,7 +103,7 @@ def run(args: argparse.Namespace, imbalanced: bool) -> tuple[dict[str, Any], lis
             }
             p, s, q = (comparison.metrics[k] for k in ("psnr_db", "ssim", "latent_sqnr_db"))
             print(
-                f"{recipe:18} {p.mean:7.2f} [{p.ci95[0]:5.2f}, {p.ci95[1]:5.2f}] "
+                f"{recipe:24} {p.mean:7.2f} [{p.ci95[0]:5.2f}, {p.ci95[1]:5.2f}] "
                 f"{s.mean:7.4f} [{s.ci95[0]:.4f}, {s.ci95[1]:.4f}] "
                 f"{q.mean:7.2f} [{q.ci95[0]:5.2f}, {q.ci95[1]:5.2f}] {plan.average_bits:5.2f} {planned / full:5.3f} "
                 f"{seconds:4.0f}",
@@ -131,6 +135,7 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", default=WIDTHS, choices=WIDTHS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--copy", choices=["both", "real", "imbalanced"], default="both")
+    parser.add_argument("--outliers", choices=list(OUTLIERS), default="weights", help="of the imbalanced copy")
     parser.add_argument("--name", default="text_to_image", help="name of the result file")
     args = parser.parse_args()
     unknown = [f"{m}-{w}" for w in args.widths for m in args.methods if f"{m}-{w}" not in recipes.names()]
