@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ditq.architectures import Architecture
+    from ditq.metrics import Aggregate
 
 Pipeline = Annotated[str, typer.Argument(help="A pipeline folder, a hub id, or bundled:NAME.")]
 Seed = Annotated[int, typer.Option(help="Seed of noise, calibration and rotations.")]
@@ -142,21 +143,23 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None] | Non
         yield show
 
 
-def metrics_table(title: str, rows: Sequence[tuple[str, dict[str, Any], str]]) -> Any:
+def metrics_table(title: str, rows: Sequence[tuple[str, dict[str, Aggregate], str]]) -> Any:
     """Rows of (model, metrics by name, size) as a table of means with 95 % intervals."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for column in ("PSNR dB", "SSIM", "latent SQNR dB", "transformer"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, metrics, size in rows:
-        p, s, q = (metrics.get(key) for key in ("psnr_db", "ssim", "latent_sqnr_db"))
-        table.add_row(
-            name,
-            f"{p.mean:.1f} [{p.ci95[0]:.1f}, {p.ci95[1]:.1f}]" if p else "",
-            f"{s.mean:.4f} [{s.ci95[0]:.4f}, {s.ci95[1]:.4f}]" if s else "",
-            f"{q.mean:.1f} [{q.ci95[0]:.1f}, {q.ci95[1]:.1f}]" if q else "",
-            size,
-        )
+        cells = [
+            _plus_minus(metrics[key], digits)
+            for key, digits in (("psnr_db", 1), ("ssim", 3), ("latent_sqnr_db", 1))
+        ]  # fmt: skip
+        table.add_row(name, *cells, size)
     return table
+
+
+def _plus_minus(a: Aggregate, digits: int) -> str:
+    """A mean and the longer arm of its 95 % interval; the JSON has both ends."""
+    return f"{a.mean:.{digits}f} ± {max(a.ci95[1] - a.mean, a.mean - a.ci95[0]):.{digits}f}"

@@ -73,7 +73,7 @@ def demo(
             (folder / "demo.json").write_text(json.dumps(numbers, indent=1))
     seconds = time.perf_counter() - begin
     if not quiet:
-        title = f"{model}, {len(wanted)} held-out prompts, seed {seed}: closeness to 16 bit, mean [95 % interval]"
+        title = f"{model}, {len(wanted)} held-out prompts, seed {seed}: closeness to 16 bit (± 95 %)"
         out.print(metrics_table(title, table_rows))
         out.print(
             f"{seconds:.0f} s on {torch.get_num_threads()} threads; a checkpoint: {out_dir / 'viditq-w4a8'}",
