@@ -145,11 +145,12 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None] | Non
 
 def metrics_table(title: str, rows: Sequence[tuple[str, dict[str, Aggregate], str]]) -> Any:
     """Rows of (model, metrics by name, size) as a table of means with 95 % intervals."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("model", no_wrap=True)
-    for column in ("PSNR dB", "SSIM", "latent SQNR dB", "transformer"):
+    for column in ("PSNR dB", "SSIM", "latent SQNR", "transformer"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, metrics, size in rows:
         cells = [
