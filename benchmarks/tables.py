@@ -14,7 +14,10 @@ def cell(metric: dict[str, Any], digits: int) -> str:
 
 
 def quality(table: dict[str, Any]) -> list[str]:
-    out = ["| recipe | PSNR dB | SSIM | latent SQNR dB | average bits | size |", "| --- | --- | --- | --- | --- | --- |"]
+    out = [
+        "| recipe | PSNR dB | SSIM | latent SQNR dB | average bits | size |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name, row in table["rows"].items():
         values = cell(row["psnr_db"], 1), cell(row["ssim"], 3), cell(row["latent_sqnr_db"], 1)
         out.append(f"| {name} | {' | '.join(values)} | {row['average_bits']:.2f} | {row['size_ratio']:.3f} |")
