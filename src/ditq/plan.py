@@ -187,7 +187,7 @@ class Fold(_Frozen):
 
     ``norm`` gained a weight. Where its shift and scale come through an argument of the block that
     all blocks share (``argument``), the shift rows of that argument are multiplied by the buffer
-    ``ditq_modulation`` of the block, in a forward pre-hook (models.md, section 2, ``norm+hook``).
+    ``ditq_modulation`` of the block, in a forward pre-hook.
     """
 
     norm: str

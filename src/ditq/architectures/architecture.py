@@ -25,7 +25,7 @@ class _Strict(BaseModel):
 
 
 class Input(_Strict):
-    """What produces the tensor a group of linears reads (models.md, section 2), exactly one of:
+    """What produces the tensor a group of linears reads, exactly one of:
 
     ``norm``: a norm, modulated by ``linear`` (a module of the block) or by ``argument`` (of the block's
     forward; shared by all blocks) whose ``shift`` chunks of ``chunks`` are shifts; or by nothing.

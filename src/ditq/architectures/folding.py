@@ -1,4 +1,4 @@
-"""Moves a static smoothing scale 1/s into the producer of an input, where that is exact (models.md, section 2)."""
+"""Moves a static smoothing scale 1/s into the producer of an input, where that is exact."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
     """Divides the input of ``group`` by ``scale`` [K] at its producer; the consumers' weights are not touched.
 
     ``norm``: the norm's weight and bias, and the shift rows of what modulates it, are divided. The
-    (1 + scale) factor is left alone: folding there cancels in 16 bit (models.md 2.1).
+    (1 + scale) factor is left alone: (1 + scale) / s - 1 cancels in 16 bit where s is large.
     ``v``: the rows of the value projections are divided.
 
     Returns:

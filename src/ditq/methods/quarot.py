@@ -1,7 +1,7 @@
 """QuaRot (Ashkboos et al. 2024) as far as a DiT allows: every input rotated by a random Hadamard matrix, online.
 
 Rotations cannot be pushed through the residual stream of a DiT, since modulation and gates are per channel
-(models.md 2.2); so there is no global rotation, and each layer turns its own input.
+(diagonal, but not constant); so there is no global rotation, and each layer turns its own input.
 """
 
 from __future__ import annotations
