@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.methods import convert, quantize_model
 from ditq.metrics import FIDELITY, Aggregate, aggregate
 from ditq.plan import Plan
-from ditq.recipe import Recipe
+from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
 
 Progress = Callable[[str, int, int], None]
@@ -46,7 +46,6 @@ class Result:
     plan: Plan
     seconds: dict[str, float]
     engine: str
-    notes: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """A table of what was done to which layer, memory and average bits, as text."""
@@ -107,7 +106,7 @@ def quantize(
 
     if statistics is None and (wanted.needs_calibration if wanted else _needs_statistics(plan_given)):
         begin = time.perf_counter()
-        settings = wanted.calibration if wanted else Recipe.model_fields["calibration"].default
+        settings = wanted.calibration if wanted else Calibration()
         if pipe is not model and prompts is not None:
             if not [p for p in prompts if str(p).strip()]:
                 raise UsageError("There are no calibration prompts: the list is empty.")

@@ -213,7 +213,6 @@ class Plan(_Frozen):
     other_parameters: Annotated[int, Field(ge=0)] = 0
     storage_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     time_argument: str | None = None
-    notes: dict[str, Any] = {}
 
     @field_validator("layers")
     @classmethod
