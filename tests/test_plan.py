@@ -64,6 +64,7 @@ def test_group_size_that_does_not_divide_names_those_that_do() -> None:
         ({"weight": token_format(4)}, "weights are static"),
         ({"activation": weight_format(8)}, "no granularity 'channel'"),
         ({"activation": TensorFormat(bits=8, granularity="token")}, "static activation scales are per tensor"),
+        ({"activation": TensorFormat(bits=8, granularity="tensor", symmetric=False)}, "static .* are symmetric"),
         ({"weight": weight_format(granularity="group", group=24)}, "group_size must divide in_features=32"),
         ({"activation": token_format(granularity="group", group=24)}, "group_size must divide in_features=32"),
         ({"rotate": Rotate(block=64)}, "rotation block 64"),

@@ -135,6 +135,8 @@ class LayerPlan(_Frozen):
                 raise ValueError(f"layer {self.name!r}: activations have no granularity 'channel' (input channels)")
             if not self.activation.dynamic and self.activation.granularity != "tensor":
                 raise ValueError(f"layer {self.name!r}: static activation scales are per tensor")
+            if not self.activation.dynamic and not self.activation.symmetric:
+                raise ValueError(f"layer {self.name!r}: static activation scales are symmetric")
             self.activation.groups(self.in_features)
         if self.rotate is not None and self.in_features % self.rotate.block:
             raise ValueError(f"layer {self.name!r}: rotation block {self.rotate.block} does not divide its inputs")

@@ -333,7 +333,8 @@ def test_latents_are_those_of_the_pictures(name: str) -> None:
     assert samples.seeds == [4, 5, 6, 7]
     assert samples.conditions == CONDITIONS[name]
     with torch.no_grad():
-        decoded = pipe.vae.decode(samples.latents[:1] / pipe.vae.config.scaling_factor).sample
+        # The batch it was decoded in: float sums may differ in the last bit between batch sizes.
+        decoded = pipe.vae.decode(samples.latents[:3] / pipe.vae.config.scaling_factor).sample
     picture = pipe.image_processor.postprocess(decoded)[0] if name == "pixart" else None
     assert len(samples.images) == 4
     assert picture is None or picture.tobytes() == samples.images[0].tobytes()
