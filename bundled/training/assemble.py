@@ -53,6 +53,7 @@ def half(module: torch.nn.Module) -> torch.nn.Module:
 def pipeline(work: Path, kind: str) -> tuple[DiffusionPipeline, dict]:
     model, state = averaged(work, kind)
     vae = AutoencoderKL.from_pretrained(work / "vae")
+    vae.register_to_config(_name_or_path="emoji-vae")  # not the folder it happened to lie in
     scheduler = DPMSolverMultistepScheduler(**SCHEDULER)
     if kind == "t2i":
         tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import pkgutil
 import sys
@@ -37,8 +36,6 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
         warnings.filterwarnings("ignore")
-        logging.getLogger("diffusers").setLevel(logging.ERROR)
-        logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         build()(args=arguments, standalone_mode=True)
     except SystemExit as done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,8 +85,10 @@ def open_pipeline(path: str, device: str = "auto", dtype: str = "auto") -> Any:
 
     from ditq import api
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        if library.get_verbosity() == logging.WARNING:  # the default: somebody who set it wants it
+            library.set_verbosity_error()
     where = pick_device(device)
     return api.load(path, dtype=pick_dtype(dtype, where)).to(where)
 

@@ -137,6 +137,7 @@ class QuantizedLinear(nn.Linear):
             return cast(Tensor, _StraightThrough.apply(x, self))
         return self.integer_forward(x)
 
+    @torch.no_grad()
     def integer_forward(self, x: Tensor) -> Tensor:
         """The forward pass by integer products, without gradients."""
         fmt, activation = self.plan.weight, self.plan.activation

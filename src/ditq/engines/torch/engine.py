@@ -89,7 +89,8 @@ def quantize_tokens(x: Tensor, bits: int) -> Quantized:
     """Symmetric codes per token, in fewer passes over memory than ``numerics.quantize``, equal to it bit by bit."""
     top = code_range(bits, True)[1]
     x = x.float()
-    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
+    # Two reductions beat abs() or an infinity norm by a factor of four on a CPU.
+    largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
     # A row of zeros (padding) has no range: any positive scale will do, its codes are zero.
     scale = torch.where(largest > 0, (largest / top).clamp_min(torch.finfo(torch.float32).tiny), 1.0 / top)
     codes = (x / scale).round_().clamp_(-top, top).to(torch.int8)
@@ -118,8 +119,9 @@ def _rescaled_product(
         acc.addr_(row_sum.expand(len(x)), w_zero.int().expand(len(w)), alpha=-1)
     if x_zero is not None:
         acc.addr_(x_zero.int().expand(len(x)), w.sum(-1, dtype=torch.int32), alpha=-1)
-    y = acc * x_scale[:, None]
-    return y.mul_(w_scale) if bias is None else torch.addcmul(bias.float(), y, w_scale)
+    # In place from here: fresh memory of this size costs as much as the arithmetic.
+    y = acc.float().mul_(x_scale[:, None])
+    return y.mul_(w_scale) if bias is None else torch.addcmul(bias.float(), y, w_scale, out=y)
 
 
 def integer_product(x: Tensor, w: Tensor) -> Tensor:
