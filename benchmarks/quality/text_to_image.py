@@ -64,9 +64,7 @@ def run(args: argparse.Namespace, imbalanced: bool) -> tuple[dict[str, Any], lis
     import ditq_bundled
 
     wanted = ditq_bundled.prompts(name, "evaluation")[: args.prompts]
-    statistics = calibrate(
-        pipe, arch, ditq_bundled.prompts(name, "calibration"), Calibration(), seed=args.seed + 10_000
-    )
+    statistics = calibrate(pipe, arch, ditq_bundled.prompts(name, "calibration"), Calibration(), seed=args.seed)
     options = {"seed": args.seed, "steps": args.steps, "batch_size": args.batch_size}
     reference: Samples = sample(pipe, arch, wanted, **options)
     print(f"\n{title}: {len(wanted)} held-out prompts, {args.steps} steps, seed {args.seed}")

@@ -19,6 +19,9 @@ from ditq.calibration.sampling import sample
 from ditq.calibration.statistics import Statistics, merge
 from ditq.recipe import Calibration
 
+# Added to the seed of every calibration, so that it never sees the noise that the same seed compares models with.
+NOISE_OFFSET = 10_000
+
 Progress = Callable[[int, int], None]
 
 
@@ -49,6 +52,7 @@ def calibrate(
         resume: take finished batches from the cache instead of starting over.
         progress: called with (batches done, batches in all).
     """
+    seed += NOISE_OFFSET
     prompts = list(prompts)[: settings.prompts]
     batches = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
     groups = architecture.groups(pipe.transformer)

@@ -175,10 +175,6 @@ class DitqQuantizer(DiffusersQuantizer):
     def is_trainable(self) -> bool:
         return True  # adapters on top are; integers are not
 
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
 
 def build(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
     """Gives ``model`` (on the meta device) the structure of a plan; tensors are loaded afterwards.

@@ -60,7 +60,9 @@ def demo(
                 pipe = open_pipeline(model)
                 result = api.quantize(pipe, recipe, statistics=statistics, seed=seed)
                 show(recipe, 1, 2)
-                comparison = api.compare(reference, sample(pipe, arch, wanted, seed=seed, batch_size=16), seed=seed)
+                comparison = api.compare(
+                    reference, sample(pipe, arch, wanted, seed=seed, batch_size=16), seed=seed, batch_size=16
+                )
                 show(recipe, 2, 2)
                 size, full = result.plan.memory()
                 sheet_rows.append((recipe, comparison.other.images))

@@ -179,8 +179,7 @@ def _scale(group: InputGroup, plans: dict[str, LayerPlan], statistics: Statistic
     layer = _smooth_of(group, plans)
     if layer is None or layer.smooth is None:
         return None
-    if statistics is None or group.name not in statistics.groups:
-        raise UsageError(f"The plan smooths the input of {group.name!r}: calibration is needed, pass prompts.")
+    assert statistics is not None  # _check_statistics has seen to it
     scale = group_scale(layer.smooth, group, statistics.groups[group.name], statistics.timesteps)
     return scale.to(group.linears[0].module.weight.device)
 
