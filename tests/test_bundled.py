@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 import ditq
 from ditq import api, architectures
-from ditq.calibration.sampling import sample
+from ditq.sampling import sample
 
 MODELS = ditq_bundled.names()
 SHORT = ("calibration.prompts=8", "calibration.steps=6", "calibration.rows=512", "balance.alpha=[0.3, 0.6]")

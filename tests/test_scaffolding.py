@@ -20,7 +20,7 @@ FLOORS = [
     {"plan", "recipe"},
     {"engines"},
     {"layers"},
-    {"architectures", "calibration"},
+    {"architectures", "sampling", "calibration"},
     {"methods"},
     {"allocation"},
     {"checkpoint"},

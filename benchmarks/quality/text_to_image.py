@@ -25,11 +25,11 @@ import ditq
 from ditq import api, architectures
 from ditq import recipe as recipes
 from ditq.calibration import calibrate
-from ditq.calibration.sampling import Samples, sample
 from ditq.metrics import paired_difference
 from ditq.plan import Plan
 from ditq.recipe import Calibration
 from ditq.report.sheet import sheet
+from ditq.sampling import Samples, sample
 
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a4")
 TEASER = ("16 bit", "rtn-w4a8", "viditq-w4a8", "viditq-w8a8")

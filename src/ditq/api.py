@@ -19,7 +19,6 @@ from ditq import architectures, engines
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate
 from ditq.calibration.capture import Capture
-from ditq.calibration.sampling import Samples, sample
 from ditq.checkpoint.backend import attach
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.methods import convert, quantize_model
@@ -27,6 +26,7 @@ from ditq.metrics import FIDELITY, Aggregate, aggregate
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
+from ditq.sampling import Samples, sample
 
 Progress = Callable[[str, int, int], None]
 

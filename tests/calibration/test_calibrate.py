@@ -13,10 +13,11 @@ from torch import Tensor
 from ditq import architectures
 from ditq.calibration import GroupStatistics, Statistics, calibrate
 from ditq.calibration import run as calibration_run
-from ditq.calibration.sampling import resolve_conditions, sample
 from ditq.calibration.statistics import merge
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.recipe import Calibration
+from ditq.sampling import sample
+from ditq.sampling.sample import resolve_conditions
 
 SETTINGS = Calibration(prompts=4, batch_size=2, steps=3, guidance_scale=3.0, rows=96)
 

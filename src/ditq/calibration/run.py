@@ -15,9 +15,9 @@ from torch import nn
 
 from ditq.architectures import Architecture
 from ditq.calibration.capture import Capture
-from ditq.calibration.sampling import sample
 from ditq.calibration.statistics import Statistics, merge
 from ditq.recipe import Calibration
+from ditq.sampling import sample
 
 # Added to the seed of every calibration, so that it never sees the noise that the same seed compares models with.
 NOISE_OFFSET = 10_000

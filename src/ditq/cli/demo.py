@@ -31,9 +31,9 @@ def demo(
 
     from ditq import api, architectures
     from ditq.calibration import calibrate
-    from ditq.calibration.sampling import sample
     from ditq.recipe import Calibration
     from ditq.report.sheet import sheet
+    from ditq.sampling import sample
 
     begin = time.perf_counter()
     pipe = open_pipeline(model)

@@ -47,7 +47,7 @@ def generate(
     Example: ditq generate emoji-w4a8 --prompt "a noto style emoji of a red apple" --out pictures
     """
     from ditq import api
-    from ditq.calibration.sampling import sample
+    from ditq.sampling import sample
 
     pipe = open_pipeline(pipeline, device, dtype)
     arch = pick_architecture(pipe, architecture)
