@@ -74,7 +74,7 @@ def wheel_files(project: Path) -> set[str]:
 
 def test_extras_and_entry_point_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) == {"openvino", "triton", "report", "ray", "demo", "dev"}
+    assert set(project["optional-dependencies"]) == {"openvino", "triton", "report", "metrics", "ray", "demo", "dev"}
     assert project["scripts"] == {"ditq": "ditq.cli:main"}
 
 

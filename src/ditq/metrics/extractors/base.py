@@ -1,0 +1,78 @@
+"""Feature networks that metrics look through. The name of the network always stands beside the number."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ditq.errors import DitqError
+
+
+class MissingWeights(DitqError):  # noqa: N818
+    """A network that a metric needs is not on this machine; says which extra, which file and where it is looked for."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network sees in n pictures, float32 on the CPU.
+
+    Attributes:
+        pooled: [n, d], for FID, KID, precision and recall.
+        spatial: [n, s], a few channels of an earlier layer with their places kept, for sFID (Nash et al. 2021).
+        probabilities: [n, classes], for the Inception Score; None where the network has no classes.
+    """
+
+    pooled: Tensor
+    spatial: Tensor
+    probabilities: Tensor | None
+
+    def __len__(self) -> int:
+        return self.pooled.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> Features:
+        return Features(*(None if part is None else part[rows] for part in self._parts()))  # type: ignore[arg-type]
+
+    def _parts(self) -> list[Tensor | None]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    @staticmethod
+    def cat(batches: Sequence[Features]) -> Features:
+        """The features of several batches, in order."""
+        columns = zip(*(batch._parts() for batch in batches), strict=True)
+        return Features(*(None if c[0] is None else torch.cat([t for t in c if t is not None]) for c in columns))  # type: ignore[arg-type]
+
+
+class Extractor(ABC):
+    """A network from pictures to features.
+
+    Attributes:
+        name: printed beside every number it is used for, e.g. ``"emoji-classifier"``.
+        labels: the names of the classes of ``probabilities``; empty where it has none.
+    """
+
+    name: ClassVar[str]
+    labels: Sequence[str] = ()
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Features:
+        """Features of one batch [n, 3, H, W] float32 in [0, 1]; resizes and normalises as the network wants it."""
+
+    @abstractmethod
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Feature maps [n, c_i, h_i, w_i] from early to late, for distances between two pictures."""
+
+    def __call__(self, images: Sequence[Image.Image], batch_size: int = 64) -> Features:
+        """Features of any number of pictures of one size, batch by batch, without gradients."""
+        from ditq.metrics.fidelity import to_tensor
+
+        with torch.no_grad():
+            return Features.cat([
+                self.features(torch.stack([to_tensor(image) for image in images[i : i + batch_size]]))
+                for i in range(0, len(images), batch_size)
+            ])  # fmt: skip

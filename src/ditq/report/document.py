@@ -1,0 +1,133 @@
+"""The report as data: what ``report.json`` holds, and what the HTML page and the model card are made from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ditq.metrics.score import Interval, Score, Verdict
+
+FORMAT_VERSION = 1
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Curve(_Model):
+    """A quantity along the sampling trajectory; ``ci95`` has one (low, high) a step."""
+
+    timesteps: list[float]
+    mean: list[float]
+    ci95: list[tuple[float, float]]
+    n: int
+
+
+class LayerErrors(_Model):
+    """Error of every linear's output at every timestep, both models fed the same transformer input.
+
+    Errors of earlier layers in the same call are carried over: it is what reaches this point of the network.
+
+    Attributes:
+        layers: names, in the order of execution.
+        sqnr_db: [layers][timesteps], 10 log10(|y|^2 / |y - y_q|^2).
+    """
+
+    layers: list[str]
+    roles: list[str]
+    timesteps: list[float]
+    sqnr_db: list[list[float]]
+    prompts: int
+
+
+class StepTime(_Model):
+    """Wall time of one transformer call, all models interleaved in one run on the same inputs."""
+
+    ms_median: float
+    ms_min: float
+    runs: int
+    batch: int
+    ratio_to_reference: float
+
+
+class ModelReport(_Model):
+    """One model of the comparison. Plan fields are None for the 16-bit reference.
+
+    Attributes:
+        layers: rows of ``ditq inspect --json`` (name, role, weight_bits, activation_bits, granularity, balance, ...).
+        seconds_per_picture: while drawing, VAE and text encoder included; None if all pictures came from the cache
+            of another machine.
+    """
+
+    name: str
+    path: str
+    fingerprint: str
+    pipeline: str
+    recipe: str | None = None
+    plan_hash: str | None = None
+    nominal_bits: dict[str, int] | None = None
+    average_bits: float | None = None
+    transformer_bytes: int
+    seconds_per_picture: float | None = None
+    step_time: StepTime | None = None
+    metrics: dict[str, Score] = {}
+    latent_sqnr_by_step: Curve | None = None
+    layer_errors: LayerErrors | None = None
+    layers: list[dict[str, Any]] = []
+
+
+class PairDifference(_Model):
+    """Two quantized models on one metric: a minus b, paired."""
+
+    metric: str
+    a: str
+    b: str
+    difference: Interval
+    verdict: Verdict
+
+
+class Skipped(_Model):
+    """A metric that was not measured, and why."""
+
+    metric: str
+    reason: str
+
+
+class MetricInfo(_Model):
+    """What a metric is, for people. ``family`` orders the table."""
+
+    name: str
+    title: str
+    unit: str
+    higher_is_better: bool
+    family: Literal["fidelity", "alignment", "distribution", "temporal"]
+    about: str
+
+
+class Report(_Model):
+    """Everything that was measured in one comparison.
+
+    Attributes:
+        summary: sentences for people, the first one says it all.
+        sampler: scheduler, steps, guidance_scale, width, height, frames.
+        environment: device, cpu, threads, versions.
+        real: the set of real pictures that distribution metrics compare with: {"name", "n"}.
+    """
+
+    format_version: Literal[1] = 1
+    title: str
+    date: str
+    summary: list[str]
+    kind: Literal["image", "video"]
+    reference: ModelReport
+    models: list[ModelReport]
+    differences: list[PairDifference] = []
+    metrics: list[MetricInfo]
+    skipped: list[Skipped] = []
+    prompts: list[str]
+    seeds: list[int]
+    sampler: dict[str, Any]
+    environment: dict[str, Any]
+    command: str
+    real: dict[str, Any] | None = None
