@@ -15,7 +15,7 @@ from ditq.errors import DitqError
 
 
 class MissingWeights(DitqError):  # noqa: N818
-    """A network that a metric needs is not on this machine; says which extra, which file and where it is looked for."""
+    """A network a metric needs is not on this machine; says which extra, which file and where it is looked for."""
 
 
 @dataclass(frozen=True)
