@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class Features:
 
 
 class Extractor(ABC):
-    """A network from pictures to features.
+    """A network from pictures to features. It computes where the pictures are; features come back to the CPU.
 
     Attributes:
         name: printed beside every number it is used for, e.g. ``"emoji-classifier"``.
@@ -58,6 +59,15 @@ class Extractor(ABC):
 
     name: ClassVar[str]
     labels: Sequence[str] = ()
+
+    @classmethod
+    @abstractmethod
+    def load(cls) -> Self:
+        """The network with its trained weights.
+
+        Raises:
+            MissingWeights: its package or its weights are not on this machine.
+        """
 
     @abstractmethod
     def features(self, images: Tensor) -> Features:
@@ -76,3 +86,10 @@ class Extractor(ABC):
                 self.features(torch.stack([to_tensor(image) for image in images[i : i + batch_size]]))
                 for i in range(0, len(images), batch_size)
             ])  # fmt: skip
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear with antialias, in [0, 1]; pictures of the right size come back as they are."""
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode="bilinear", antialias=True).clamp(0, 1)
