@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,18 +16,12 @@ from ditq.architectures import Architecture
 from ditq.calibration.capture import Capture
 from ditq.calibration.statistics import Statistics, merge
 from ditq.recipe import Calibration
-from ditq.sampling import sample
+from ditq.sampling import cache_root, sample
 
 # Added to the seed of every calibration, so that it never sees the noise that the same seed compares models with.
 NOISE_OFFSET = 10_000
 
 Progress = Callable[[int, int], None]
-
-
-def cache_root() -> Path:
-    """Where calibration is cached: ``DITQ_CACHE``, or ``ditq`` in the user's cache folder."""
-    base = os.environ.get("DITQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "ditq")
-    return Path(base).expanduser() / "calibration"
 
 
 def calibrate(
@@ -48,7 +41,8 @@ def calibrate(
     at most about ``settings.rows`` rows a group.
 
     Args:
-        cache: where finished batches are kept, below a name of everything that matters; default :func:`cache_root`.
+        cache: where finished batches are kept, below a name of everything that matters; by default
+            ``calibration`` in :func:`ditq.sampling.cache_root`.
         resume: take finished batches from the cache instead of starting over.
         progress: called with (batches done, batches in all).
     """
@@ -56,7 +50,7 @@ def calibrate(
     prompts = list(prompts)[: settings.prompts]
     batches = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
     groups = architecture.groups(pipe.transformer)
-    folder = (cache or cache_root()) / _key(pipe.transformer, architecture, prompts, settings, seed)
+    folder = (cache or cache_root() / "calibration") / _key(pipe.transformer, architecture, prompts, settings, seed)
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

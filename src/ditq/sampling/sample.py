@@ -1,9 +1,10 @@
-"""Runs a diffusers pipeline on a list of conditions, one seed each, and keeps pictures and final latents."""
+"""Runs a diffusers pipeline on a list of conditions, one seed each; keeps pictures and every step's latents."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,21 +16,39 @@ from torch import Tensor
 
 from ditq.architectures import Architecture
 from ditq.errors import UsageError
+from ditq.sampling.cache import PictureCache, Sample
+from ditq.sampling.fingerprint import fingerprint
 
 
 @dataclass
 class Samples:
-    """What one run of a pipeline drew.
+    """What one pipeline drew for a list of conditions.
 
     Attributes:
-        images: pictures in the order of the conditions.
-        latents: float32 [n, ...], the final latents before decoding (scaled as the sampler has them).
+        images: pictures (PIL) in the order of the conditions; for a video model lists of frames.
+        trajectory: float32 [n, steps, ...], the latents after every sampling step, as the sampler has them.
+        timesteps: of the steps.
+        seconds: wall time of each picture, text encoder and decoder included: that of its batch, divided.
+        fingerprint: of the pipeline, where a cache asked for it.
     """
 
     conditions: list[str]
     seeds: list[int]
-    images: list[Image.Image]
-    latents: Tensor
+    images: list[Any]
+    trajectory: Tensor
+    timesteps: list[float]
+    seconds: list[float]
+    fingerprint: str = ""
+
+    @property
+    def latents(self) -> Tensor:
+        """float32 [n, ...], the final latents before decoding."""
+        return self.trajectory[:, -1]
+
+    @property
+    def is_video(self) -> bool:
+        """Whether ``images`` are lists of frames."""
+        return not isinstance(self.images[0], Image.Image)
 
 
 def resolve_conditions(pipe: Any, architecture: Architecture, conditions: Sequence[str]) -> list[Any]:
@@ -71,27 +90,58 @@ def sample(
     guidance_scale: float | None = None,
     batch_size: int = 8,
     on_batch: Callable[[int], None] | None = None,
+    cache: PictureCache | None = None,
     **overrides: Any,
 ) -> Samples:
-    """Draws one picture for each condition; picture i starts from the noise of seed ``seed + i``.
+    """Draws one picture or video for each condition; number i starts from the noise of seed ``seed + i``.
 
-    The noise of a picture does not depend on the batch size. ``overrides`` go to the pipeline's call.
+    The noise does not depend on the batch size. ``overrides`` go to the pipeline's call. With a ``cache``,
+    what it holds for this pipeline, condition, seed and sampler is not drawn again (whatever the batch size
+    was), and what is drawn is added batch by batch, so that an interrupted run goes on from there.
     """
     resolved = resolve_conditions(pipe, architecture, conditions)
-    images: list[Image.Image] = []
-    latents: list[Tensor] = []
-    with quiet(pipe), recorded_latents(pipe, latents):
-        for begin in range(0, len(resolved), batch_size):
-            batch = resolved[begin : begin + batch_size]
-            kwargs = call_arguments(pipe, architecture, batch, steps=steps, guidance_scale=guidance_scale)
-            seeds = range(seed + begin, seed + begin + len(batch))
-            generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-            with torch.no_grad():
-                images += pipe(**{**kwargs, "generator": generators, **overrides}).images
+    seeds = list(range(seed, seed + len(resolved)))
+    found: dict[int, Sample] = {}
+    keys: list[str] = []
+    identity = ""
+    if cache is not None:
+        identity = fingerprint(pipe)
+        sampler = {"steps": steps, "guidance_scale": guidance_scale, **overrides}
+        keys = [cache.key(identity, c, s, sampler) for c, s in zip(resolved, seeds, strict=True)]
+        found = {i: hit for i, key in enumerate(keys) if (hit := cache.get(key)) is not None}
+        if on_batch and found:
+            on_batch(len(found))
+    missing = [i for i in range(len(resolved)) if i not in found]
+    with quiet(pipe):
+        for begin in range(0, len(missing), batch_size):
+            batch = missing[begin : begin + batch_size]
+            kwargs = call_arguments(
+                pipe, architecture, [resolved[i] for i in batch], steps=steps, guidance_scale=guidance_scale
+            )
+            kwargs["generator"] = [torch.Generator("cpu").manual_seed(seeds[i]) for i in batch]
+            before = time.perf_counter()
+            with torch.no_grad(), recorded_steps(pipe, len(batch)) as recorded:
+                output = pipe(**{**kwargs, **overrides})
+            seconds = (time.perf_counter() - before) / len(batch)
+            trajectory = torch.stack(recorded.latents, dim=1)
+            for row, (i, picture) in enumerate(zip(batch, _pictures(output), strict=True)):
+                found[i] = Sample(picture, trajectory[row], recorded.timesteps, seconds)
+                if cache is not None:
+                    cache.put(keys[i], found[i])
             if on_batch:
                 on_batch(len(batch))
-    seeds_all = list(range(seed, seed + len(resolved)))
-    return Samples(list(conditions), seeds_all, images, torch.cat(latents) if latents else torch.empty(0))
+    drawn = [found[i] for i in range(len(resolved))]
+    return Samples(
+        list(conditions), seeds, [d.picture for d in drawn], torch.stack([d.trajectory for d in drawn]),
+        drawn[0].timesteps, [d.seconds for d in drawn], identity,
+    )  # fmt: skip
+
+
+def _pictures(output: Any) -> list[Any]:
+    """Pictures of an image pipeline, lists of frames of a video pipeline."""
+    if hasattr(output, "images"):
+        return list(output.images)
+    return [[Image.fromarray(f) if not isinstance(f, Image.Image) else f for f in video] for video in output.frames]
 
 
 def call_arguments(
@@ -135,18 +185,34 @@ def quiet(pipe: Any) -> Iterator[None]:
         pipe._progress_bar_config = before
 
 
+@dataclass
+class Recorded:
+    """Latents [n, ...] float32 after every step, and the timesteps."""
+
+    latents: list[Tensor]
+    timesteps: list[float]
+
+
 @contextmanager
-def recorded_latents(pipe: Any, into: list[Tensor]) -> Iterator[None]:
-    """Appends what reaches the decoder, undoing the VAE's scaling factor: not every pipeline can return latents."""
-    vae = pipe.vae
-    decode = vae.decode
+def recorded_steps(pipe: Any, n: int) -> Iterator[Recorded]:
+    """Keeps what every step of the scheduler returns for the first ``n`` rows: pipelines return only the last.
 
-    def recording(z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        into.append(z.detach().float().cpu() * vae.config.scaling_factor)
-        return decode(z, *args, **kwargs)
+    Some pipelines (DiT) step both halves of a guided batch; the first ``n`` rows are the pictures in any case.
+    """
+    scheduler = pipe.scheduler
+    step = scheduler.step
+    recorded = Recorded([], [])
 
-    vae.decode = recording
+    def recording(model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        result = step(model_output, timestep, *args, **kwargs)
+        recorded.latents.append((result[0] if isinstance(result, tuple) else result.prev_sample)[:n].float().cpu())
+        recorded.timesteps.append(float(timestep))
+        return result
+
+    # Pipelines look at the signature of step before they call it.
+    recording.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]
+    scheduler.step = recording
     try:
-        yield
+        yield recorded
     finally:
-        del vae.decode
+        del scheduler.step

@@ -1,0 +1,177 @@
+"""Nothing is drawn twice, nothing stale or damaged is taken for a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import CLASSES, PROMPTS, tiny_dit, tiny_pixart
+from PIL import Image
+
+import ditq
+from ditq import architectures
+from ditq.sampling import PictureCache, Samples, fingerprint, sample
+from ditq.sampling.cache import Sample
+
+DIT = architectures.load("dit")
+OPTIONS: dict[str, Any] = {"steps": 2, "guidance_scale": 3.0, "batch_size": 2}
+
+
+def draw(pipe: Any, cache: PictureCache, conditions: list[str] = CLASSES, **changes: Any) -> tuple[Samples, int]:
+    """Samples, and how many transformer calls they took."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = pipe.transformer.register_forward_pre_hook(count)
+    try:
+        return sample(pipe, DIT, conditions, cache=cache, **{**OPTIONS, **changes}), calls
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> PictureCache:
+    return PictureCache(tmp_path / "pictures")
+
+
+def equal(a: Samples, b: Samples) -> bool:
+    pictures = all(x.tobytes() == y.tobytes() for x, y in zip(a.images, b.images, strict=True))
+    return pictures and torch.equal(a.trajectory, b.trajectory) and a.timesteps == b.timesteps
+
+
+def test_second_run_draws_nothing_and_gives_the_same(cache: PictureCache) -> None:
+    first, calls = draw(tiny_dit(), cache)
+    assert calls == 2 * 2
+    second, calls = draw(tiny_dit(), cache)  # another pipeline object of the same weights
+    assert calls == 0
+    assert equal(first, second)
+    assert second.seconds == first.seconds
+    assert equal(first, sample(tiny_dit(), DIT, CLASSES, **OPTIONS))
+
+
+@pytest.mark.parametrize("changes", [{"steps": 3}, {"guidance_scale": 2.0}, {"seed": 9}], ids=str)
+def test_another_sampler_draws_again(changes: dict[str, Any], cache: PictureCache) -> None:
+    draw(tiny_dit(), cache)
+    assert draw(tiny_dit(), cache, **changes)[1] > 0
+
+
+def test_only_what_is_missing_is_drawn(cache: PictureCache) -> None:
+    draw(tiny_dit(), cache, CLASSES[:2])
+    samples, calls = draw(tiny_dit(), cache)
+    assert calls == 2  # one batch of two steps
+    assert equal(samples, sample(tiny_dit(), DIT, CLASSES, **OPTIONS))
+
+
+def test_progress_counts_cached_pictures(cache: PictureCache) -> None:
+    draw(tiny_dit(), cache, CLASSES[:2])
+    seen: list[int] = []
+    sample(tiny_dit(), DIT, CLASSES, cache=cache, on_batch=seen.append, **OPTIONS)
+    assert seen == [2, 2]
+
+
+def test_interrupted_run_goes_on(cache: PictureCache) -> None:
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(tiny_dit(), DIT, CLASSES, cache=cache, on_batch=stop, **OPTIONS)
+    assert draw(tiny_dit(), cache)[1] == 2
+
+
+def test_damaged_files_are_drawn_again(cache: PictureCache) -> None:
+    first, _ = draw(tiny_dit(), cache)
+    files = sorted(cache.folder.rglob("*.safetensors"))
+    assert len(files) == len(CLASSES)
+    files[0].write_bytes(files[0].read_bytes()[:50])
+    flipped = bytearray(files[1].read_bytes())
+    flipped[-1] ^= 1
+    files[1].write_bytes(bytes(flipped))
+    files[2].write_bytes(b"")
+    second, calls = draw(tiny_dit(), cache)
+    assert calls == 2 * 2  # three pictures in two batches
+    assert equal(first, second)
+
+
+def test_cache_that_cannot_be_written_does_not_stop_drawing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    samples, _ = draw(tiny_dit(), PictureCache(tmp_path / "file" / "pictures"))
+    assert len(samples.images) == len(CLASSES)
+
+
+def test_video_and_latents_come_back_exactly(cache: PictureCache) -> None:
+    frames = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 8, 3)).astype(np.uint8)) for i in range(3)]
+    cache.put("ab12", Sample(frames, torch.randn(4, 2, 3), [9.0, 5.0, 2.0, 1.0], 0.5))
+    found = cache.get("ab12")
+    assert found is not None
+    assert isinstance(found.picture, list)
+    assert [f.tobytes() for f in found.picture] == [f.tobytes() for f in frames]
+    assert (found.timesteps, found.seconds, found.trajectory.shape) == ([9.0, 5.0, 2.0, 1.0], 0.5, (4, 2, 3))
+    assert cache.get("cd34") is None
+
+
+def test_prune_keeps_the_latest(tmp_path: Path) -> None:
+    import os
+
+    picture = Image.new("RGB", (8, 8))
+    cache = PictureCache(tmp_path, limit=1)
+    for i, key in enumerate(("aa", "bb", "cc")):
+        cache.put(key, Sample(picture, torch.zeros(1, 1), [1.0], 0.1))
+        os.utime(cache._path(key), (i, i))
+    cache.limit = 2 * cache._path("aa").stat().st_size
+    cache.prune()
+    assert [cache.get(key) is None for key in ("aa", "bb", "cc")] == [True, False, False]
+
+
+# ---------------------------------------------------------------------------------------- fingerprint
+
+
+def test_fingerprint_is_of_what_is_computed(tmp_path: Path) -> None:
+    pipe = tiny_pixart()
+    identity = fingerprint(pipe)
+    assert identity == fingerprint(tiny_pixart())
+    assert identity != fingerprint(tiny_pixart(seed=1))
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert fingerprint(ditq.load(tmp_path / "pipe")) == identity
+    with torch.no_grad():
+        next(pipe.vae.parameters()).view(-1)[0] += 1e-3
+    assert fingerprint(pipe) != identity
+
+
+def test_fingerprint_sees_scheduler_dtype_and_quantization(tmp_path: Path) -> None:
+    import diffusers
+
+    pipe = tiny_pixart()
+    seen = {fingerprint(pipe)}
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    seen.add(fingerprint(pipe))
+    ditq.quantize(pipe, "rtn-w8a8")
+    quantized = fingerprint(pipe)
+    seen.add(quantized)
+    pipe.save_pretrained(tmp_path / "w8a8")
+    assert fingerprint(ditq.load(tmp_path / "w8a8")) == quantized
+    pipe.vae.to(torch.bfloat16)
+    seen.add(fingerprint(pipe))
+    assert len(seen) == 4
+
+
+# -------------------------------------------------------------------------------------------- samples
+
+
+def test_trajectory_has_every_step() -> None:
+    samples = sample(tiny_dit(), DIT, CLASSES, **{**OPTIONS, "steps": 3})
+    assert samples.trajectory.shape == (4, 3, 4, 8, 8)
+    assert torch.equal(samples.latents, samples.trajectory[:, -1])
+    assert samples.timesteps == sorted(samples.timesteps, reverse=True)
+    assert not torch.equal(samples.trajectory[:, 0], samples.trajectory[:, 1])
+    assert min(samples.seconds) > 0
+    assert not samples.is_video
+
+
+def test_scheduler_is_left_as_it_was() -> None:
+    pipe = tiny_pixart()
+    sample(pipe, architectures.load("pixart"), PROMPTS[:1], **OPTIONS)
+    assert "step" not in vars(pipe.scheduler)
