@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ditq.metrics.layer_errors import LayerErrors, StepTime
 from ditq.metrics.score import Interval, Score, Verdict
 
 FORMAT_VERSION = 1
@@ -22,33 +23,6 @@ class Curve(_Model):
     mean: list[float]
     ci95: list[tuple[float, float]]
     n: int
-
-
-class LayerErrors(_Model):
-    """Error of every linear's output at every timestep, both models fed the same transformer input.
-
-    Errors of earlier layers in the same call are carried over: it is what reaches this point of the network.
-
-    Attributes:
-        layers: names, in the order of execution.
-        sqnr_db: [layers][timesteps], 10 log10(|y|^2 / |y - y_q|^2).
-    """
-
-    layers: list[str]
-    roles: list[str]
-    timesteps: list[float]
-    sqnr_db: list[list[float]]
-    prompts: int
-
-
-class StepTime(_Model):
-    """Wall time of one transformer call, all models interleaved in one run on the same inputs."""
-
-    ms_median: float
-    ms_min: float
-    runs: int
-    batch: int
-    ratio_to_reference: float
 
 
 class ModelReport(_Model):
