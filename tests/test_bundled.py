@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 import ditq
 from ditq import api, architectures
+from ditq.comparison import compare
 from ditq.sampling import sample
 
 MODELS = ditq_bundled.names()
@@ -56,7 +57,7 @@ def test_quantized_checkpoint_draws_the_same_as_in_memory_and_stays_close(
     parameters = sum(p.numel() for p in pipe.transformer.parameters())
     result = ditq.quantize(pipe, recipe, prompts=ditq_bundled.prompts(name, "calibration"), overrides=SHORT)
     quantized = sample(pipe, arch, few(name), **options)
-    assert api.compare(reference, quantized).metrics["psnr_db"].mean > psnr
+    assert compare(reference, quantized).metrics["psnr_db"].mean > psnr
 
     ditq.save(pipe, tmp_path / "out", source=f"bundled:{name}")
     files = list((tmp_path / "out" / "transformer").glob("*.safetensors"))

@@ -26,6 +26,7 @@ FLOORS = [
     {"checkpoint"},
     {"metrics", "report"},
     {"api"},
+    {"comparison"},
     {"cli", "__main__"},
     {"__init__"},
 ]

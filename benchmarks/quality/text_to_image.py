@@ -25,6 +25,7 @@ import ditq
 from ditq import api, architectures
 from ditq import recipe as recipes
 from ditq.calibration import calibrate
+from ditq.comparison import compare
 from ditq.metrics import paired_difference
 from ditq.plan import Plan
 from ditq.recipe import Calibration
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace, imbalanced: bool) -> tuple[dict[str, Any], lis
             pipe = load(args, imbalanced)
             plan = ditq.quantize(pipe, base, overrides=overrides, statistics=statistics, seed=args.seed).plan
             other = sample(pipe, arch, wanted, **options)
-            comparison = api.compare(reference, other, **{k: v for k, v in options.items() if k != "batch_size"})
+            comparison = compare(reference, other, **{k: v for k, v in options.items() if k != "batch_size"})
             seconds = time.perf_counter() - begin
             values[recipe] = comparison.values
             pictures.append((recipe, other.images))
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace, imbalanced: bool) -> tuple[dict[str, Any], lis
                 key = "+".join(words) or "none"
                 balances[key] = balances.get(key, 0) + 1
             rows[recipe] = {
-                **{k: v.as_dict() for k, v in comparison.metrics.items()},
+                **{k: v.model_dump() for k, v in comparison.metrics.items()},
                 "average_bits": plan.average_bits,
                 "nominal_bits": [plan.nominal_weight_bits, plan.nominal_activation_bits],
                 "size_ratio": planned / full,
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace, imbalanced: bool) -> tuple[dict[str, Any], lis
     for width in args.widths:
         for method in (m for m in args.methods if m != "viditq" and "viditq" in args.methods):
             d = paired_difference(values[f"viditq-{width}"]["psnr_db"], values[f"{method}-{width}"]["psnr_db"])
-            differences[f"viditq-{width} - {method}-{width}"] = d.as_dict()
+            differences[f"viditq-{width} - {method}-{width}"] = d.model_dump()
             print(f"  {width}  viditq - {method:12} {d.mean:+6.2f} [{d.ci95[0]:+.2f}, {d.ci95[1]:+.2f}]")
     shown = next((r for r in ("viditq-w4a8", *rows) if r in rows), None)
     if shown:

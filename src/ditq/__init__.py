@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ditq.checkpoint.registration import register as _register
 
 if TYPE_CHECKING:
-    from ditq.api import Comparison, Result, compare, load, quantize, save
+    from ditq.api import Result, load, quantize, save
     from ditq.checkpoint.backend import DitqConfig
+    from ditq.comparison import Comparison, compare
     from ditq.engines import use_engine
     from ditq.errors import CheckpointError, DitqError, UsageError
     from ditq.plan import LayerPlan, Plan, TensorFormat
@@ -31,9 +32,9 @@ _HOME = {
     "quantize": "ditq.api",
     "load": "ditq.api",
     "save": "ditq.api",
-    "compare": "ditq.api",
+    "compare": "ditq.comparison",
     "Result": "ditq.api",
-    "Comparison": "ditq.api",
+    "Comparison": "ditq.comparison",
     "DitqConfig": "ditq.checkpoint.backend",
     "use_engine": "ditq.engines",
     "CheckpointError": "ditq.errors",

@@ -1,4 +1,4 @@
-"""The verbs: quantize, load, save, compare. Thin; what they do is in the folders below."""
+"""The verbs: quantize, load, save. Thin; what they do is in the folders below."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ from ditq.calibration.capture import Capture
 from ditq.checkpoint.backend import attach
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.methods import convert, quantize_model
-from ditq.metrics import FIDELITY, Aggregate, aggregate
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
-from ditq.sampling import Samples, sample
 
 Progress = Callable[[str, int, int], None]
 
@@ -315,77 +313,3 @@ def new_folder(out: str | Path, *, overwrite: bool = False, keep: bool = True) -
         for parent in made:
             with suppress(OSError):  # not made, or not empty
                 parent.rmdir()
-
-
-@dataclass
-class Comparison:
-    """Two models on the same prompts and seeds.
-
-    Attributes:
-        metrics: for each metric its values pair by pair, and their aggregate.
-    """
-
-    reference: Samples
-    other: Samples
-    values: dict[str, list[float]]
-    metrics: dict[str, Aggregate]
-    settings: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The stable JSON of ``ditq compare --json``."""
-        better = {metric.name: metric.higher_is_better for metric in FIDELITY}
-        return {
-            "pairs": len(self.reference.images),
-            "seed": self.settings["seed"],
-            "prompts": self.reference.conditions,
-            **{name: {**a.as_dict(), "higher_is_better": better[name]} for name, a in self.metrics.items()},
-            "settings": self.settings,
-        }
-
-
-def compare(
-    reference: Any | Samples,
-    other: Any | Samples,
-    prompts: Sequence[str] | None = None,
-    *,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    batch_size: int = 8,
-    architecture: Architecture | None = None,
-    progress: Progress | None = None,
-) -> Comparison:
-    """Draws the same prompts with the same noise by two pipelines and compares them pair by pair.
-
-    Either side may be finished :class:`Samples`, so that a reference is drawn once for many models.
-    """
-    both = []
-    for stage, side in (("reference", reference), ("quantized", other)):
-        if isinstance(side, Samples):
-            both.append(side)
-            continue
-        if prompts is None:
-            raise UsageError("compare() needs prompts, unless both sides are Samples.")
-        done = 0
-
-        def tick(n: int, stage: str = stage) -> None:
-            nonlocal done
-            done += n
-            if progress:
-                progress(stage, done, len(prompts))
-
-        both.append(
-            sample(
-                side, architecture or architectures.match(side.transformer), prompts, seed=seed, steps=steps,
-                guidance_scale=guidance_scale, batch_size=batch_size, on_batch=tick,
-            )
-        )  # fmt: skip
-    a, b = both
-    if a.conditions != b.conditions or a.seeds != b.seeds:
-        raise UsageError("The two sides were not drawn from the same prompts and seeds.")
-    for name, side in (("reference", a), ("quantized", b)):
-        if not bool(torch.isfinite(side.latents).all()):
-            raise DitqError(f"The {name} model draws NaN or Inf.")
-    values = {m.name: m.values(getattr(a, m.of), getattr(b, m.of)) for m in FIDELITY}
-    settings = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale, "batch_size": batch_size}
-    return Comparison(a, b, values, {name: aggregate(v) for name, v in values.items()}, settings)

@@ -25,7 +25,7 @@ def test_mean_and_number_are_those_of_the_values() -> None:
     a = aggregate([1.0, 2.0, 6.0])
     assert (a.mean, a.n) == (3.0, 3)
     assert a.ci95[0] < 3.0 < a.ci95[1]
-    assert a.as_dict() == {"mean": 3.0, "ci95": list(a.ci95), "n": 3}
+    assert a.model_dump() == {"mean": 3.0, "ci95": a.ci95, "n": 3}
 
 
 def test_same_seed_same_interval() -> None:

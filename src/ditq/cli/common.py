@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from ditq.architectures import Architecture
-    from ditq.metrics import Aggregate
+    from ditq.comparison import Comparison
+    from ditq.metrics import Interval
 
 Pipeline = Annotated[str, typer.Argument(help="A pipeline folder, a hub id, or bundled:NAME.")]
 Seed = Annotated[int, typer.Option(help="Seed of noise, calibration and rotations.")]
@@ -146,7 +147,7 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None] | Non
         yield show
 
 
-def metrics_table(title: str, rows: Sequence[tuple[str, dict[str, Aggregate], str]]) -> Any:
+def metrics_table(title: str, rows: Sequence[tuple[str, dict[str, Interval], str]]) -> Any:
     """Rows of (model, metrics by name, size) as a table of means with 95 % intervals."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -164,6 +165,54 @@ def metrics_table(title: str, rows: Sequence[tuple[str, dict[str, Aggregate], st
     return table
 
 
-def _plus_minus(a: Aggregate, digits: int) -> str:
+def comparison_table(title: str, comparison: Comparison) -> Any:
+    """One row a metric, one column a model; what is not measurably different from 16 bit says so."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    names = list(comparison.models)
+    skipped = comparison.measurement.skipped
+    caption = "= no measurable difference to 16 bit, - worse, + better (paired, 95 %)"
+    if skipped:
+        caption += f"\nnot measured, see the report for why: {', '.join(skipped)}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), caption=caption,
+                  caption_justify="left")  # fmt: skip
+    table.add_column("metric")
+    for name in ("16 bit", *names):
+        table.add_column(name, justify="right", overflow="fold")
+    signs = {"same": " =", "worse": " -", "better": " +", None: "  "}
+    for entry in comparison.measurement.descriptions:
+        scores = [comparison.measurement.scores[name][entry.name] for name in names]
+        own = scores[0].reference
+        arrow = "↑" if entry.higher_is_better else "↓"
+        unit = f" {entry.unit}" if entry.unit else ""
+        table.add_row(
+            f"{entry.title}{unit} {arrow}",
+            _plus_minus(own, _digits(own)) if own else "",
+            *(_plus_minus(score, _digits(score)) + signs[score.verdict] for score in scores),
+        )
+    subjects = list(comparison.models.values())
+    full = comparison.reference.transformer_bytes
+    if full:
+        sizes = [f"{s.transformer_bytes / 1e6:.1f} ({s.transformer_bytes / full:.2f})  " for s in subjects]
+        table.add_row("transformer MB", f"{full / 1e6:.1f}", *sizes)
+    if all(s.step_time for s in subjects):
+        times = [
+            f"{s.step_time.ms_median:.0f} ({s.step_time.ratio_to_reference:.2f} x)  " for s in subjects if s.step_time
+        ]
+        base = comparison.reference.step_time
+        table.add_row("transformer call ms", f"{base.ms_median:.0f}" if base else "", *times)
+    return table
+
+
+def _digits(a: Interval) -> int:
+    """Digits that an interval of this width leaves meaningful."""
+    import math
+
+    width = a.ci95[1] - a.ci95[0]
+    return 1 if width == 0 else min(5, max(1, 1 - math.floor(math.log10(width))))
+
+
+def _plus_minus(a: Interval, digits: int) -> str:
     """A mean and the longer arm of its 95 % interval; the JSON has both ends."""
     return f"{a.mean:.{digits}f} ± {max(a.ci95[1] - a.mean, a.mean - a.ci95[0]):.{digits}f}"

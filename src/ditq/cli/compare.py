@@ -1,8 +1,9 @@
-"""``ditq compare``: two pipelines on the same prompts and seeds."""
+"""``ditq compare``: one 16-bit pipeline and any number of quantized ones, on the same prompts and seeds."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +20,12 @@ from ditq.cli.common import (
     Quiet,
     Seed,
     Steps,
-    metrics_table,
+    comparison_table,
     open_pipeline,
     out,
     pick_architecture,
+    pick_device,
+    pick_dtype,
     pick_prompts,
     print_json,
     progress_bars,
@@ -31,10 +34,26 @@ from ditq.cli.common import (
 
 def compare(
     reference: Annotated[str, typer.Argument(help="The 16-bit pipeline.")],
-    quantized: Annotated[str, typer.Argument(help="The quantized pipeline.")],
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for sheet and report; must not exist.")] = None,
+    quantized: Annotated[list[str], typer.Argument(help="Quantized pipelines, one or more.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for the report; must not exist.")] = None,
     prompts: PromptFile = None,
     count: Annotated[int | None, typer.Option(help="Use the first so many prompts.", min=1)] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Names with commas; basic: PSNR, SSIM, latent SQNR; all: what can be measured here.")
+    ] = "all",
+    network: Annotated[
+        str, typer.Option(help="Feature network; auto takes the model's own, else one that is installed.")
+    ] = "auto",
+    real: Annotated[
+        Path | None, typer.Option(help="Folder of real pictures for KID, FID, precision and recall.")
+    ] = None,
+    explain: Annotated[
+        int, typer.Option(help="Prompts for the error of every layer and the speed of a call; 0: neither.", min=0)
+    ] = 4,
+    card: Annotated[
+        bool, typer.Option(help="Write a model card and the report into every quantized folder too.")
+    ] = True,
+    cached: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep pictures, and use those kept.")] = True,
     steps: Steps = None,
     guidance: Guidance = None,
     batch_size: BatchSize = 8,
@@ -45,37 +64,58 @@ def compare(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how far a quantized pipeline's pictures are from the 16-bit ones, prompt by prompt.
+    """Measure what quantization cost: same prompts, same noise, every metric with its interval, one page.
 
-    Example: ditq compare bundled:emoji-t2i emoji-w4a8 --out comparison
+    Example: ditq compare bundled:emoji-t2i emoji-w8a8 emoji-w4a8 --out comparison
     """
-    from ditq import api
+    from ditq import api, comparison
+    from ditq.metrics.measure import BASIC
+    from ditq.report import attach, html
     from ditq.report.sheet import sheet
+    from ditq.sampling import PictureCache
 
     if out_dir is not None:
+        html.check_installed()
         api.check_output(out_dir)
-    a, b = (open_pipeline(path, device, dtype) for path in (reference, quantized))
-    arch = pick_architecture(a, architecture)
-    wanted = pick_prompts(reference, a, arch, prompts, "evaluation", count)
+    for path in (reference, *quantized):
+        api.resolve(path)
+    base = open_pipeline(reference, device, dtype)
+    arch = pick_architecture(base, architecture)
+    wanted = pick_prompts(reference, base, arch, prompts, "evaluation", count)
+    del base
+    where = pick_device(device)
+    chosen = BASIC if metrics == "basic" else "all" if metrics == "all" else metrics.replace(" ", "").split(",")
     with progress_bars(quiet or as_json) as progress:
-        comparison = api.compare(
-            a, b, wanted, seed=seed, steps=steps, guidance_scale=guidance, batch_size=batch_size,
-            architecture=arch, progress=progress,
+        found = comparison.compare(
+            reference, quantized, wanted, seed=seed, steps=steps, guidance_scale=guidance, batch_size=batch_size,
+            architecture=arch, metrics=chosen, network=network, real=real, cache=PictureCache() if cached else None,
+            explain=explain, device=where, dtype=pick_dtype(dtype, where), progress=progress,
         )  # fmt: skip
-    data = {"reference": reference, "quantized": quantized, **comparison.as_dict()}
+    data = {"reference": reference, "quantized": quantized[0] if len(quantized) == 1 else quantized, **found.as_dict()}
+    notes = []
     if out_dir is not None:
+        command = shlex.join(["ditq", "compare", reference, *quantized, "--seed", str(seed), *(
+            ["--prompts", str(prompts)] if prompts else []), "--out", str(out_dir)])  # fmt: skip
+        report, pictures = found.report(command=command), found.pictures()
         with api.new_folder(out_dir) as folder:
-            (folder / "comparison.json").write_text(json.dumps({**data, "values": comparison.values}, indent=1))
+            html.write(report, pictures, folder)
+            (folder / "values.json").write_text(json.dumps(found.measurement.values, indent=1))
             shown = slice(0, 12)
-            rows = [("reference", comparison.reference.images[shown]), ("quantized", comparison.other.images[shown])]
-            sheet(rows, comparison.reference.conditions[shown]).save(folder / "sheet.png")
+            rows = [(name, _stills(images[shown])) for name, images in pictures.items()]
+            sheet(rows, report.prompts[shown]).save(folder / "sheet.png")
+            if card:
+                notes = [attach.attach(report, model, folder / "report.html") for model in report.models]
     if as_json:
         print_json(data)
     elif not quiet:
-        title = f"{len(wanted)} pairs, seed {seed}, mean and 95 % interval"
-        out.print(metrics_table(title, [(quantized, dict(comparison.metrics), "")]))
-        if out_dir is not None:
-            out.print(f"pictures: {out_dir / 'sheet.png'}", markup=False)
+        out.print(comparison_table(f"{len(wanted)} prompts, seed {seed}, mean and 95 % interval", found))
+        for line in (*notes, *([f"report: {out_dir / 'report.html'}"] if out_dir else [])):
+            out.print(line, markup=False)
+
+
+def _stills(images: list) -> list:  # type: ignore[type-arg]
+    """Pictures as they are; of a video the frame in the middle."""
+    return [image[len(image) // 2] if isinstance(image, list) else image for image in images]
 
 
 VERB = compare

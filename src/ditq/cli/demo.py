@@ -31,6 +31,7 @@ def demo(
 
     from ditq import api, architectures
     from ditq.calibration import calibrate
+    from ditq.comparison import compare
     from ditq.recipe import Calibration
     from ditq.report.sheet import sheet
     from ditq.sampling import sample
@@ -60,7 +61,7 @@ def demo(
                 pipe = open_pipeline(model)
                 result = api.quantize(pipe, recipe, statistics=statistics, seed=seed)
                 show(recipe, 1, 2)
-                comparison = api.compare(
+                comparison = compare(
                     reference, sample(pipe, arch, wanted, seed=seed, batch_size=16), seed=seed, batch_size=16
                 )
                 show(recipe, 2, 2)

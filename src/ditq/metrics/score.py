@@ -6,17 +6,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ditq.metrics.interval import Interval
+
+__all__ = ["Curve", "Interval", "PairDifference", "Score", "Verdict", "verdict"]
+
 Verdict = Literal["same", "better", "worse"]
-
-
-class Interval(BaseModel):
-    """A mean, its 95 % interval and the number of values behind it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    mean: float
-    ci95: tuple[float, float]
-    n: int
 
 
 class Score(Interval):
@@ -35,6 +29,29 @@ class Score(Interval):
     reference: Interval | None = None
     difference: Interval | None = None
     verdict: Verdict | None = None
+
+
+class PairDifference(BaseModel):
+    """Two quantized models on one metric: a minus b, paired; the verdict is on a."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    metric: str
+    a: str
+    b: str
+    difference: Interval
+    verdict: Verdict
+
+
+class Curve(BaseModel):
+    """A quantity along the sampling trajectory; ``ci95`` has one (low, high) a step."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    timesteps: list[float]
+    mean: list[float]
+    ci95: list[tuple[float, float]]
+    n: int
 
 
 def verdict(difference: Interval, higher_is_better: bool) -> Verdict:

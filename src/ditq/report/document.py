@@ -6,23 +6,28 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ditq.metrics.interval import Interval
 from ditq.metrics.layer_errors import LayerErrors, StepTime
-from ditq.metrics.score import Interval, Score, Verdict
+from ditq.metrics.score import Curve, PairDifference, Score
+
+__all__ = [
+    "Curve",
+    "Interval",
+    "LayerErrors",
+    "MetricInfo",
+    "ModelReport",
+    "PairDifference",
+    "Report",
+    "Score",
+    "Skipped",
+    "StepTime",
+]
 
 FORMAT_VERSION = 1
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid")
-
-
-class Curve(_Model):
-    """A quantity along the sampling trajectory; ``ci95`` has one (low, high) a step."""
-
-    timesteps: list[float]
-    mean: list[float]
-    ci95: list[tuple[float, float]]
-    n: int
 
 
 class ModelReport(_Model):
@@ -49,16 +54,6 @@ class ModelReport(_Model):
     latent_sqnr_by_step: Curve | None = None
     layer_errors: LayerErrors | None = None
     layers: list[dict[str, Any]] = []
-
-
-class PairDifference(_Model):
-    """Two quantized models on one metric: a minus b, paired."""
-
-    metric: str
-    a: str
-    b: str
-    difference: Interval
-    verdict: Verdict
 
 
 class Skipped(_Model):

@@ -1,0 +1,333 @@
+"""``compare``: one 16-bit model and any number of quantized ones on the same prompts and noise, measured."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ditq import api, architectures
+from ditq.architectures import Architecture
+from ditq.errors import DitqError, UsageError
+from ditq.metrics.interval import Interval
+from ditq.metrics.layer_errors import LayerErrors, StepTime, layer_errors
+from ditq.metrics.measure import BASIC, Measurement, measure
+from ditq.metrics.real import Real, from_features, from_folder
+from ditq.metrics.score import Curve, Score
+from ditq.plan import Plan
+from ditq.report.document import MetricInfo, ModelReport, Report, Skipped
+from ditq.report.summary import summary
+from ditq.report.tables import layer_json
+from ditq.sampling import PictureCache, Samples, sample
+
+BUNDLED_NETWORK = "emoji-classifier"
+
+Side = Any  # a pipeline, a path (folder, hub id, bundled:NAME) that is loaded when it is needed, or Samples
+
+
+@dataclass
+class Subject:
+    """One model of a comparison.
+
+    Attributes:
+        pipeline: the name of its class; empty where only samples were given.
+        transformer_bytes: of the parameters as they are stored; what is not quantized counts as 16 bit.
+        errors, step_time: of a quantized model beside the reference; None where only samples were given.
+    """
+
+    name: str
+    path: str
+    samples: Samples
+    pipeline: str = ""
+    plan: Plan | None = None
+    transformer_bytes: int = 0
+    scheduler: str = ""
+    errors: LayerErrors | None = None
+    step_time: StepTime | None = None
+
+
+@dataclass
+class Comparison:
+    """Models on the same prompts and seeds.
+
+    Attributes:
+        models: the quantized ones by name.
+        measurement: every metric of every model, differences, what was skipped and why.
+        settings: seed, steps, guidance scale and batch size of the run.
+    """
+
+    reference: Subject
+    models: dict[str, Subject]
+    measurement: Measurement
+    settings: dict[str, Any]
+    real: Real | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, Interval]:
+        """The metrics of the first quantized model by name."""
+        return dict(next(iter(self.measurement.scores.values())))
+
+    @property
+    def values(self) -> dict[str, list[float]]:
+        """The same, prompt by prompt, of the metrics that have a value for each."""
+        return next(v for name, v in self.measurement.values.items() if name)
+
+    @property
+    def other(self) -> Samples:
+        """What the first quantized model drew."""
+        return next(iter(self.models.values())).samples
+
+    def report(self, title: str = "", command: str = "") -> Report:
+        """Everything that was measured, as the data of ``report.json``."""
+        samples = self.reference.samples
+        first = samples.images[0]
+        width, height = first[0].size if samples.is_video else first.size
+        report = Report(
+            title=title or f"{', '.join(self.models)} against {self.reference.name}",
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            summary=[],
+            kind="video" if samples.is_video else "image",
+            reference=_model_report(self.reference),
+            models=[
+                _model_report(subject, self.measurement.scores[name], self.measurement.curves[name])
+                for name, subject in self.models.items()
+            ],
+            differences=self.measurement.differences,
+            metrics=[MetricInfo(**asdict(d)) for d in self.measurement.descriptions],
+            skipped=[Skipped(metric=k, reason=v) for k, v in self.measurement.skipped.items()],
+            prompts=samples.conditions,
+            seeds=samples.seeds,
+            sampler={
+                "scheduler": self.reference.scheduler,
+                "steps": len(samples.timesteps),
+                "guidance_scale": self.settings["guidance_scale"] or "the pipeline's default",
+                "batch_size": self.settings["batch_size"],
+                "width": width,
+                "height": height,
+                "frames": len(first) if samples.is_video else 1,
+            },
+            environment=self.environment,
+            command=command,
+            real=None if self.real is None else {"name": self.real.name, "n": len(self.real)},
+        )
+        report.summary = summary(report)
+        return report
+
+    def pictures(self) -> dict[str, list[Any]]:
+        """What every model drew, the reference first."""
+        return {s.name: s.samples.images for s in (self.reference, *self.models.values())}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The stable JSON of ``ditq compare --json``; metrics at the top are those of the first quantized model."""
+        scores = {
+            name: {metric: score.model_dump(mode="json", exclude_none=True) for metric, score in found.items()}
+            for name, found in self.measurement.scores.items()
+        }
+        return {
+            "pairs": len(self.reference.samples.images),
+            "seed": self.settings["seed"],
+            "prompts": self.reference.samples.conditions,
+            **next(iter(scores.values())),
+            "models": scores,
+            "differences": [d.model_dump(mode="json") for d in self.measurement.differences],
+            "skipped": self.measurement.skipped,
+            "settings": self.settings,
+        }
+
+
+def compare(
+    reference: Side,
+    quantized: Side | Sequence[Side] | Mapping[str, Side],
+    prompts: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 8,
+    architecture: str | Path | Architecture | None = None,
+    metrics: Sequence[str] | Literal["all"] = BASIC,
+    network: str = "auto",
+    real: Real | Path | None = None,
+    cache: PictureCache | None = None,
+    explain: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: api.Progress | None = None,
+) -> Comparison:
+    """Draws the same prompts with the same noise by all pipelines and compares them pair by pair.
+
+    Paths are loaded one after the other, so that at most two models are in memory. Any side may be finished
+    :class:`Samples`, so that a reference is drawn once for many models.
+
+    Args:
+        quantized: one model, a list (named by their folders) or a mapping of names.
+        metrics, network: see :func:`ditq.metrics.measure.measure`.
+        real: real pictures, or a folder of them. A ``bundled:`` reference brings its own, with its own network.
+        cache: where pictures are kept; None keeps none.
+        explain: prompts on which the error of every layer and the time of a transformer call are measured
+            (0: neither), where both sides are models.
+        device, dtype: of pipelines that are loaded here.
+        progress: called with (stage, done, total).
+
+    Raises:
+        UsageError: no prompts, two models of one name, or see :func:`ditq.metrics.measure.measure`.
+        DitqError: a model draws NaN or Inf.
+    """
+    named = _named(quantized)
+    options = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
+
+    def tell(stage: str, total: int) -> Any:
+        done = 0
+
+        def tick(n: int) -> None:
+            nonlocal done
+            done += n
+            if progress:
+                progress(stage, done, max(total, done))
+
+        return tick
+
+    def open_side(side: Side) -> Any:
+        if not isinstance(side, str | Path):
+            return side
+        pipe = api.load(side, dtype=dtype)
+        return pipe.to(device) if device is not None else pipe
+
+    def draw(name: str, side: Side, pipe: Any, stage: str) -> Subject:
+        path = str(side) if isinstance(side, str | Path) else ""
+        if isinstance(pipe, Samples):
+            return Subject(name, path, pipe)
+        if prompts is None:
+            raise UsageError("compare() needs prompts, unless all sides are Samples.")
+        arch = architectures.load(architecture) if architecture else architectures.match(pipe.transformer)
+        samples = sample(
+            pipe, arch, prompts, batch_size=batch_size, cache=cache, on_batch=tell(stage, len(prompts)),
+            **options,  # type: ignore[arg-type]
+        )  # fmt: skip
+        if not bool(torch.isfinite(samples.trajectory).all()):
+            raise DitqError(f"The {stage} model draws NaN or Inf.")
+        return Subject(
+            name, path, samples, type(pipe).__name__, _plan(pipe.transformer), _bytes(pipe.transformer),
+            type(pipe.scheduler).__name__,
+        )  # fmt: skip
+
+    base = open_side(reference)
+    first = draw(_name(reference, "reference"), reference, base, "reference")
+    models: dict[str, Subject] = {}
+    for name, side in named.items():
+        pipe = open_side(side)
+        subject = models[name] = draw(name, side, pipe, "quantized" if len(named) == 1 else name)
+        if explain and subject.plan is not None and not isinstance(base, Samples):
+            arch = architectures.load(architecture) if architecture else architectures.match(base.transformer)
+            assert prompts is not None
+            subject.errors, first.step_time, subject.step_time = layer_errors(
+                base, pipe.transformer, subject.plan, arch, list(prompts)[:explain],
+                on_step=tell(f"layers of {name}", 0), **options,  # type: ignore[arg-type]
+            )  # fmt: skip
+        del pipe
+        gc.collect()
+    if network == "auto" and isinstance(reference, str) and reference.startswith("bundled:"):
+        network, real = BUNDLED_NETWORK, real or _bundled_real()
+    if isinstance(real, Path):
+        picture = first.samples.images[0]
+        real = from_folder(real, (picture[0] if first.samples.is_video else picture).size)
+    measurement = measure(
+        first.samples, {name: s.samples for name, s in models.items()}, metrics=metrics, network=network,
+        real=real, on_metric=None if progress is None else lambda done, total: progress("metrics", done, total),
+    )  # fmt: skip
+    if cache is not None:
+        cache.prune()
+    return Comparison(first, models, measurement, {**options, "batch_size": batch_size}, real, environment())
+
+
+def _model_report(
+    subject: Subject, metrics: dict[str, Score] | None = None, curve: Curve | None = None
+) -> ModelReport:
+    plan, samples = subject.plan, subject.samples
+    return ModelReport(
+        name=subject.name,
+        path=subject.path,
+        fingerprint=samples.fingerprint,
+        pipeline=subject.pipeline,
+        recipe=plan.recipe if plan else None,
+        plan_hash=plan.hash() if plan else None,
+        nominal_bits=(
+            {"weights": plan.nominal_weight_bits, "activations": plan.nominal_activation_bits} if plan else None
+        ),
+        average_bits=plan.average_bits if plan else None,
+        transformer_bytes=subject.transformer_bytes,
+        seconds_per_picture=statistics.median(samples.seconds),
+        step_time=subject.step_time,
+        metrics=metrics or {},
+        latent_sqnr_by_step=curve,
+        layer_errors=subject.errors,
+        layers=[layer_json(layer) for layer in plan] if plan else [],
+    )
+
+
+def _bundled_real() -> Real | None:
+    """The artwork that the bundled models learned, as their network sees it."""
+    import ditq_bundled
+
+    try:
+        path = Path(ditq_bundled.network(BUNDLED_NETWORK)) / "reference.safetensors"
+    except ValueError:  # an older package of models
+        return None
+    return from_features("the artwork it learned", BUNDLED_NETWORK, path)
+
+
+def _named(quantized: Side | Sequence[Side] | Mapping[str, Side]) -> dict[str, Side]:
+    if isinstance(quantized, Mapping):
+        return dict(quantized)
+    if not isinstance(quantized, list | tuple):
+        return {_name(quantized, "quantized"): quantized}
+    if not quantized:
+        raise UsageError("There is nothing to compare with: give at least one quantized model.")
+    names = [_name(side, f"quantized {i + 1}") for i, side in enumerate(quantized)]
+    if len(set(names)) < len(names):  # folders of one name: tell them apart by their paths
+        names = [
+            str(side) if isinstance(side, str | Path) else name for side, name in zip(quantized, names, strict=True)
+        ]
+    if len(set(names)) < len(names):
+        raise UsageError(f"Two of the models have one name: {', '.join(names)}. Give a mapping of names instead.")
+    return dict(zip(names, quantized, strict=True))
+
+
+def _name(side: Side, otherwise: str) -> str:
+    if not isinstance(side, str | Path):
+        return otherwise
+    return str(side).removeprefix("bundled:") if str(side).startswith("bundled:") else Path(side).name
+
+
+def _plan(model: nn.Module) -> Plan | None:
+    return getattr(getattr(getattr(model, "config", None), "quantization_config", None), "plan", None)
+
+
+def _bytes(model: nn.Module) -> int:
+    plan = _plan(model)
+    return plan.memory()[0] if plan else sum(2 * p.numel() for p in model.parameters())
+
+
+def environment() -> dict[str, Any]:
+    """Device, threads and versions: what a number depends on besides the seeds."""
+    import platform
+    from importlib.metadata import version
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "cpu": f"{cpu} ({torch.backends.cpu.get_cpu_capability()})",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("ditq", "torch", "diffusers", "transformers")},
+    }

@@ -1,0 +1,263 @@
+"""All metrics of any number of models at once, against one 16-bit reference, with intervals and verdicts.
+
+A metric is one of three kinds. *Paired*: a value for each prompt, of the quantized model's picture against the
+16-bit model's (fidelity). *Own*: a value for each prompt, of either model by itself (alignment, temporal): the
+16-bit model has one too, and the difference is paired. *Set*: one value for all pictures against real ones
+(distribution), paired through common resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import Any, Literal
+
+from PIL import Image
+
+from ditq.errors import UsageError, unknown
+from ditq.metrics import alignment, distribution, extractors, fidelity, temporal
+from ditq.metrics.extractors import Extractor, Features, MissingWeights
+from ditq.metrics.interval import Interval, aggregate, paired_difference
+from ditq.metrics.metric import Description
+from ditq.metrics.real import Real
+from ditq.metrics.score import Curve, PairDifference, Score, verdict
+from ditq.sampling import Samples
+
+# What is always measured: needs no network and no real pictures.
+BASIC = ("psnr_db", "ssim", "latent_sqnr_db")
+
+# Tried in this order where nobody says which network to look through.
+NETWORKS = ("inception-v3", "efficientnet-lite0")
+
+
+@dataclass
+class View:
+    """One model's pictures, and what networks saw in them (each at most once)."""
+
+    samples: Samples
+    network: Callable[[], Extractor]
+
+    @cached_property
+    def frames(self) -> list[list[Image.Image]]:
+        """Every picture as a list of frames: one for pictures."""
+        return [[x] if isinstance(x, Image.Image) else list(x) for x in self.samples.images]
+
+    @cached_property
+    def features(self) -> list[Features]:
+        """Features of the frames of every picture or video."""
+        flat = self.network()([frame for frames in self.frames for frame in frames])
+        out, begin = [], 0
+        for frames in self.frames:
+            out.append(flat[begin : begin + len(frames)])
+            begin += len(frames)
+        return out
+
+
+Kind = Literal["paired", "own", "set"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric and how to take it.
+
+    Attributes:
+        function: paired: (reference, quantized) views to values; own: a view to values; set: real and generated
+            features to an estimate.
+        network: whether it looks through the feature network.
+        videos: for videos only.
+    """
+
+    description: Description
+    kind: Kind
+    function: Callable[..., Any]
+    network: bool = False
+    videos: bool = False
+
+
+@dataclass
+class Measurement:
+    """What :func:`measure` found.
+
+    Attributes:
+        values: for each model and metric the value of each prompt; the 16-bit model's own under ``""``.
+        scores: for each model and metric.
+        differences: between every two quantized models.
+        curves: latent SQNR in dB along the trajectory, for each model.
+        skipped: metrics that were not measured, and why.
+    """
+
+    values: dict[str, dict[str, list[float]]]
+    scores: dict[str, dict[str, Score]]
+    differences: list[PairDifference]
+    curves: dict[str, Curve]
+    descriptions: list[Description]
+    skipped: dict[str, str]
+
+
+def measure(
+    reference: Samples,
+    models: Mapping[str, Samples],
+    *,
+    metrics: Sequence[str] | Literal["all"] = BASIC,
+    network: str = "auto",
+    real: Real | None = None,
+    seed: int = 0,
+    on_metric: Callable[[int, int], None] | None = None,
+) -> Measurement:
+    """Measures every model against the reference; all were drawn from the same prompts and seeds.
+
+    Args:
+        metrics: names; "all" takes all that these pictures and this machine allow, and lists the others as skipped.
+        network: the feature network by name; ``auto`` takes the first of ``NETWORKS`` whose weights are here.
+        on_metric: called with (metrics done, metrics in all).
+
+    Raises:
+        UsageError: an unknown metric or network; prompts or seeds differ; or a metric that was asked for by name
+            cannot be measured.
+        MissingWeights: a metric that was asked for by name needs a network that is not on this machine.
+    """
+    for name, samples in models.items():
+        if samples.conditions != reference.conditions or samples.seeds != reference.seeds:
+            raise UsageError(f"{name} and the reference were not drawn from the same prompts and seeds.")
+    known = {m.description.name: m for m in MEASURES if not m.videos or reference.is_video}
+    for name in () if metrics == "all" else metrics:
+        if name not in known:
+            hint = "It is for videos." if name in {m.description.name for m in MEASURES} else ""
+            raise unknown("metric", name, known, hint)
+    chosen = list(known.values()) if metrics == "all" else [known[name] for name in metrics]
+    look = _network(network)
+    views = {"": View(reference, look), **{name: View(samples, look) for name, samples in models.items()}}
+    found = Measurement({name: {} for name in views}, {name: {} for name in models}, [], {}, [], {})
+    estimates: dict[str, dict[str, distribution.Estimate]] = {name: {} for name in views}
+    for i, entry in enumerate(chosen):
+        try:
+            _take(entry, views, found, estimates, real, seed)
+            found.descriptions.append(entry.description)
+        except (MissingWeights, UsageError) as error:
+            if metrics != "all":
+                raise
+            found.skipped[entry.description.name] = str(error)
+        if on_metric:
+            on_metric(i + 1, len(chosen))
+    for a, b in combinations(models, 2):
+        for entry in found.descriptions:
+            found.differences.append(_difference(entry, a, b, found, estimates))
+    for name, samples in models.items():
+        found.curves[name] = _curve(reference, samples)
+    return found
+
+
+def _network(name: str) -> Callable[[], Extractor]:
+    if name != "auto" and name not in extractors.names():
+        raise unknown("feature network", name, extractors.names())
+
+    def look() -> Extractor:
+        if name != "auto":
+            return extractors.load(name)
+        reasons = []
+        for candidate in NETWORKS:
+            try:
+                return extractors.load(candidate)
+            except MissingWeights as error:
+                reasons.append(str(error))
+        raise MissingWeights(" Or: ".join(reasons))
+
+    return look
+
+
+def _take(
+    entry: Measure,
+    views: dict[str, View],
+    found: Measurement,
+    estimates: dict[str, dict[str, distribution.Estimate]],
+    real: Real | None,
+    seed: int,
+) -> None:
+    """Adds one metric of every model to ``found``."""
+    name, better = entry.description.name, entry.description.higher_is_better
+    reference, others = views[""], {key: view for key, view in views.items() if key}
+    look = reference.network() if entry.network else None
+    label = look.name if look else None
+    if entry.kind == "paired":
+        for key, view in others.items():
+            values = entry.function(reference, view)
+            found.values[key][name] = values
+            found.scores[key][name] = Score(**dict(aggregate(values)), higher_is_better=better, network=label)
+        return
+    if entry.kind == "own":
+        taken = {key: entry.function(view) for key, view in views.items()}
+        for key, values in taken.items():
+            found.values[key][name] = values
+        own = aggregate(taken[""])
+        for key in others:
+            gap = paired_difference(taken[key], taken[""])
+            found.scores[key][name] = _against(aggregate(taken[key]), own, gap, better, label)
+        return
+    assert look is not None
+    if real is None:
+        raise UsageError("there are no real pictures to compare with: --real FOLDER names some")
+    features = real.seen_by(look)
+    for key, view in views.items():
+        estimates[key][name] = entry.function(features, Features.cat(view.features), seed)
+    own = estimates[""][name].interval()
+    for key in others:
+        gap = (estimates[key][name] - estimates[""][name]).interval()
+        found.scores[key][name] = _against(estimates[key][name].interval(), own, gap, better, label)
+
+
+def _against(value: Interval, own: Interval, gap: Interval, better: bool, network: str | None) -> Score:
+    return Score(
+        **dict(value), higher_is_better=better, network=network, reference=own, difference=gap,
+        verdict=verdict(gap, better),
+    )  # fmt: skip
+
+
+def _difference(
+    entry: Description,
+    a: str,
+    b: str,
+    found: Measurement,
+    estimates: dict[str, dict[str, distribution.Estimate]],
+) -> PairDifference:
+    if entry.name in found.values[a]:
+        gap = paired_difference(found.values[a][entry.name], found.values[b][entry.name])
+    else:
+        gap = (estimates[a][entry.name] - estimates[b][entry.name]).interval()
+    return PairDifference(metric=entry.name, a=a, b=b, difference=gap, verdict=verdict(gap, entry.higher_is_better))
+
+
+def _curve(reference: Samples, samples: Samples) -> Curve:
+    """Latent SQNR after every sampling step."""
+    steps = fidelity.latent_sqnr_by_step(reference.trajectory, samples.trajectory)
+    intervals = [aggregate(column.tolist()) for column in steps.T]
+    return Curve(
+        timesteps=reference.timesteps,
+        mean=[i.mean for i in intervals],
+        ci95=[i.ci95 for i in intervals],
+        n=len(steps),
+    )
+
+
+# --------------------------------------------------------------------------------------- the metrics
+
+
+def _framewise(function: Callable[..., float]) -> Callable[[View, View], list[float]]:
+    """A distance of two pictures, as one of two videos: the mean over frames."""
+
+    def values(reference: View, other: View) -> list[float]:
+        pairs = zip(reference.frames, other.frames, strict=True)
+        return [sum(map(function, a, b)) / len(a) for a, b in pairs]
+
+    return values
+
+
+def _latent_sqnr(reference: View, other: View) -> list[float]:
+    pairs = zip(reference.samples.latents, other.samples.latents, strict=True)
+    return [fidelity.latent_sqnr_db(a, b) for a, b in pairs]
+
+
+def _feature_distance(reference: View, other: View) -> list[float]:
+    network = reference.network()
+    return _framewise(lambda a, b: fidelity.feature_distance(a, b, network))(reference, other)

@@ -1,0 +1,49 @@
+"""Puts a model's card and report into its own checkpoint folder, so that they travel with it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from ditq.report.card import MARK, card
+from ditq.report.document import ModelReport, Report
+
+FOLDER = "ditq_report"
+
+
+def attach(report: Report, model: ModelReport, page: Path) -> str:
+    """Writes ``README.md`` and ``ditq_report/`` into the folder of ``model``; each file whole or not at all.
+
+    A README that ditq did not write is left alone. A folder that cannot be written is no error: the report
+    itself is elsewhere.
+
+    Returns:
+        One line for the user.
+    """
+    folder = Path(model.path)
+    if model.plan_hash is None or not (folder / "model_index.json").is_file():
+        return f"{model.name}: no card, {model.path or 'it'} is no local checkpoint of ditq."
+    readme = folder / "README.md"
+    try:
+        (folder / FOLDER).mkdir(exist_ok=True)
+        _write(folder / FOLDER / "report.html", page.read_bytes())
+        _write(folder / FOLDER / "report.json", report.model_dump_json(indent=1).encode())
+        if readme.exists() and MARK not in readme.read_text(errors="replace"):
+            return f"{model.name}: {readme} is not ditq's and was kept; the report is in {folder / FOLDER}."
+        _write(readme, card(report, model).encode())
+    except OSError as error:
+        return f"{model.name}: no card, {folder} cannot be written ({error.strerror or error})."
+    return f"{model.name}: card in {readme}, report in {folder / FOLDER}."
+
+
+def _write(path: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

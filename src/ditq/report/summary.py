@@ -1,0 +1,72 @@
+"""The comparison in sentences: what it cost and what it saved, claiming no difference that was not measured."""
+
+from __future__ import annotations
+
+from ditq.metrics.interval import Interval
+from ditq.report.document import MetricInfo, ModelReport, Report
+
+
+def summary(report: Report) -> list[str]:
+    """One sentence over all models, then one for each."""
+    n = len(report.prompts)
+    kind = "videos" if report.kind == "video" else "pictures"
+    ranked = sorted((m for m in report.models if "psnr_db" in m.metrics), key=lambda m: -m.metrics["psnr_db"].mean)
+    if not ranked:
+        return [f"{len(report.models)} models against {report.reference.name} on {n} prompts."]
+    best = ranked[0]
+    first = f"{best.name} draws {_closeness(best)} the {kind} of {report.reference.name} ({_db(best)}, {n} prompts)"
+    if best.transformer_bytes:
+        first += f" in {_share(best, report)} of its transformer's memory"
+    if len(ranked) > 1:
+        smallest = min(ranked, key=lambda m: m.transformer_bytes)
+        equal = next(
+            (d for d in report.differences if d.metric == "psnr_db" and {d.a, d.b} == {best.name, ranked[1].name}),
+            None,
+        )
+        if equal is not None and equal.verdict == "same":
+            first += f"; {ranked[1].name} is not measurably further"
+        elif smallest is not best and smallest.transformer_bytes < best.transformer_bytes:
+            first += f"; {smallest.name} is the smallest ({_share(smallest, report)}, {_db(smallest)})"
+    return [first + ".", *(_one(model, report) for model in report.models)]
+
+
+def _one(model: ModelReport, report: Report) -> str:
+    judged = [(info, model.metrics[info.name]) for info in report.metrics if info.name in model.metrics]
+    judged = [(info, score) for info, score in judged if score.verdict is not None]
+    words = []
+    for verdict, phrase in (("worse", "measurably worse in"), ("better", "measurably better in")):
+        names = [
+            f"{info.title} ({_gap(info, score.difference)})" for info, score in judged if score.verdict == verdict
+        ]
+        if names:
+            words.append(f"{phrase} {', '.join(names)}")
+    same = [info.title for info, score in judged if score.verdict == "same"]
+    if same:
+        words.append(f"no measurable difference in {', '.join(same)}")
+    if model.step_time is not None:
+        ratio = model.step_time.ratio_to_reference
+        speed = f"{ratio:.2f} times as fast" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
+        words.append(f"a transformer call {speed} here")
+    bits = f" ({model.average_bits:.1f} bits a weight on average)" if model.average_bits else ""
+    return f"{model.name}{bits}: {'; '.join(words) if words else _db(model)}."
+
+
+def _closeness(model: ModelReport) -> str:
+    """In words, by PSNR: above 40 dB 8-bit pictures of such size are hard to tell apart, below 20 they differ."""
+    db = model.metrics["psnr_db"].mean
+    return "nearly exactly" if db >= 40 else "closely" if db >= 25 else "roughly" if db >= 18 else "other than"
+
+
+def _db(model: ModelReport) -> str:
+    score = model.metrics["psnr_db"]
+    return f"PSNR {score.mean:.1f} dB [{score.ci95[0]:.1f}, {score.ci95[1]:.1f}]"
+
+
+def _share(model: ModelReport, report: Report) -> str:
+    return f"{model.transformer_bytes / report.reference.transformer_bytes:.2f}"
+
+
+def _gap(info: MetricInfo, difference: Interval | None) -> str:
+    assert difference is not None
+    unit = f" {info.unit}" if info.unit else ""
+    return f"{difference.mean:+.3g}{unit} [{difference.ci95[0]:+.3g}, {difference.ci95[1]:+.3g}]"
