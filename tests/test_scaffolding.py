@@ -97,9 +97,10 @@ def test_wheel_holds_every_recipe_and_architecture() -> None:
     assert data | {"src/ditq/py.typed"} <= wheel_files(ROOT)
 
 
-def test_bundled_wheel_holds_every_model_and_prompt() -> None:
+def test_bundled_wheel_holds_every_model_prompt_and_network() -> None:
     package = ROOT / "bundled" / "src" / "ditq_bundled"
-    data = {path for folder in ("models", "prompts") for path in (package / folder).rglob("*") if path.is_file()}
+    folders = ("models", "networks", "prompts")
+    data = {path for folder in folders for path in (package / folder).rglob("*") if path.is_file()}
     assert {str(path.relative_to(ROOT / "bundled")) for path in data} <= wheel_files(ROOT / "bundled")
 
 
@@ -122,6 +123,8 @@ def test_bundled_errors_name_what_is_known() -> None:
         ditq_bundled.prompts("no-such-model", "calibration")
     with pytest.raises(ValueError, match="calibration, evaluation; got 'test'"):
         ditq_bundled.prompts("emoji-t2i", "test")
+    with pytest.raises(ValueError, match="known: " + (", ".join(ditq_bundled.networks()) or "none")):
+        ditq_bundled.network("no-such-network")
 
 
 @pytest.mark.parametrize("name", ["emoji-t2i", "emoji-class"])

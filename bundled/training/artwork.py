@@ -87,14 +87,14 @@ def fetch(folder: Path) -> Path:
     return tarball
 
 
-def render(tarball: Path) -> dict[str, np.ndarray]:
-    """Draws every icon of the three sets on white; skin-tone variants are skipped."""
+def render(tarball: Path, sets: dict[str, tuple[str, str]] = STYLES) -> dict[str, np.ndarray]:
+    """Draws every icon of the sets on white; skin-tone variants are skipped."""
     import resvg_py
     from PIL import Image
 
     images, concepts, styles = [], [], []
     with tarfile.open(tarball) as tar:
-        for style, (icon_set, _) in STYLES.items():
+        for style, (icon_set, _) in sets.items():
             data = json.load(tar.extractfile(f"package/json/{icon_set}.json"))
             for name, icon in data["icons"].items():
                 if _SKIN_TONE.search(name):
@@ -125,11 +125,11 @@ def render(tarball: Path) -> dict[str, np.ndarray]:
     }
 
 
-def load(folder: Path) -> dict[str, np.ndarray]:
-    """The arrays of ``artwork.npz``, rendered first where they are missing."""
-    path = folder / "artwork.npz"
+def load(folder: Path, file: str = "artwork.npz", sets: dict[str, tuple[str, str]] = STYLES) -> dict[str, np.ndarray]:
+    """The arrays of ``file``, rendered first where they are missing."""
+    path = folder / file
     if not path.exists():
-        arrays = render(fetch(folder))
+        arrays = render(fetch(folder), sets)
         np.savez_compressed(path, **arrays)
     with np.load(path) as stored:
         return {name: stored[name] for name in stored.files}

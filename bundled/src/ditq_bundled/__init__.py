@@ -1,7 +1,8 @@
-"""Small trained diffusion transformers and the prompts that go with them.
+"""Small trained diffusion transformers, the prompts that go with them, and the network that judges what they draw.
 
 The models are plain diffusers pipeline folders, so ``DiffusionPipeline.from_pretrained(path(name))``
-loads one. This package only knows where they lie: it imports neither torch nor diffusers.
+loads one; the networks are plain transformers folders. This package only knows where they lie: it
+imports neither torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["names", "path", "prompts"]
+__all__ = ["names", "network", "networks", "path", "prompts"]
 
 SPLITS = ("calibration", "evaluation")
 
@@ -31,6 +32,22 @@ def path(name: str) -> Path:
     if name not in names():
         raise ValueError(f"no bundled model is named {name!r}; known: {', '.join(names()) or 'none'}")
     return _ROOT / "models" / name
+
+
+def networks() -> list[str]:
+    """The bundled feature networks, sorted: every model folder under ``networks/``."""
+    return sorted(config.parent.name for config in (_ROOT / "networks").glob("*/config.json"))
+
+
+def network(name: str) -> Path:
+    """The folder of one bundled feature network.
+
+    Raises:
+        ValueError: no network has this name.
+    """
+    if name not in networks():
+        raise ValueError(f"no bundled network is named {name!r}; known: {', '.join(networks()) or 'none'}")
+    return _ROOT / "networks" / name
 
 
 def prompts(name: str, split: str) -> list[str]:

@@ -1,0 +1,311 @@
+"""Trains the emoji classifier: a small ResNet that ditq's metrics look through, for the bundled models.
+
+``python classifier.py --work DIR`` draws the artwork (five sets), passes it through the bundled autoencoder, trains or
+resumes, measures on held-out artwork and on pictures of the bundled diffusion models, and writes
+``../src/ditq_bundled/networks/emoji-classifier``: a stock ``ResNetForImageClassification`` folder with its card, and
+``reference.safetensors``, the features of the pictures that the diffusion models learned.
+
+Every step draws its batch from its own seed, so an interrupted run goes on as if it had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tarfile
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import ditq_bundled
+import numpy as np
+import torch
+from artwork import STYLES, fetch, load
+from assemble import half, loss_curve
+from common import Ema, Run, schedule
+from safetensors.torch import save_file
+from torch.nn import functional as F  # noqa: N812
+from transformers import ResNetConfig, ResNetForImageClassification
+
+NAME = "emoji-classifier"
+MORE = {"fluent-3d": ("fluent-emoji", "MIT"), "fx": ("fxemoji", "Apache-2.0")}
+CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
+# Hour hands, and pairs that a mirrored picture would confuse.
+UNFIT = ("oclock", "thirty", "-left", "-right", "left-", "right-")
+
+# What FxEmoji calls some concepts; most of its other names are Unicode's without hyphens.
+FX_NAMES = {
+    "americasglobe": "globe-showing-americas", "aubergine": "eggplant", "billiards": "pool-8-ball", "blackscissors": "scissors", "blacktelephone": "telephone", "bunny": "rabbit-face",
+    "bunnyside": "rabbit", "cat": "cat-face", "catside": "cat", "cellphone": "mobile-phone",
+    "chilipepper": "hot-pepper", "curryandrice": "curry-rice", "directhit": "bullseye", "dog": "dog-face",
+    "dogside": "dog", "doveofpeace": "dove", "dragonhead": "dragon-face", "dragonside": "dragon",
+    "dromedarycamel": "camel", "earofmaize": "ear-of-corn", "europeancastle": "castle",
+    "evergreen": "evergreen-tree", "fallingleaf": "fallen-leaf", "gem": "gem-stone", "hampster": "hamster",
+    "heels": "high-heeled-shoe", "housebuilding": "house", "leopardside": "leopard", "lock": "locked",
+    "mouse": "mouse-face", "mouseside": "mouse", "pandaface": "panda",
+    "pig": "pig-face", "pigside": "pig", "poo": "pile-of-poo", "present": "wrapped-gift", "racecar": "racing-car",
+    "sliceofpizza": "pizza", "spurtingwhale": "spouting-whale", "steamlocomotive": "locomotive", "tie": "necktie",
+    "tiger": "tiger-face", "tigerside": "tiger", "wave": "water-wave", "wolfface": "wolf",
+}  # fmt: skip
+
+CONFIG = {
+    "embedding_size": 32,
+    "hidden_sizes": [32, 64, 128, 256],
+    "depths": [1, 2, 2, 2],
+    "layer_type": "basic",
+}
+# Noise on unit-variance latents before they are decoded again; what diffusion and quantization leave is of this kind.
+LATENT_NOISE = (0.0, 0.2, 0.4)
+
+
+def pictures(work: Path) -> dict[str, np.ndarray]:
+    """The artwork of the classes: ``images`` [N, 64, 64, 3] uint8 with ``concept``, ``style`` and ``taught`` [N].
+
+    Classes are the taught concepts, and those of the categories above that three of the four sets with Unicode's
+    names drew; all their pictures count, also FxEmoji's.
+    """
+    parts = [load(work), load(work, "artwork-more.npz", MORE)]
+    art = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    wanted = set()
+    with tarfile.open(fetch(work)) as tar:
+        for icons, _ in STYLES.values():
+            named = json.load(tar.extractfile(f"package/json/{icons}.json"))["categories"]
+            wanted |= {name for category in CATEGORIES for name in named[category]}
+    is_fx = art["style"] == "fx"
+    drawn = Counter(art["concept"][~is_fx].tolist())
+    taught = set(art["concept"][art["taught"]].tolist())
+    fit = {c for c in wanted if drawn[c] >= 3 and not any(word in c for word in UNFIT)} | taught
+    by_fx_name = {c.replace("-", ""): c for c in fit} | FX_NAMES
+    art["concept"] = np.array(
+        [by_fx_name.get(c.replace("-", ""), "") if fx else c for c, fx in zip(art["concept"], is_fx, strict=True)]
+    )
+    art["taught"] = art["taught"] & ~is_fx & (art["style"] != "fluent-3d")
+    kept = np.isin(art["concept"], sorted(fit))
+    return {key: values[kept] for key, values in art.items()}
+
+
+def decoded(work: Path, images: torch.Tensor) -> torch.Tensor:
+    """What the bundled autoencoder makes of uint8 pictures [N, 3, 64, 64], at each latent noise: [3, N, 3, 64, 64]."""
+    from diffusers import AutoencoderKL
+
+    path = work / "classifier-decoded.npy"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(ditq_bundled.path("emoji-t2i") / "vae").float()
+        generator = torch.Generator().manual_seed(0)
+        levels = []
+        with torch.no_grad():
+            means = [vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in images.split(64)]
+            for sigma in LATENT_NOISE:
+                noisy = (z + sigma * torch.randn(z.shape, generator=generator) for z in means)
+                levels.append(torch.cat([to_bytes(vae.decode(z).sample * 0.5 + 0.5) for z in noisy]))
+        np.save(path, torch.stack(levels).numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def to_bytes(x: torch.Tensor) -> torch.Tensor:
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def hold_out(concepts: np.ndarray, seed: int) -> np.ndarray:
+    """[N] bool: one picture of every concept that has at least three, drawn by lot."""
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(concepts), dtype=bool)
+    for concept in np.unique(concepts):
+        rows = np.flatnonzero(concepts == concept)
+        if len(rows) >= 3:
+            held[rng.choice(rows)] = True
+    return held
+
+
+def warp(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Mirrors, turns, scales, shears and shifts; white flows in. ``x`` [n, 3, H, W] in [0, 1]."""
+    n = len(x)
+    angle, shear = 0.12 * torch.randn(2, n, generator=rng)
+    sx, sy = (0.18 * torch.randn(2, n, generator=rng)).clamp(-0.4, 0.4).exp()
+    flip = torch.randint(0, 2, (n,), generator=rng) * 2.0 - 1
+    tx, ty = (0.12 * torch.randn(2, n, generator=rng)).clamp(-0.3, 0.3)
+    cos, sin = angle.cos(), angle.sin()
+    theta = torch.stack([flip * cos * sx, (shear - sin) * sx, tx, flip * sin * sy, cos * sy, ty], 1).view(n, 2, 3)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return 1 - F.grid_sample(1 - x, grid, align_corners=False)
+
+
+def recolour(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Contrast, brightness, saturation and a gain of each channel."""
+    n = len(x)
+    contrast, saturation = (0.2 * torch.randn(2, n, 1, 1, 1, generator=rng)).exp()
+    gain = (0.07 * torch.randn(n, 3, 1, 1, generator=rng)).exp()
+    shift = 0.06 * torch.randn(n, 1, 1, 1, generator=rng)
+    grey = x.mean(1, keepdim=True)
+    return (((grey + (x - grey) * saturation) * gain - 0.5) * contrast + 0.5 + shift).clamp(0, 1)
+
+
+def blur(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Loses resolution: down to 20 .. 48 pixels and up again, one size for the batch."""
+    size = int(torch.randint(20, 49, (), generator=rng))
+    small = F.interpolate(x, size=size, mode="bilinear", antialias=True)
+    return F.interpolate(small, size=x.shape[-2:], mode="bilinear")
+
+
+def noise(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    sigma = 0.12 * torch.rand(len(x), 1, 1, 1, generator=rng)
+    return (x + sigma * torch.randn(x.shape, generator=rng)).clamp(0, 1)
+
+
+def posterize(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    levels = torch.randint(2, 12, (len(x), 1, 1, 1), generator=rng)
+    return (x * levels).round() / levels
+
+
+def block_code(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """What JPEG does to 8 x 8 blocks: cosine transform, rounding that is coarser for high frequencies, and back."""
+    k = torch.arange(8.0)
+    dct = torch.cos((k[None, :] + 0.5) * k[:, None] * torch.pi / 8) * 0.5
+    dct[0] *= 0.5**0.5
+    n, c, h, w = x.shape
+    blocks = x.view(n, c, h // 8, 8, w // 8, 8).transpose(3, 4)  # [n, c, rows, columns, 8, 8]
+    step = (1 + k[:, None] + k[None, :]) * (0.01 + 0.07 * torch.rand(n, 1, 1, 1, 1, 1, generator=rng))
+    coded = dct.T @ ((dct @ blocks @ dct.T / step).round() * step) @ dct
+    return coded.transpose(3, 4).reshape(x.shape).clamp(0, 1)
+
+
+def erase(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Hides a square of 10 .. 28 pixels under a random colour."""
+    n, size = len(x), x.shape[-1]
+    at = torch.arange(size)
+    corner = torch.randint(0, size - 10, (2, n, 1), generator=rng)
+    side = torch.randint(10, 29, (n, 1), generator=rng)
+    rows, columns = ((at >= corner) & (at < corner + side)).unbind(0)
+    colour = torch.rand(n, 3, 1, 1, generator=rng)
+    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], colour, x)
+
+
+def augment(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Every picture is warped; each of the other changes meets its share of the batch."""
+    x = warp(x, rng)
+    for change, share in (
+        (recolour, 0.7),
+        (blur, 0.25),
+        (block_code, 0.2),
+        (posterize, 0.15),
+        (noise, 0.25),
+        (erase, 0.3),
+    ):
+        chosen = torch.rand(len(x), 1, 1, 1, generator=rng) < share
+        x = torch.where(chosen, change(x, rng), x)
+    return x
+
+
+def batches(
+    versions: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, size: int, seed: int, first: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless augmented batches ([size, 3, 64, 64] in [0, 1], [size]) from step ``first`` on.
+
+    ``versions`` [V, N, 3, 64, 64] uint8 holds the artwork and what the autoencoder made of it; half of a batch is
+    the artwork itself.
+    """
+    step = first
+    while True:
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rows = torch.multinomial(weights, size, replacement=True, generator=rng)
+        decoded = torch.randint(1, len(versions), (size,), generator=rng)
+        version = torch.where(torch.rand(size, generator=rng) < 0.5, 0, decoded)
+        yield augment(versions[version, rows].float() / 255, rng), labels[rows]
+        step += 1
+
+
+class Normalised:
+    """Channel means and deviations of the training pictures, as the preprocessor of the network states them."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        x = images.float().div(255)
+        self.mean = x.mean((0, 2, 3)).mul(1000).round().div(1000)
+        self.std = x.std((0, 2, 3)).mul(1000).round().div(1000)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x - self.mean[:, None, None]) / self.std[:, None, None]
+        return x.to(memory_format=torch.channels_last)
+
+
+def new_network(names: list[str]) -> ResNetForImageClassification:
+    labels = [name.replace("-", " ") for name in names]
+    config = ResNetConfig(
+        **CONFIG,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={n: i for i, n in enumerate(labels)},
+    )
+    return ResNetForImageClassification(config).to(memory_format=torch.channels_last)
+
+
+def train(args: argparse.Namespace, network: torch.nn.Module, versions, labels, weights, normalised) -> Run:
+    """Trains to ``args.steps``, from the checkpoint where there is one; leaves the averaged weights in ``network``."""
+    decayed = [p for p in network.parameters() if p.ndim > 1]
+    plain = [p for p in network.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=args.lr
+    )
+    ema = Ema({"network": network}, 0.998)
+    run = Run(args.work / "classifier", {"network": network}, [optimizer], ema)
+    network.train()
+    average = run.log[-1]["loss"] if run.log else 0.0
+    data = batches(versions, labels, weights, args.batch, args.seed, run.step)
+    while run.step < args.steps:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * schedule(run.step, args.steps, final=0.02)
+        x, y = next(data)
+        loss = F.cross_entropy(network(normalised(x)).logits, y, label_smoothing=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        run.step += 1
+        ema.update(run.step)
+        average = loss.item() if average == 0 else 0.98 * average + 0.02 * loss.item()
+        if run.step % 25 == 0:
+            run.record(loss=average)
+        if run.step % 200 == 0:
+            run.save()
+    run.save()
+    ema.copy_to({"network": network})
+    # Averaged weights have other activations than any step had: batch statistics are taken again.
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None  # the plain mean over batches
+    with torch.no_grad():
+        for _ in range(60):
+            network(normalised(next(data)[0]))
+    network.eval()
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("work"))
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "src" / "ditq_bundled" / "networks")
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    art = pictures(args.work)
+    names = sorted(set(art["concept"].tolist()))
+    labels = torch.from_numpy(np.searchsorted(names, art["concept"]))
+    images = torch.from_numpy(art["images"]).permute(0, 3, 1, 2).contiguous()
+    held = hold_out(art["concept"], args.seed)
+    versions = torch.cat([images[None], decoded(args.work, images)])
+    taught = set(art["concept"][art["taught"]].tolist())
+    # Concepts that the diffusion models learn are seen three times as often as the others.
+    weights = torch.tensor([3.0 if c in taught else 1.0 for c in art["concept"]]) * torch.from_numpy(~held)
+    normalised = Normalised(images[~held])
+    network = new_network(names)
+    print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {len(names)} classes", flush=True)
+    run = train(args, network, versions, labels, weights, normalised)
+
+
+if __name__ == "__main__":
+    main()
