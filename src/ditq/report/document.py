@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ditq.errors import DitqError, UsageError
 from ditq.metrics.interval import Interval
 from ditq.metrics.layer_errors import LayerErrors, StepTime
 from ditq.metrics.score import Curve, PairDifference, Score
@@ -21,6 +23,7 @@ __all__ = [
     "Score",
     "Skipped",
     "StepTime",
+    "read",
 ]
 
 FORMAT_VERSION = 1
@@ -100,3 +103,21 @@ class Report(_Model):
     environment: dict[str, Any]
     command: str
     real: dict[str, Any] | None = None
+
+
+def read(path: Path) -> Report:
+    """The report of a ``report.json``, or of the folder that holds one.
+
+    Raises:
+        UsageError: there is no such file.
+        DitqError: it is not a report that this version of ditq understands.
+    """
+    file = path / "report.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"There is no report at {file}. `ditq compare ... --out DIR` writes DIR/report.json.")
+    try:
+        return Report.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise DitqError(f"{file} is not a report of this version of ditq: {where}: {first['msg']}.") from error

@@ -1,0 +1,148 @@
+"""The model card: ``README.md`` with the front matter that the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import yaml
+
+from ditq.metrics.score import Score
+from ditq.report import wording
+from ditq.report.document import MetricInfo, ModelReport, Report
+from ditq.report.rows import rows
+
+MARK = "<!-- written by ditq -->"  # of cards that may be written over
+
+USE = """import ditq  # registers the backend
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(path)  # this folder, or its name on the Hub"""
+
+
+def card(report: Report, model: ModelReport) -> str:
+    """The card of one quantized model of a comparison, in Markdown.
+
+    The licence is left out: it is that of the base model, which a comparison does not know.
+    """
+    front = yaml.safe_dump(_front_matter(report, model), sort_keys=False, allow_unicode=True, width=1000)
+    bits = wording.bits(model)
+    kept = Counter(str(layer.get("role")) for layer in model.layers if not layer.get("weight_bits"))
+    quantized = len(model.layers) - sum(kept.values())
+    what = f"{_code(report.reference.name)}, its transformer quantized by ditq"
+    if model.recipe:
+        what += f" with the recipe {_code(model.recipe)}"
+    if bits:
+        what += f" ({bits})"
+    if model.transformer_bytes and report.reference.transformer_bytes:
+        share = wording.number(model.transformer_bytes / report.reference.transformer_bytes, 2)
+        what += (
+            f": {wording.megabytes(model.transformer_bytes)} instead of "
+            f"{wording.megabytes(report.reference.transformer_bytes)} ({share})"
+        )
+    own_name = re.compile(rf"(?<![\w./-]){re.escape(model.name)}(?![\w/-])")
+    about = [sentence for sentence in report.summary if own_name.search(sentence)]
+    stays = ", ".join(f"{count} {_text(role)}" for role, count in sorted(kept.items())) or "none"
+    sections = [
+        f"# {_text(model.name)}",
+        f"{what}.",
+        "\n\n".join(_text(sentence) for sentence in about or report.summary),
+        "## Measured",
+        f"{len(report.prompts)} prompts, seeds {wording.seeds(report.seeds)}, same noise for both models. Mean and "
+        "95 % bootstrap interval; the verdict is that of the paired difference to 16 bit.",
+        _table(report, model),
+    ]
+    if report.skipped:
+        sections.append("Not measured: " + "; ".join(f"{_text(s.metric)} ({_text(s.reason)})" for s in report.skipped))
+    sections += [
+        "## What stayed in 16 bit",
+        f"{quantized} linear layers are quantized, {sum(kept.values())} are not: {stays}.",
+        "## Use",
+        _block(USE, "python"),
+        "## Reproduce",
+        _block(report.command, "console"),
+        _settings(report, model),
+    ]  # fmt: skip
+    return f"---\n{front}---\n{MARK}\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _front_matter(report: Report, model: ModelReport) -> dict[str, Any]:
+    infos = {info.name: info for info in report.metrics}
+    return {
+        "library_name": "diffusers",
+        "base_model": report.reference.name,
+        "base_model_relation": "quantized",
+        "tags": ["ditq", "quantized", *([wording.bits(model).lower()] if wording.bits(model) else [])],
+        "model-index": [
+            {
+                "name": model.name,
+                "results": [
+                    {
+                        "task": {"type": f"text-to-{report.kind}"},
+                        "dataset": {"type": "prompts", "name": _dataset(report)},
+                        "metrics": [
+                            {"type": name, "name": _metric(infos[name], score), "value": round(score.mean, 6)}
+                            for name, score in model.metrics.items()
+                            if name in infos
+                        ],
+                    }
+                ],
+            }
+        ],
+    }
+
+
+def _dataset(report: Report) -> str:
+    real = f", real pictures: {report.real['name']}" if report.real else ""
+    return f"{len(report.prompts)} prompts, seeds {wording.seeds(report.seeds)}{real}"
+
+
+def _metric(info: MetricInfo, score: Score) -> str:
+    described = [text for text in (info.unit, score.network) if text]
+    return f"{info.title} ({', '.join(described)})" if described else info.title
+
+
+def _table(report: Report, model: ModelReport) -> str:
+    lines = ["| metric | better | 16 bit | this model | verdict | n |", "| --- | --- | --- | --- | --- | --- |"]
+    for members in rows(report).values():
+        for row in members:
+            score = model.metrics.get(row.info.name)
+            if score is None:
+                continue
+            own, reference = (
+                f"{wording.number(i.mean, row.places)} ({wording.interval(i, row.places)})"
+                if i
+                else "is the reference"
+                for i in (score, row.reference)
+            )
+            words = wording.VERDICTS[score.verdict] if score.verdict else ""
+            better = "higher" if row.info.higher_is_better else "lower"
+            lines.append(
+                f"| {_text(_metric(row.info, score))} | {better} | {reference} | {own} | {words} | {score.n} |"
+            )
+    return "\n".join(lines)
+
+
+def _settings(report: Report, model: ModelReport) -> str:
+    identity = {"fingerprint": model.fingerprint, "16-bit fingerprint": report.reference.fingerprint,
+                "plan hash": model.plan_hash}  # fmt: skip
+    pairs = wording.settings({**report.sampler, **report.environment, **identity})
+    return "\n".join(f"- {_text(name)}: {_code(value)}" for name, value in pairs)
+
+
+def _text(value: str) -> str:
+    """As text in Markdown: one line, and nothing in it acts as markup, HTML or the border of a cell."""
+    return re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", " ".join(value.split()))
+
+
+def _code(value: str) -> str:
+    """As code within a line."""
+    line = " ".join(value.split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
+
+
+def _block(value: str, language: str) -> str:
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", value)), default=0))
+    return f"{fence}{language}\n{value}\n{fence}"

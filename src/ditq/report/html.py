@@ -1,0 +1,89 @@
+"""The report as one HTML file that needs nothing else: no network, no server, no other file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ditq.errors import DitqError
+from ditq.report import charts, heatmap, wording
+from ditq.report.document import ModelReport, Report
+from ditq.report.pictures import LOSSLESS_SIDE, Picture, pairs
+from ditq.report.rows import rows
+
+QUALITY = "psnr_db"  # what stands against memory in the Pareto plot
+FRAMES_PER_SECOND = 8  # of videos whose sampler names no rate
+
+
+def render(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:
+    """The page as text, to be written in UTF-8.
+
+    Its own content security policy allows the two inline blocks that are hashed here and data URIs, nothing else.
+
+    Args:
+        report: what was measured.
+        pictures: by name, for the reference and every quantized model, one entry a prompt in the order of
+            ``report.prompts``: a PIL image, or the list of a video's frames.
+
+    Raises:
+        DitqError: jinja2 is not installed.
+    """
+    check_installed()
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ditq.report", "page"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    style, script = (
+        files("ditq.report").joinpath("page", name).read_text("utf-8") for name in ("page.css", "page.js")
+    )
+    models = [report.reference, *report.models]
+    shown = pairs(pictures, [model.name for model in models])
+    width, height = shown[0].size
+    style += f".strips img {{ aspect-ratio: {width} / {height}; }}\n"
+    maps = [model.layer_errors for model in report.models if model.layer_errors]
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        models=models,
+        shown=shown,
+        pixels=max(width, height) <= LOSSLESS_SIDE,
+        rows=rows(report),
+        quality=next((info for info in report.metrics if info.name == QUALITY), None),
+        tally={model.name: tally(model) for model in report.models},
+        range=heatmap.shared_range(maps) if maps else None,
+        data={
+            "frames_per_second": report.sampler.get("fps") or FRAMES_PER_SECOND,
+            "errors": [model.layer_errors.model_dump() if model.layer_errors else None for model in models],
+        },
+        words=wording, charts=charts, heatmap=heatmap,
+        style=style, script=script, style_hash=_sha256(style), script_hash=_sha256(script),
+    )  # fmt: skip
+
+
+def write(report: Report, pictures: Mapping[str, Sequence[Picture]], folder: Path) -> None:
+    """Writes ``report.html`` and ``report.json`` into an existing folder; arguments and errors as :func:`render`."""
+    page = render(report, pictures)
+    (folder / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
+    (folder / "report.html").write_text(page, "utf-8")
+
+
+def check_installed() -> None:
+    """Raises DitqError if the page cannot be made here, before anything is measured."""
+    if importlib.util.find_spec("jinja2") is None:
+        raise DitqError("The report page is made with jinja2, which is missing: pip install 'ditq[report]'")
+
+
+def tally(model: ModelReport) -> list[tuple[str, int]]:
+    """How many metrics see the model worse than 16 bit, better, or not measurably different; empty without any."""
+    verdicts: list[Any] = [score.verdict for score in model.metrics.values()]
+    return [(words, verdicts.count(verdict)) for verdict, words in wording.VERDICTS.items() if verdict in verdicts]
+
+
+def _sha256(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
