@@ -1,0 +1,73 @@
+"""ImageReward (Xu et al. 2023): a learned preference for a picture given its prompt, from the authors' package.
+
+The package brings its own pins, so it is not an extra of ours: ``pip install image-reward`` where it can be installed.
+It reads its checkpoint by torch.load with the rules of the torch that is installed: before 2.6 a pickle, so take the
+file from its authors (``THUDM/ImageReward`` on the Hub) only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ditq.metrics.extractors.base import MissingWeights
+from ditq.metrics.metric import Description
+
+FILES = ("ImageReward.pt", "med_config.json")
+
+IMAGE_REWARD = Description(
+    "image_reward", "ImageReward", "", True, "alignment",
+    "Preference for a picture given its prompt, as learned from people (Xu et al. 2023): about -2 to 2, mean 0 on its "
+    "training set.",
+)  # fmt: skip
+
+
+class ImageReward:
+    """The reward model, its weights from a folder: they are never downloaded.
+
+    Looks for ``ImageReward.pt`` and ``med_config.json`` in the folder of the environment variable ``DITQ_WEIGHTS``,
+    then in ``~/.cache/ImageReward``, where the package itself keeps them. The package takes the vocabulary of
+    ``bert-base-uncased`` from the Hub's cache, or fetches it.
+
+    Raises:
+        MissingWeights: the package or a file is not on this machine.
+    """
+
+    name = "ImageReward-v1.0"
+
+    def __init__(self, device: str = "cpu") -> None:
+        checkpoint, config = _files()
+        try:
+            from ImageReward import load
+        except ImportError as e:
+            raise MissingWeights(
+                f"ImageReward needs the package image-reward, which is not installed or does not import ({e}). "
+                "Install it: pip install image-reward."
+            ) from e
+        try:
+            self.model = load(str(checkpoint), device=device, med_config=str(config))
+        except OSError as e:  # of transformers, where the tokenizer is not there
+            raise MissingWeights(
+                f"ImageReward needs the tokenizer of bert-base-uncased in the Hub's cache: {e}"
+            ) from e
+
+    def score(self, item: Image.Image | Sequence[Image.Image], prompt: str) -> float:
+        """The reward of a picture for its prompt; of a video, the mean over frames."""
+        frames = [item] if isinstance(item, Image.Image) else item
+        return float(sum(self.model.score(prompt, frame) for frame in frames) / len(frames))
+
+
+def _files() -> tuple[Path, Path]:
+    folders = [Path(os.environ["DITQ_WEIGHTS"])] if os.environ.get("DITQ_WEIGHTS") else []
+    folders.append(Path.home() / ".cache" / "ImageReward")
+    for folder in folders:
+        if all((folder / name).is_file() for name in FILES):
+            return folder / FILES[0], folder / FILES[1]
+    raise MissingWeights(
+        f"ImageReward needs {' and '.join(FILES)} of THUDM/ImageReward in one folder; looked in "
+        f"{', '.join(map(str, folders))}. Fetch them with `hf download THUDM/ImageReward {' '.join(FILES)} "
+        "--local-dir FOLDER`, and set DITQ_WEIGHTS to FOLDER."
+    )

@@ -1,0 +1,176 @@
+"""How well a picture or a video shows what its prompt says: CLIPScore, or what a classifier of concepts sees.
+
+Every function takes one picture or video as what a network saw in its frames, one row a frame (a picture has one), and
+averages over frames. `Alignment` looks through the network, and streams.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from ditq.errors import UsageError
+from ditq.metrics.extractors.base import Extractor, MissingWeights
+from ditq.metrics.interval import Interval, aggregate
+from ditq.metrics.metric import Description
+
+CLIP = "openai/clip-vit-base-patch32"  # the one of CLIPScore and of CLIPSIM
+BETWEEN_WORDS = re.compile(r"[\W_]+")
+
+ALIGNMENT = (
+    Description(
+        "clip_score", "CLIPScore", "", True, "alignment",
+        "100 times the cosine of CLIP's embeddings of picture and prompt, without the factor 2.5 of Hessel et al. "
+        "2021; for videos the mean over frames, 100 times CLIPSIM (Wu et al. 2021).",
+    ),
+    Description(
+        "concept_score", "Concept score", "", True, "alignment",
+        "Probability that a classifier gives to the concept that the prompt names; for videos the mean over frames.",
+    ),
+    Description(
+        "concept_accuracy", "Concept accuracy", "", True, "alignment",
+        "Share of pictures (or frames) whose first class is the concept that the prompt names.",
+    ),
+)  # fmt: skip
+
+
+class Clip:
+    """CLIP (Radford et al. 2021) of ``transformers``, from a folder or the Hub's cache; nothing is downloaded.
+
+    Args:
+        source: a folder or a Hub id; by default the environment variable ``DITQ_CLIP``, else
+            ``openai/clip-vit-base-patch32``.
+
+    Attributes:
+        name: stands beside every number, e.g. ``clip-vit-base-patch32``.
+
+    Raises:
+        MissingWeights: it is not on this machine.
+    """
+
+    def __init__(self, source: str | Path | None = None) -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        source = str(source or os.environ.get("DITQ_CLIP") or CLIP)
+        self.name = Path(source).name
+        try:
+            self.model = CLIPModel.from_pretrained(source, local_files_only=True).eval().requires_grad_(False)
+            self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+            # Pillow's resampling, also where torchvision is installed: the same numbers on all machines.
+            self.processor = AutoImageProcessor.from_pretrained(source, local_files_only=True, backend="pil")
+        except OSError as e:
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            raise MissingWeights(
+                f"CLIP needs the weights of {source}, which are not on this machine: no such folder, and not (or not "
+                f"whole) in the Hub cache {HF_HUB_CACHE}. Fetch them with `hf download {source}`, or set DITQ_CLIP to "
+                "a folder with a CLIP model."
+            ) from e
+
+    def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
+        """Embeddings of pictures: [n, d], not normalised."""
+        rows = []
+        for i in range(0, len(images), batch_size):
+            batch = [image.convert("RGB") for image in images[i : i + batch_size]]
+            pixels = self.processor(images=batch, return_tensors="pt")["pixel_values"]
+            rows.append(self.model.visual_projection(self.model.vision_model(pixels).pooler_output))
+        return torch.cat(rows)
+
+    def text(self, prompt: str) -> Tensor:
+        """Embedding of a prompt, cut off after the 77 tokens that CLIP can read: [d]."""
+        limit = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt")
+        return self.model.text_projection(self.model.text_model(**tokens).pooler_output)[0]
+
+
+def clip_score(images: Tensor, text: Tensor) -> float:
+    """100 cos(image, text), mean over frames; ``images``: [frames, d], ``text``: [d].
+
+    The scale of torchmetrics and of most tables. Hessel et al. 2021 print 2.5 max(cos, 0); tables of videos print
+    CLIPSIM, the mean cosine itself, a hundredth of this.
+    """
+    return 100 * cosine_similarity(images, text[None]).mean().item()
+
+
+@cache
+def _words(text: str) -> str:
+    """Lower-case words with one space between, before and after: "red-apple" and "Red apple." are the same."""
+    return f" {BETWEEN_WORDS.sub(' ', text.lower()).strip()} "
+
+
+def concept(prompt: str, labels: Sequence[str]) -> int:
+    """The class that a prompt names: the longest label that occurs in it as whole words.
+
+    "a noto style emoji of a red apple" and "red-apple" name "red-apple", not "apple".
+
+    Raises:
+        UsageError: it names none.
+    """
+    prompt_words = _words(prompt)
+    named = [i for i, label in enumerate(labels) if _words(label) in prompt_words]
+    if not named:
+        raise UsageError(f"The prompt {prompt!r} names none of the {len(labels)} classes that this network knows.")
+    return max(named, key=lambda i: len(_words(labels[i])))
+
+
+def concept_score(probabilities: Tensor, concept: int) -> float:
+    """Probability of class ``concept``, mean over frames; ``probabilities``: [frames, classes]."""
+    return probabilities[:, concept].mean().item()
+
+
+def concept_accuracy(probabilities: Tensor, concept: int) -> float:
+    """Share of frames whose first class is ``concept``; ``probabilities``: [frames, classes]."""
+    return (probabilities.argmax(1) == concept).float().mean().item()
+
+
+class Alignment:
+    """CLIPScore, or score and accuracy of a classifier, one value a picture or video, coming in batches of any size.
+
+    Args:
+        network: CLIP, or a network with named classes.
+
+    Raises:
+        UsageError: the network has no named classes.
+    """
+
+    def __init__(self, network: Clip | Extractor) -> None:
+        if isinstance(network, Extractor) and not network.labels:
+            raise UsageError(f"The feature network {network.name!r} has no named classes to compare prompts with.")
+        self.network = network
+        self.values: dict[str, list[float]] = {}
+
+    def update(self, items: Sequence[Image.Image | Sequence[Image.Image]], prompts: Sequence[str]) -> None:
+        """Adds pictures, or videos as sequences of frames, one prompt each. Each frame is looked at once.
+
+        Raises:
+            UsageError: a prompt names no class of the network.
+        """
+        frames = [[x] if isinstance(x, Image.Image) else list(x) for x in items]
+        flat = [frame for x in frames for frame in x]
+        sizes = [len(x) for x in frames]
+        if isinstance(self.network, Clip):
+            seen = self.network.images(flat).split(sizes)
+            texts = [self.network.text(prompt) for prompt in prompts]
+            self._add("clip_score", [clip_score(x, text) for x, text in zip(seen, texts, strict=True)])
+        else:
+            named = [concept(prompt, self.network.labels) for prompt in prompts]
+            probabilities = self.network(flat).probabilities
+            assert probabilities is not None  # where there are labels
+            pairs = list(zip(probabilities.split(sizes), named, strict=True))
+            self._add("concept_score", [concept_score(p, c) for p, c in pairs])
+            self._add("concept_accuracy", [concept_accuracy(p, c) for p, c in pairs])
+
+    def _add(self, name: str, values: list[float]) -> None:
+        self.values.setdefault(name, []).extend(values)
+
+    def compute(self) -> dict[str, Interval]:
+        """The mean over items of every metric, with its 95 % interval."""
+        return {name: aggregate(values) for name, values in self.values.items()}
