@@ -60,12 +60,12 @@ def marker(index: int) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that cover [low, high], about ``count`` of them."""
+    """Round numbers that cover [low, high], about ``count`` of them, at least two."""
     raw = (high - low) / count or 1.0
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(f * power for f in (1, 2, 5, 10) if f * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
 def pareto(models: Sequence[ModelReport], reference: ModelReport, metric: str, title: str, unit: str) -> str | None:
