@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ditq.errors import UsageError
 from ditq.metrics.extractors.base import Extractor, Features
+from ditq.metrics.interval import Interval
 from ditq.metrics.metric import Description
-from ditq.metrics.score import Interval
 
 RESAMPLES = 1000  # of KID's bootstrap
 GROUPS = 10  # of the jackknife
@@ -329,7 +329,7 @@ def _share_inside(x: Tensor, y: Tensor, kept: Sequence[Tensor], k: int) -> Estim
     to_y, in_y = torch.cdist(x, y), torch.cdist(y, y)
     shares = np.empty(len(kept))
     for i, rows in enumerate(kept):
-        # The nearest is the picture itself.
-        radii = in_y[rows][:, rows].kthvalue(k + 1).values
-        shares[i] = (to_y[rows][:, rows] <= radii).any(1).double().mean()
+        grid = rows[:, None], rows
+        radii = in_y[grid].topk(k + 1, largest=False).values[:, -1]  # the nearest is the picture itself
+        shares[i] = (to_y[grid] <= radii).any(1).double().mean()
     return Estimate(float(shares[0]), (shares[1::2] - shares[2::2]) / 2, len(x), deviations=True)

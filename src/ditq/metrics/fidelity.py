@@ -1,19 +1,68 @@
-"""Fidelity to the 16-bit model, picture by picture: PSNR, SSIM, latent SQNR."""
+"""Fidelity to the 16-bit model, picture by picture, same prompt and seed: PSNR, SSIM, MS-SSIM, LPIPS, latent SQNR.
+
+Every function takes one pair and gives one number, so that means, intervals and paired differences come from
+`ditq.metrics.aggregate` over the pairs; `Fidelity` does that for pictures as they come.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import normalize
+
+from ditq.errors import UsageError
+from ditq.metrics.extractors.base import Extractor, MissingWeights
+from ditq.metrics.interval import Interval, aggregate
+from ditq.metrics.metric import Description
 
 # Identical pictures have no finite PSNR; means need one. 8-bit pictures that differ in a single
 # value stay far below.
 MAX_DB = 100.0
+
+# Weights of the scales (Wang et al. 2003), and the shorter side from which each number of scales is used: the window
+# of 11 pixels fits into the coarsest one (torchmetrics asks for 99 where 88 would do).
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+MS_SSIM_SIDES = (11, 22, 44, 99, 176)
+
+ALEXNET = "alexnet-owt-7be5be79.pth"
+
+FIDELITY = (
+    Description(
+        "psnr_db", "PSNR", "dB", True, "fidelity",
+        "Peak signal-to-noise ratio of the quantized model's picture against the 16-bit model's. Every 6 dB halve the "
+        "difference.",
+    ),
+    Description(
+        "ssim", "SSIM", "", True, "fidelity",
+        "Structural similarity to the 16-bit model's picture (Wang et al. 2004): 1 is identical.",
+    ),
+    Description(
+        "ms_ssim", "MS-SSIM", "", True, "fidelity",
+        "SSIM over several resolutions (Wang et al. 2003), up to five as the size allows: 1 is identical.",
+    ),
+    Description(
+        "lpips", "LPIPS", "", False, "fidelity",
+        "Learned perceptual distance to the 16-bit model's picture through AlexNet (Zhang et al. 2018).",
+    ),
+    Description(
+        "feature_distance", "Feature distance", "", False, "fidelity",
+        "Distance to the 16-bit model's picture in the feature maps of a network: as LPIPS, but without its learned "
+        "weights of channels. 0 is identical.",
+    ),
+    Description(
+        "latent_sqnr_db", "Latent SQNR", "dB", True, "fidelity",
+        "Signal-to-noise ratio of the final latents against the 16-bit model's: no decoder between.",
+    ),
+)  # fmt: skip
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -21,9 +70,21 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
+def _pair(reference: Image.Image, other: Image.Image) -> tuple[Tensor, Tensor]:
+    """Both as [1, 3, H, W]."""
+    if reference.size != other.size:
+        raise UsageError(f"two pictures of one size are compared, got {reference.size} and {other.size}")
+    return to_tensor(reference)[None], to_tensor(other)[None]
+
+
 def psnr_db(reference: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB over all channels of 8-bit pictures; identical ones give 100."""
-    error = (to_tensor(reference) - to_tensor(other)).square().mean().item()
+    """Peak signal-to-noise ratio in dB over all channels of 8-bit pictures; identical ones give 100.
+
+    Raises:
+        UsageError: the pictures differ in size (so do all functions here).
+    """
+    a, b = _pair(reference, other)
+    error = (a - b).square().mean().item()
     return MAX_DB if error == 0 else min(MAX_DB, -10 * math.log10(error))
 
 
@@ -31,32 +92,112 @@ def ssim(reference: Image.Image, other: Image.Image) -> float:
     """Structural similarity (Wang et al. 2004; Gaussian window, sigma 1.5), data range 1."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    value = structural_similarity_index_measure(to_tensor(other)[None], to_tensor(reference)[None], data_range=1.0)
-    return float(value)
+    a, b = _pair(reference, other)
+    return float(structural_similarity_index_measure(b, a, data_range=1.0))
+
+
+def ms_ssim(reference: Image.Image, other: Image.Image) -> float:
+    """Multi-scale structural similarity (Wang et al. 2003), data range 1.
+
+    The published five scales where the shorter side has at least 176 pixels; else as many as fit (4 from 99, 3 from
+    44, 2 from 22, 1 from 11), with the published weights of those renormalised to sum to 1. A scale with a negative
+    value counts as 0.
+
+    Raises:
+        UsageError: a side is shorter than 11 pixels.
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    a, b = _pair(reference, other)
+    scales = sum(min(reference.size) >= side for side in MS_SSIM_SIDES)
+    if not scales:
+        raise UsageError(f"MS-SSIM needs pictures of at least {MS_SSIM_SIDES[0]} pixels a side, got {reference.size}")
+    weights = MS_SSIM_WEIGHTS[:scales]
+    betas = tuple(weight / sum(weights) for weight in weights)
+    return float(multiscale_structural_similarity_index_measure(b, a, data_range=1.0, betas=betas))
+
+
+def feature_distance(reference: Image.Image, other: Image.Image, extractor: Extractor) -> float:
+    """LPIPS without its learned weights (Zhang et al. 2018, equation 1 with w = 1), through any network.
+
+    At every place of every stage of the network, features are scaled to length 1 over channels; the squared distance
+    is averaged over places and over stages. 0 for identical pictures, at most 4. Values through different networks
+    do not compare.
+    """
+    with torch.no_grad():
+        stages = extractor.stages(torch.cat(_pair(reference, other)))
+    distances = [(a - b).square().sum(0).mean() for a, b in (normalize(maps, dim=1) for maps in stages)]
+    return float(torch.stack(distances).mean())
+
+
+def lpips(reference: Image.Image, other: Image.Image) -> float:
+    """Learned perceptual image patch similarity through AlexNet (Zhang et al. 2018, version 0.1).
+
+    Raises:
+        MissingWeights: torchvision or AlexNet's weights are not on this machine. Nothing is downloaded.
+    """
+    a, b = _pair(reference, other)
+    with torch.no_grad():
+        return float(_lpips_network()(a, b, normalize=True))
+
+
+@cache
+def _lpips_network() -> Any:
+    """The network of torchmetrics, which brings LPIPS' own small weights; the backbone comes from torchvision."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
+    missing = [] if find_spec("torchvision") else ["the package torchvision"]
+    missing += [] if file.is_file() else [f"the file {file}"]
+    if missing:
+        raise MissingWeights(
+            f"LPIPS needs torchvision and its AlexNet weights; missing: {' and '.join(missing)}. ditq downloads "
+            "nothing: install torchvision, and put the file there, or set TORCH_HOME to the folder whose "
+            "hub/checkpoints has it."
+        )
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    return LearnedPerceptualImagePatchSimilarity(net_type="alex").net
 
 
 def latent_sqnr_db(reference: Tensor, other: Tensor) -> float:
-    """Signal-to-quantization-noise ratio in dB of final latents: 10 log10(||z||^2 / ||z - z'||^2)."""
-    z, error = reference.double().square().sum(), (reference.double() - other.double()).square().sum()
-    return MAX_DB if error == 0 else min(MAX_DB, float(10 * torch.log10(z / error)))
+    """Signal-to-quantization-noise ratio in dB of final latents: 10 log10(|z|^2 / |z - z'|^2); identical give 100."""
+    return float(latent_sqnr_by_step(reference[None, None], other[None, None]))
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A named fidelity metric; ``of`` says whether it compares pictures or latents."""
+def latent_sqnr_by_step(reference: Tensor, other: Tensor) -> Tensor:
+    """The same along the sampling trajectory: [n, steps, ...] twice to dB [n, steps], float64.
 
-    name: str
-    of: str
-    higher_is_better: bool
-    function: Callable[..., float]
+    Raises:
+        UsageError: the shapes differ.
+    """
+    if reference.shape != other.shape:
+        raise UsageError(f"latents of one shape are compared, got {list(reference.shape)} and {list(other.shape)}")
+    z, error = reference.double(), reference.double() - other.double()
+    signal, noise = z.square().flatten(2).sum(2), error.square().flatten(2).sum(2)
+    return torch.where(noise == 0, MAX_DB, 10 * torch.log10(signal / noise)).clamp(max=MAX_DB)
 
-    def values(self, reference: Sequence[object], other: Sequence[object]) -> list[float]:
-        """One value for each pair."""
-        return [self.function(a, b) for a, b in zip(reference, other, strict=True)]
 
+class Fidelity:
+    """PSNR, SSIM and MS-SSIM of pictures as they come; feature distance too where a network is given."""
 
-FIDELITY = (
-    Metric("psnr_db", "images", True, psnr_db),
-    Metric("ssim", "images", True, ssim),
-    Metric("latent_sqnr_db", "latents", True, latent_sqnr_db),
-)
+    def __init__(self, extractor: Extractor | None = None) -> None:
+        functions: dict[str, Callable[[Image.Image, Image.Image], float]] = {
+            "psnr_db": psnr_db, "ssim": ssim, "ms_ssim": ms_ssim
+        }  # fmt: skip
+        if extractor is not None:
+            functions["feature_distance"] = partial(feature_distance, extractor=extractor)
+        self._functions = functions
+        self.values: dict[str, list[float]] = {name: [] for name in functions}
+
+    def update(self, reference: Sequence[Image.Image], other: Sequence[Image.Image]) -> None:
+        """Adds pairs. ``values`` holds the number of each, for paired differences of two models."""
+        for a, b in zip(reference, other, strict=True):
+            for name, function in self._functions.items():
+                self.values[name].append(function(a, b))
+
+    def compute(self) -> dict[str, Interval]:
+        """Mean, 95 % interval and n of each metric.
+
+        Raises:
+            ValueError: no pictures came.
+        """
+        return {name: aggregate(values) for name, values in self.values.items()}
