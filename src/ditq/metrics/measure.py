@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import combinations
+from functools import cache, cached_property
+from itertools import accumulate, combinations
 from typing import Any, Literal
 
 from PIL import Image
+from torch import Tensor
 
 from ditq.errors import UsageError, unknown
 from ditq.metrics import alignment, distribution, extractors, fidelity, temporal
+from ditq.metrics.alignment import Clip
 from ditq.metrics.extractors import Extractor, Features, MissingWeights
 from ditq.metrics.interval import Interval, aggregate, paired_difference
 from ditq.metrics.metric import Description
@@ -38,24 +40,38 @@ class View:
 
     samples: Samples
     network: Callable[[], Extractor]
+    clip: Callable[[], Clip]
 
     @cached_property
     def frames(self) -> list[list[Image.Image]]:
         """Every picture as a list of frames: one for pictures."""
         return [[x] if isinstance(x, Image.Image) else list(x) for x in self.samples.images]
 
+    @property
+    def flat(self) -> list[Image.Image]:
+        """All frames of all pictures."""
+        return [frame for frames in self.frames for frame in frames]
+
     @cached_property
     def features(self) -> list[Features]:
         """Features of the frames of every picture or video."""
-        flat = self.network()([frame for frames in self.frames for frame in frames])
-        out, begin = [], 0
-        for frames in self.frames:
-            out.append(flat[begin : begin + len(frames)])
-            begin += len(frames)
-        return out
+        flat = self.network()(self.flat)
+        ends = list(accumulate(map(len, self.frames)))
+        return [flat[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+    @cached_property
+    def clip_features(self) -> list[Tensor]:
+        """CLIP embeddings of the frames of every picture or video."""
+        return list(self.clip().images(self.flat).split(list(map(len, self.frames))))
+
+    @cached_property
+    def motions(self) -> list[temporal.Motion]:
+        """Optical flow of every video."""
+        return [temporal.motion(frames) for frames in self.frames]
 
 
 Kind = Literal["paired", "own", "set"]
+Look = Literal["features", "clip"]
 
 
 @dataclass(frozen=True)
@@ -65,15 +81,19 @@ class Measure:
     Attributes:
         function: paired: (reference, quantized) views to values; own: a view to values; set: real and generated
             features to an estimate.
-        network: whether it looks through the feature network.
-        videos: for videos only.
+        through: the network it looks through, whose name stands beside the number: the feature network, or CLIP.
+        medium: what it is for.
     """
 
     description: Description
     kind: Kind
     function: Callable[..., Any]
-    network: bool = False
-    videos: bool = False
+    through: Look | None = None
+    medium: Literal["any", "picture", "video"] = "any"
+
+    def fits(self, video: bool) -> bool:
+        """Whether it is for what was drawn."""
+        return self.medium in ("any", "video" if video else "picture")
 
 
 @dataclass
@@ -121,14 +141,14 @@ def measure(
     for name, samples in models.items():
         if samples.conditions != reference.conditions or samples.seeds != reference.seeds:
             raise UsageError(f"{name} and the reference were not drawn from the same prompts and seeds.")
-    known = {m.description.name: m for m in MEASURES if not m.videos or reference.is_video}
+    known = {m.description.name: m for m in MEASURES if m.fits(reference.is_video)}
     for name in () if metrics == "all" else metrics:
         if name not in known:
-            hint = "It is for videos." if name in {m.description.name for m in MEASURES} else ""
-            raise unknown("metric", name, known, hint)
+            elsewhere = next((f"It is for a {m.medium}." for m in MEASURES if m.description.name == name), "")
+            raise unknown("metric", name, known, elsewhere)
     chosen = list(known.values()) if metrics == "all" else [known[name] for name in metrics]
     look = _network(network)
-    views = {"": View(reference, look), **{name: View(samples, look) for name, samples in models.items()}}
+    views = {name: View(samples, look, _clip) for name, samples in {"": reference, **models}.items()}
     found = Measurement({name: {} for name in views}, {name: {} for name in models}, [], {}, [], {})
     estimates: dict[str, dict[str, distribution.Estimate]] = {name: {} for name in views}
     for i, entry in enumerate(chosen):
@@ -142,8 +162,8 @@ def measure(
         if on_metric:
             on_metric(i + 1, len(chosen))
     for a, b in combinations(models, 2):
-        for entry in found.descriptions:
-            found.differences.append(_difference(entry, a, b, found, estimates))
+        for description in found.descriptions:
+            found.differences.append(_difference(description, a, b, found, estimates))
     for name, samples in models.items():
         found.curves[name] = _curve(reference, samples)
     return found
@@ -167,6 +187,11 @@ def _network(name: str) -> Callable[[], Extractor]:
     return look
 
 
+@cache
+def _clip() -> Clip:
+    return Clip()
+
+
 def _take(
     entry: Measure,
     views: dict[str, View],
@@ -178,8 +203,9 @@ def _take(
     """Adds one metric of every model to ``found``."""
     name, better = entry.description.name, entry.description.higher_is_better
     reference, others = views[""], {key: view for key, view in views.items() if key}
-    look = reference.network() if entry.network else None
-    label = look.name if look else None
+    label = {"features": lambda: reference.network().name, "clip": lambda: reference.clip().name, None: lambda: None}[
+        entry.through
+    ]()
     if entry.kind == "paired":
         for key, view in others.items():
             values = entry.function(reference, view)
@@ -195,10 +221,11 @@ def _take(
             gap = paired_difference(taken[key], taken[""])
             found.scores[key][name] = _against(aggregate(taken[key]), own, gap, better, label)
         return
-    assert look is not None
-    if real is None:
-        raise UsageError("there are no real pictures to compare with: --real FOLDER names some")
-    features = real.seen_by(look)
+    features = None
+    if name != "inception_score":  # the only one that knows no real pictures
+        if real is None:
+            raise UsageError("there are no real pictures to compare with: --real FOLDER names some")
+        features = real.seen_by(reference.network())
     for key, view in views.items():
         estimates[key][name] = entry.function(features, Features.cat(view.features), seed)
     own = estimates[""][name].interval()
@@ -261,3 +288,94 @@ def _latent_sqnr(reference: View, other: View) -> list[float]:
 def _feature_distance(reference: View, other: View) -> list[float]:
     network = reference.network()
     return _framewise(lambda a, b: fidelity.feature_distance(a, b, network))(reference, other)
+
+
+def _lpips(reference: View, other: View) -> list[float]:
+    return _framewise(fidelity.lpips)(reference, other)
+
+
+def _clip_score(view: View) -> list[float]:
+    texts = [view.clip().text(prompt) for prompt in view.samples.conditions]
+    return [alignment.clip_score(x, text) for x, text in zip(view.clip_features, texts, strict=True)]
+
+
+def _by_concept(function: Callable[[Tensor, int], float]) -> Callable[[View], list[float]]:
+    """A score of the concept that each prompt names, by the classes of the feature network."""
+
+    def values(view: View) -> list[float]:
+        network = view.network()
+        if not network.labels:
+            raise UsageError(f"the feature network {network.name!r} has no named classes to compare prompts with")
+        named = [alignment.concept(prompt, network.labels) for prompt in view.samples.conditions]
+        probabilities = [f.probabilities for f in view.features]
+        return [function(p, c) for p, c in zip(probabilities, named, strict=True) if p is not None]
+
+    return values
+
+
+def _estimate(name: str) -> Callable[[Features, Features, int], distribution.Estimate]:
+    def precision_or_recall(real: Features, fake: Features, seed: int) -> distribution.Estimate:
+        return distribution.precision_recall(real, fake, seed=seed)[name == "recall"]
+
+    if name == "inception_score":
+        return lambda _, fake, seed: distribution.inception_score(fake, seed)
+    return getattr(distribution, name, precision_or_recall)
+
+
+def _of_motion(function: Callable[[temporal.Motion], float]) -> Callable[[View], list[float]]:
+    return lambda view: [function(motion) for motion in view.motions]
+
+
+def _of_frames(function: Callable[[temporal.Video], float]) -> Callable[[View], list[float]]:
+    return lambda view: [function(frames) for frames in view.frames]
+
+
+def _delta_flow(reference: View, other: View) -> list[float]:
+    return [temporal.delta_flow(a, b) for a, b in zip(reference.motions, other.motions, strict=True)]
+
+
+def _warping_error(view: View) -> list[float]:
+    return [temporal.warping_error(f, m) for f, m in zip(view.frames, view.motions, strict=True)]
+
+
+def _subject_consistency(view: View) -> list[float]:
+    return [temporal.consistency(features.pooled) for features in view.features]
+
+
+def _of_clip(function: Callable[[Tensor], float]) -> Callable[[View], list[float]]:
+    return lambda view: [function(features) for features in view.clip_features]
+
+
+def _measures() -> tuple[Measure, ...]:
+    about = {
+        d.name: d
+        for d in (
+            *fidelity.FIDELITY, *alignment.ALIGNMENT, *distribution.DISTRIBUTION, *temporal.TEMPORAL
+        )
+    }  # fmt: skip
+    return (
+        Measure(about["psnr_db"], "paired", _framewise(fidelity.psnr_db)),
+        Measure(about["ssim"], "paired", _framewise(fidelity.ssim)),
+        Measure(about["ms_ssim"], "paired", _framewise(fidelity.ms_ssim)),
+        Measure(about["latent_sqnr_db"], "paired", _latent_sqnr),
+        Measure(about["lpips"], "paired", _lpips),
+        Measure(about["feature_distance"], "paired", _feature_distance, "features"),
+        Measure(about["clip_score"], "own", _clip_score, "clip"),
+        Measure(about["concept_score"], "own", _by_concept(alignment.concept_score), "features"),
+        Measure(about["concept_accuracy"], "own", _by_concept(alignment.concept_accuracy), "features"),
+        *(Measure(d, "set", _estimate(d.name), "features", "picture") for d in distribution.DISTRIBUTION),
+        Measure(about["delta_flow"], "paired", _delta_flow, None, "video"),
+        Measure(about["flow_score"], "own", _of_motion(temporal.flow_score), None, "video"),
+        Measure(about["dynamic_degree"], "own", _of_motion(temporal.dynamic_degree), None, "video"),
+        Measure(about["warping_error"], "own", _warping_error, None, "video"),
+        Measure(about["motion_smoothness"], "own", _of_frames(temporal.motion_smoothness), None, "video"),
+        Measure(about["clip_temp"], "own", _of_clip(temporal.clip_temp), "clip", "video"),
+        Measure(about["subject_consistency"], "own", _subject_consistency, "features", "video"),
+        Measure(about["background_consistency"], "own", _of_clip(temporal.consistency), "clip", "video"),
+        Measure(
+            about["scene_consistency"], "own", _by_concept(temporal.scene_consistency), "features", "video"
+        ),
+    )  # fmt: skip
+
+
+MEASURES = _measures()

@@ -1,0 +1,112 @@
+"""compare: any number of models, from paths or in memory, drawn once, reported as data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import PROMPTS, tiny_pixart
+
+import ditq
+from ditq.errors import UsageError
+from ditq.report.document import Report
+from ditq.sampling import PictureCache
+
+OPTIONS: dict[str, Any] = {"steps": 2, "guidance_scale": 3.0, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny pipeline, and two quantized copies of it."""
+    root = tmp_path_factory.mktemp("models")
+    out = {"base": ditq.save(tiny_pixart(), root / "base")}
+    for recipe in ("rtn-w8a8", "rtn-w4a4"):
+        pipe = ditq.load(out["base"])
+        ditq.quantize(pipe, recipe)
+        out[recipe] = ditq.save(pipe, root / recipe)
+    return out
+
+
+def test_many_models_from_paths(folders: dict[str, Path], tmp_path: Path) -> None:
+    cache = PictureCache(tmp_path / "pictures")
+    models = [folders["rtn-w8a8"], folders["rtn-w4a4"]]
+    found = ditq.compare(folders["base"], models, PROMPTS, cache=cache, explain=2, **OPTIONS)
+    assert list(found.models) == ["rtn-w8a8", "rtn-w4a4"]
+    scores = found.measurement.scores
+    assert scores["rtn-w8a8"]["psnr_db"].mean > scores["rtn-w4a4"]["psnr_db"].mean + 5
+    (psnr,) = [d for d in found.measurement.differences if d.metric == "psnr_db"]
+    assert (psnr.a, psnr.b, psnr.verdict) == ("rtn-w8a8", "rtn-w4a4", "better")
+    assert len(list(cache.folder.rglob("*.safetensors"))) == 3 * len(PROMPTS)
+    report = found.report(command="ditq compare")
+    assert Report.model_validate_json(report.model_dump_json()) == report
+    assert report.reference.name == "base"
+    for model in report.models:
+        assert model.layer_errors is not None
+        assert len(model.layer_errors.sqnr_db) == sum(layer["weight_bits"] < 16 for layer in model.layers)
+        assert model.step_time is not None
+        assert model.transformer_bytes < report.reference.transformer_bytes
+        assert model.latent_sqnr_by_step is not None
+        assert len(model.latent_sqnr_by_step.mean) == report.sampler["steps"] == 2
+    assert report.sampler["width"] == 16
+    assert "rtn-w8a8 draws" in report.summary[0]
+    assert len(report.summary) == 3
+
+
+def test_stable_json_of_one_model_and_of_many(folders: dict[str, Path]) -> None:
+    one = ditq.compare(folders["base"], folders["rtn-w8a8"], PROMPTS, **OPTIONS).as_dict()
+    many = ditq.compare(folders["base"], [folders["rtn-w8a8"], folders["rtn-w4a4"]], PROMPTS, **OPTIONS).as_dict()
+    assert json.loads(json.dumps(many))["models"].keys() == {"rtn-w8a8", "rtn-w4a4"}
+    for metric in ("psnr_db", "ssim", "latent_sqnr_db"):
+        assert one[metric] == many[metric] == many["models"]["rtn-w8a8"][metric]
+        assert set(one[metric]) == {"mean", "ci95", "n", "higher_is_better"}
+
+
+def test_second_comparison_draws_nothing(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = PictureCache(tmp_path / "pictures")
+    first = ditq.compare(folders["base"], folders["rtn-w4a4"], PROMPTS, cache=cache, **OPTIONS)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("drawn twice")
+
+    import diffusers
+
+    monkeypatch.setattr(diffusers.PixArtTransformer2DModel, "forward", refuse)
+    second = ditq.compare(folders["base"], folders["rtn-w4a4"], PROMPTS, cache=cache, **OPTIONS)
+    assert first.values == second.values
+
+
+def test_summary_claims_nothing_between_equals(folders: dict[str, Path]) -> None:
+    found = ditq.compare(folders["base"], {"a": folders["rtn-w8a8"], "b": folders["rtn-w8a8"]}, PROMPTS, **OPTIONS)
+    assert {d.verdict for d in found.measurement.differences} == {"same"}
+    assert "b is not measurably further" in found.report().summary[0]
+
+
+def test_bundled_reference_brings_its_network_and_its_artwork() -> None:
+    prompts = ["a noto style emoji of a red apple", "a fluent style emoji of a panda"]
+    found = ditq.compare(
+        "bundled:emoji-t2i", "bundled:emoji-t2i", prompts, steps=2, metrics=["concept_score", "feature_distance"]
+    )
+    score = found.metrics["concept_score"]
+    assert (score.network, score.verdict) == ("emoji-classifier", "same")  # type: ignore[attr-defined]
+    assert found.real is not None
+    assert len(found.real) > 500
+
+
+@pytest.mark.parametrize(
+    ("models", "complaint"),
+    [([], "nothing to compare"), (["x/m", "x/m"], "one name")],
+)
+def test_wrong_lists_are_refused(models: list[str], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        ditq.compare(tiny_pixart(), models, PROMPTS)
+
+
+def test_folders_of_one_name_are_told_apart(folders: dict[str, Path], tmp_path: Path) -> None:
+    twin = tmp_path / "rtn-w8a8"
+    twin.symlink_to(folders["rtn-w4a4"])
+    found = ditq.compare(folders["base"], [folders["rtn-w8a8"], twin], PROMPTS[:2], **OPTIONS)
+    assert list(found.models) == [str(folders["rtn-w8a8"]), str(twin)]
