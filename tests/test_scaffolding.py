@@ -91,10 +91,11 @@ def test_constraints_pin_what_pyproject_names() -> None:
     assert not pinned & {"torchvision", "lpips", "torch-fidelity"}
 
 
-def test_wheel_holds_every_recipe_and_architecture() -> None:
+def test_wheel_holds_every_recipe_and_architecture_and_the_page() -> None:
     data = {str(path.relative_to(ROOT)) for path in SOURCE.rglob("*.yaml")}
     assert {Path(path).parts[2] for path in data} == {"recipes", "architectures"}
-    assert data | {"src/ditq/py.typed"} <= wheel_files(ROOT)
+    page = {f"src/ditq/report/page/page.{kind}" for kind in ("html.j2", "css", "js")}
+    assert data | page | {"src/ditq/py.typed"} <= wheel_files(ROOT)
 
 
 def test_bundled_wheel_holds_every_model_prompt_and_network() -> None:

@@ -31,22 +31,19 @@ const layers = [one("#before"), one("#after")];
 const frameInput = one("#frame");
 let strips = []; // the two <img> that the canvases show: 16 bit and the chosen model
 
-function thumb() {
-  return one(".thumb:has(:checked)");
-}
-
 async function showPair() {
-  const chosen = thumb();
+  const chosen = one(".thumb:has(:checked)");
   const wanted = [0, state.model].map((model) => one(`img[data-model="${model}"]`, chosen));
   strips = wanted;
+  await Promise.all(wanted.map((image) => image.decode()));
+  if (strips !== wanted) return; // another choice came in between
   const after = wanted[1];
   one("#after-name").textContent = after.alt;
   layers.forEach((canvas, i) => canvas.setAttribute("aria-label", `${wanted[i].alt}: ${chosen.dataset.prompt}`));
   const details = document.createElement("small");
   details.textContent = `seed ${chosen.dataset.seed}, PSNR ${after.dataset.psnr} dB`;
   one("#shown-prompt").replaceChildren(`${chosen.dataset.prompt} `, details);
-  await Promise.all(wanted.map((image) => image.decode()));
-  if (strips === wanted) drawFrame(state.frame); // unless another choice came in between
+  drawFrame(state.frame);
 }
 
 // Both canvases are drawn in one go, from strips that are decoded: they cannot come out of step.
