@@ -68,7 +68,16 @@ def pipeline(work: Path, kind: str) -> tuple[DiffusionPipeline, dict]:
     return pipe, state
 
 
-def loss_curve(log: list[dict], path: Path) -> None:
+def minutes(log: list[dict]) -> float:
+    """Minutes of all runs of a log: each resumed run counts from zero."""
+    total, last = 0.0, 0.0
+    for row in log:
+        total += row["minutes"] - last if row["minutes"] >= last else row["minutes"]
+        last = row["minutes"]
+    return total
+
+
+def loss_curve(log: list[dict], path: Path, what: str = "v-prediction mean squared error, moving average") -> None:
     """A plain plot of the smoothed loss over steps."""
     width, height, margin = 640, 280, 44
     page = Image.new("RGB", (width, height), "white")
@@ -83,9 +92,7 @@ def loss_curve(log: list[dict], path: Path) -> None:
     draw.rectangle([margin, margin, width - margin, height - margin], outline="#999999")
     for value in (top, bottom):
         draw.text((4, point(0, value)[1] - 6), f"{value:.3f}", fill="black")
-    draw.text(
-        (margin, height - 30), f"step 0 .. {max(steps)}; v-prediction mean squared error, moving average", fill="black"
-    )
+    draw.text((margin, height - 30), f"step 0 .. {max(steps)}; {what}", fill="black")
     page.save(path)
 
 
@@ -173,10 +180,6 @@ def main() -> None:
     stock = DiffusionPipeline.from_pretrained(folder)
     texts = draw_sheet(stock, args.kind, folder / "samples.png")
     is_t2i = args.kind == "t2i"
-    minutes, last = 0.0, 0.0
-    for row in state["log"]:  # each resumed run counts its minutes from zero
-        minutes += row["minutes"] - last if row["minutes"] >= last else row["minutes"]
-        last = row["minutes"]
     card = CARD.format(
         name=NAMES[args.kind],
         kind=args.kind,
@@ -189,7 +192,8 @@ def main() -> None:
         condition="T5 encoder, 2 layers, width 256, trained jointly; byte-pair tokenizer over the captions"
         if is_t2i
         else f"{len(CONCEPTS)} concepts, each in up to {len(STYLES)} styles; trunk started from emoji-t2i",
-        pictures=885, concepts=len(CONCEPTS), steps=state["step"], minutes=minutes, loss=state["log"][-1]["loss"],
+        pictures=885, concepts=len(CONCEPTS), steps=state["step"], minutes=minutes(state["log"]),
+        loss=state["log"][-1]["loss"],
         example=EXAMPLE[args.kind], texts=", ".join(texts),
     )  # fmt: skip
     (folder / "README.md").write_text(card)
