@@ -72,14 +72,20 @@ def test_pareto_front_passes_by_what_is_beaten_in_both() -> None:
     assert corners == [pytest.approx(places(root)[name], abs=0.1) for name in "ac"]
 
 
-def test_labels_of_neighbours_do_not_overlap() -> None:
-    points = [(f"recipe-number-{i}", 5_000_000 + 20_000 * i, 30 + 0.1 * i) for i in range(8)]
+def names_beside_points(count: int) -> list[ET.Element]:
+    points = [(f"recipe-number-{i}", 5_000_000 + 20_000 * i, 30 + 0.1 * i) for i in range(count)]
     root = drawn(charts.pareto(models(*points), made_up.report().reference, "psnr_db", "PSNR", "dB"))
-    heights = sorted(
-        float(t.get("y")) for t in root.iter("text") if t.get("class", "").startswith("label m") and t.text[0] == "r"
-    )
-    assert len(heights) == 8
+    return [text for text in root.iter("text") if text.text.startswith("recipe")]
+
+
+def test_labels_of_neighbours_do_not_overlap() -> None:
+    heights = sorted(float(text.get("y")) for text in names_beside_points(charts.NAMED))
+    assert len(heights) == charts.NAMED
     assert min(b - a for a, b in zip(heights, heights[1:], strict=False)) >= 12
+
+
+def test_many_models_have_a_legend_instead_of_labels() -> None:
+    assert not names_beside_points(charts.NAMED + 1)
 
 
 def test_curves_have_a_point_a_step_and_a_band_of_the_interval() -> None:

@@ -194,6 +194,16 @@ def test_a_model_without_layer_errors_says_so_beside_one_that_has_them(report: R
     assert [bool(e) for e in json.loads(page.text_of("script")[0])["errors"]] == [False, True, False]
 
 
+def test_many_models_are_named_in_legends(report: Report, page: Page) -> None:
+    many = [report.models[0].model_copy(update={"name": f"model-{i}"}) for i in range(7)]
+    drawn = made_up.pictures(made_up.report(prompts=2))
+    columns = {"emoji-t2i": drawn["emoji-t2i"], **{model.name: drawn["viditq-w8a8"] for model in many}}
+    short = {"prompts": report.prompts[:2], "seeds": report.seeds[:2], "differences": [], "models": many}
+    crowded = Page(html.render(report.model_copy(update=short), columns))
+    assert [a["class"] for a in crowded.all("ul") if "class" in a].count("signs") == 2
+    assert "signs" not in [a.get("class") for a in page.all("ul")]
+
+
 def test_videos_have_controls_and_pictures_have_not(page: Page) -> None:
     report = made_up.report("video", prompts=2)
     videos = Page(html.render(report, made_up.pictures(report)))

@@ -10,6 +10,8 @@ from ditq.metrics.score import Interval
 from ditq.report.document import ModelReport
 from ditq.report.wording import megabytes, number
 
+NAMED = 6  # so many models have their names beside their points; more need a legend
+
 # Units of the view box. Text of 12 units stays readable on a phone, where a chart is 350 pixels wide.
 WIDTH, HEIGHT = 420, 290
 LEFT, RIGHT, TOP, BOTTOM = 38, 408, 30, 244
@@ -109,8 +111,9 @@ def pareto(models: Sequence[ModelReport], reference: ModelReport, metric: str, t
                                                    f"M{px - 4:.2f} {high:.2f}h8")  # fmt: skip
         _mark(group, i, px, py)
         labels.boxes.append((px - 5, px + 5, py))
-    for i, m, _, px, py in placed:
-        labels.put(root, m.name, i, px, py)
+    if len(models) <= NAMED:
+        for i, m, _, px, py in placed:
+            labels.put(root, m.name, i, px, py)
     return svg(root)
 
 
@@ -140,9 +143,10 @@ def curves(models: Sequence[ModelReport], title: str, unit: str) -> str | None:
         for k, value in enumerate(c.mean):
             point = _mark(group, i, x(k + 1), y(value), small=True)
             element(point, "title", f"{name}, step {k + 1} (t = {c.timesteps[k]:.0f}): {number(value, 1)} {unit}")
-    for i, name, c in drawn:
-        middle = len(c.mean) // 2
-        labels.put(root, name, i, x(middle + 1), y(c.mean[middle]) - 9)
+    if len(models) <= NAMED:
+        for i, name, c in drawn:
+            middle = len(c.mean) // 2
+            labels.put(root, name, i, x(middle + 1), y(c.mean[middle]) - 9)
     return svg(root)
 
 
