@@ -187,7 +187,8 @@ def scene_consistency(probabilities: Tensor, concept: int, top: int = 5) -> floa
 
     VBench's scene: the share of frames whose caption by Tag2Text holds the words of the scene.
     """
-    return (probabilities.topk(top, dim=1).indices == concept).any(1).float().mean().item()
+    first = probabilities.topk(min(top, probabilities.shape[1]), dim=1).indices  # [T, top]
+    return (first == concept).any(1).float().mean().item()
 
 
 def video_features(videos: Sequence[Features]) -> Features:

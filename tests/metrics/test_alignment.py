@@ -1,0 +1,240 @@
+"""CLIPScore of a tiny random CLIP against its own forward pass; concepts of a stand-in classifier."""
+
+import json
+import math
+import string
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ditq.errors import UsageError
+from ditq.metrics.alignment import (
+    ALIGNMENT,
+    Alignment,
+    Clip,
+    clip_score,
+    concept,
+    concept_accuracy,
+    concept_score,
+)
+from ditq.metrics.extractors import Extractor, Features, MissingWeights
+
+MEAN, STD = np.array([0.48, 0.46, 0.41]), np.array([0.27, 0.26, 0.28])
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP that knows single letters, saved as the Hub's folders are."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    path = tmp_path_factory.mktemp("models") / "tiny-clip"
+    symbols = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *string.ascii_lowercase,
+        *(c + "</w>" for c in string.ascii_lowercase),
+    ]
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(symbols), "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**tower, **text},
+            vision_config={**tower, "image_size": SIDE, "patch_size": 8},
+            projection_dim=8,
+        )
+    )
+    model.save_pretrained(path)
+    CLIPTokenizer(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]).save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(
+        json.dumps({
+            "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": SIDE},
+            "resample": 3, "do_center_crop": True, "crop_size": {"height": SIDE, "width": SIDE}, "do_rescale": True,
+            "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN.tolist(), "image_std": STD.tolist(),
+            "do_convert_rgb": True,
+        })
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(folder: Path) -> Clip:
+    return Clip(folder)
+
+
+def picture(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def logits(folder: Path, images: list[Image.Image], prompt: str) -> Tensor:
+    """100 cos by CLIP's own forward pass, on pixels prepared by Pillow and numpy: [images]."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    pixels = []
+    for image in images:
+        scale = SIDE / min(image.size)
+        resized = image.resize([int(side * scale) for side in image.size], Image.Resampling.BICUBIC)
+        left, top = ((side - SIDE) // 2 for side in resized.size)
+        array = np.asarray(resized.crop((left, top, left + SIDE, top + SIDE))) / 255
+        pixels.append(torch.from_numpy((array - MEAN) / STD).permute(2, 0, 1).float())
+    model = CLIPModel.from_pretrained(folder).eval()
+    tokens = CLIPTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")
+    with torch.no_grad():
+        out = model(pixel_values=torch.stack(pixels), **tokens)
+        return 100 * out.logits_per_image[:, 0] / model.logit_scale.exp()
+
+
+def test_clip_score_is_that_of_clips_own_forward_pass(clip: Clip, folder: Path) -> None:
+    images, prompts = [picture(0), picture(1, (48, 64))], ["a red hen", "sun"]
+    alignment = Alignment(clip)
+    alignment.update(images[:1], prompts[:1])
+    alignment.update(images[1:], prompts[1:])
+    expected = [logits(folder, [image], prompt).item() for image, prompt in zip(images, prompts, strict=True)]
+    assert alignment.values["clip_score"] == pytest.approx(expected, abs=1e-3)
+    assert alignment.compute()["clip_score"].mean == pytest.approx(np.mean(expected), abs=1e-3)
+
+
+def test_clip_score_of_a_video_is_the_mean_over_frames_of_several_batches(clip: Clip, folder: Path) -> None:
+    frames = [picture(i) for i in range(5)]
+    alignment = Alignment(clip)
+    alignment.update([frames], ["a hen"])
+    assert alignment.values["clip_score"] == pytest.approx([logits(folder, frames, "a hen").mean().item()], abs=1e-3)
+    torch.testing.assert_close(clip.images(frames, batch_size=2), clip.images(frames))
+
+
+def test_clip_score_is_a_hundred_times_the_cosine_without_clipping() -> None:
+    text = torch.tensor([3.0, 0.0])
+    angles = torch.tensor([0.0, math.pi / 3, math.pi])
+    images = 7 * torch.stack([angles.cos(), angles.sin()], 1)
+    assert [clip_score(image[None], text) for image in images] == pytest.approx([100, 50, -100], abs=1e-3)
+    assert clip_score(images, text) == pytest.approx(100 * 0.5 / 3, abs=1e-3)
+
+
+def test_clip_reads_what_it_can_of_a_long_prompt(clip: Clip) -> None:
+    torch.testing.assert_close(clip.text("a b c d e f g h i j k l m"), clip.text("a b c d e f g h i j"))
+    assert not torch.equal(clip.text("a b c"), clip.text("a b d"))
+
+
+def test_missing_clip_names_the_model_where_it_is_looked_for_and_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DITQ_CLIP", "nobody/no-such-clip")
+    with pytest.raises(MissingWeights, match=r"nobody/no-such-clip.*Hub cache.*hf download.*DITQ_CLIP"):
+        Clip()
+
+
+def test_clip_is_the_folder_of_the_variable(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("DITQ_CLIP", str(folder))
+    assert Clip().name == "tiny-clip"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ("a noto style emoji of a red apple", "red-apple"),
+        ("red-apple", "red-apple"),
+        ("An apple, please.", "apple"),
+        ("a bowl and red_apple", "red-apple"),
+        ("1st place medal", "1st-place-medal"),
+    ],
+)
+def test_a_prompt_names_the_longest_label_in_whole_words(prompt: str, named: str) -> None:
+    labels = ["apple", "red-apple", "bow", "1st-place-medal"]
+    assert labels[concept(prompt, labels)] == named
+
+
+@pytest.mark.parametrize("prompt", ["a pineapple", "", "a bowl"])
+def test_a_prompt_without_a_concept_is_refused(prompt: str) -> None:
+    with pytest.raises(UsageError, match="none of the 3 classes"):
+        concept(prompt, ["apple", "red-apple", "bow"])
+
+
+def test_concept_score_and_accuracy_of_given_probabilities() -> None:
+    probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.1, 0.1, 0.8]])
+    assert concept_score(probabilities, 1) == pytest.approx(0.3)
+    assert concept_accuracy(probabilities, 1) == pytest.approx(1 / 3)
+    assert concept_score(probabilities[:1], 0) == pytest.approx(0.7)
+    assert concept_accuracy(probabilities[:1], 0) == 1.0
+
+
+class Colours(Extractor):
+    """Tells red, green and blue pictures apart by their mean colour."""
+
+    name: ClassVar[str] = "colours"
+
+    def __init__(self) -> None:
+        self.labels, self.seen = ["red-square", "green-square", "blue-square"], 0
+
+    @classmethod
+    def load(cls) -> "Colours":
+        return cls()
+
+    def features(self, images: Tensor) -> Features:
+        self.seen += len(images)
+        means = images.mean((2, 3))
+        return Features(means, means, (means * 8).softmax(1))
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        return [images]
+
+
+def squares() -> tuple[list[Image.Image], list[str]]:
+    colours = {"red": (220, 60, 40), "green": (50, 190, 60), "blue": (40, 50, 210)}
+    items = [(Image.new("RGB", (16, 16), rgb), f"a drawing of a {name} square") for name, rgb in colours.items()]
+    return [image for image, _ in items] * 2, [prompt for _, prompt in items] * 2
+
+
+def test_a_shuffled_caption_lowers_alignment() -> None:
+    images, prompts = squares()
+    right, wrong = Alignment(Colours()), Alignment(Colours())
+    right.update(images, prompts)
+    wrong.update(images, prompts[1:] + prompts[:1])
+    assert right.values["concept_accuracy"] == [1.0] * 6
+    assert wrong.values["concept_accuracy"] == [0.0] * 6
+    assert min(right.values["concept_score"]) > max(wrong.values["concept_score"])
+
+
+def test_noise_lowers_the_concept_score() -> None:
+    images, prompts = squares()
+    rng = np.random.default_rng(0)
+    noisy = [Image.fromarray((np.array(x) // 2 + rng.integers(0, 128, (16, 16, 3))).astype(np.uint8)) for x in images]
+    clean, drowned = Alignment(Colours()), Alignment(Colours())
+    clean.update(images, prompts)
+    drowned.update(noisy, prompts)
+    assert drowned.compute()["concept_score"].mean < clean.compute()["concept_score"].mean - 0.1
+
+
+def test_videos_and_pictures_are_looked_at_once() -> None:
+    images, prompts = squares()
+    network = Colours()
+    alignment = Alignment(network)
+    alignment.update([images[0], images], [prompts[0], prompts[0]])
+    assert network.seen == 7
+    assert alignment.values["concept_accuracy"] == pytest.approx([1.0, 1 / 3])
+
+
+def test_prompts_and_pictures_must_be_as_many() -> None:
+    images, prompts = squares()
+    with pytest.raises(ValueError, match="zip"):
+        Alignment(Colours()).update(images, prompts[:-1])
+
+
+def test_a_network_without_named_classes_is_refused() -> None:
+    network = Colours()
+    network.labels = []
+    with pytest.raises(UsageError, match="'colours' has no named classes"):
+        Alignment(network)
+
+
+def test_descriptions_are_those_of_the_values(clip: Clip) -> None:
+    images, prompts = squares()
+    by_clip, by_class = Alignment(clip), Alignment(Colours())
+    by_clip.update(images[:1], prompts[:1])
+    by_class.update(images[:1], prompts[:1])
+    assert {x.name for x in ALIGNMENT} == {*by_clip.values, *by_class.values}
+    assert all(x.higher_is_better and x.family == "alignment" for x in ALIGNMENT)
