@@ -173,6 +173,23 @@ def test_kid_of_two_halves_of_one_set_is_zero_within_its_interval() -> None:
     assert np.mean(inside) >= 0.9
 
 
+def test_two_halves_of_the_bundled_artwork_are_alike_and_a_few_of_its_pictures_are_not() -> None:
+    import ditq_bundled
+    from safetensors.torch import load_file
+
+    tensors = load_file(ditq_bundled.network("emoji-classifier") / "reference.safetensors")
+    artwork = Features(*(tensors[part].float() for part in ("pooled", "spatial", "probabilities")))
+    artwork = artwork[torch.from_numpy(np.random.default_rng(0).permutation(len(artwork)))]
+    real, fake = artwork[:440], artwork[440:]
+    halves = estimates(real, fake)[0]
+    few = estimates(real, Features.cat([fake[:20]] * 22))[0]  # a model that draws the same 20 again and again
+    low, high = halves["kid"].interval().ci95
+    assert low < 0 < high
+    assert few["kid"].interval().ci95[0] > 0
+    assert few["precision"].value > 0.8
+    assert few["recall"].value < 0.2 < 0.8 < halves["recall"].value
+
+
 def test_expectation_of_kid_does_not_depend_on_the_size_of_the_sets_but_that_of_fid_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
