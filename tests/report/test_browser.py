@@ -420,22 +420,24 @@ def test_every_control_has_a_name(open_report: Open, kind: str) -> None:
     assert switches.count("viditq-w8a8") == 3 and "Slider" in switches
 
 
-def test_everything_is_reached_and_seen_by_keyboard(open_report: Open) -> None:
-    page = open_report("video")
+@pytest.mark.parametrize(("kind", "own"), [("image", ["split"]), ("video", ["play", "frame"])])
+def test_everything_is_reached_and_seen_by_keyboard(open_report: Open, kind: str, own: list[str]) -> None:
+    page = open_report(kind)
     reached = []
     for _ in range(120):
         page.keyboard.press("Tab")
         identity = page.evaluate("""() => {
             const e = document.activeElement;
-            const mark = [e, e.nextElementSibling, e.closest(".thumb")].filter(Boolean)
-                .some((x) => getComputedStyle(x).outlineStyle !== "none");
-            return [e.id || e.name || e.className || e.tagName, mark || e.id === "split"];
+            const marks = [e, e.nextElementSibling, e.closest(".thumb")].filter(Boolean)
+                .map((x) => getComputedStyle(x)).filter((x) => x.opacity > 0);
+            if (e.id === "split") marks.push(getComputedStyle(document.querySelector(".knob"), "::after"));
+            return [e.id || e.name || e.className || e.tagName, marks.some((x) => x.outlineStyle !== "none")];
         }""")
         if identity[0] == "BODY":
             break
         reached.append(identity)
     names = [name for name, _ in reached]
-    for expected in ("theme", "play", "frame", "view", "prompt", "map", "filter", "copy", "model-pictures"):
+    for expected in (*own, "theme", "view", "prompt", "map", "filter", "copy", "model-pictures"):
         assert expected in names
     assert not [name for name, seen in reached if not seen]
 
