@@ -97,7 +97,7 @@ def _score(name: str, values: tuple[float, ...], n: int) -> Score:
 
 def _layers(bits: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
-        {"name": name, "role": role, "weight_bits": None, "activation_bits": None,
+        {"name": name, "role": role, "weight_bits": 16, "activation_bits": 16,
          "granularity": {"weights": None, "activations": None}, "balance": "none", "rounding": None,
          "incoherence": None, "reason": f"{role} layers stay in 16 bit"}
         for name, role in KEPT.items()

@@ -28,7 +28,7 @@ def card(report: Report, model: ModelReport) -> str:
     """
     front = yaml.safe_dump(_front_matter(report, model), sort_keys=False, allow_unicode=True, width=1000)
     bits = wording.bits(model)
-    kept = Counter(str(layer.get("role")) for layer in model.layers if not layer.get("weight_bits"))
+    kept = Counter(str(layer.get("role")) for layer in model.layers if layer["weight_bits"] == 16)
     quantized = len(model.layers) - sum(kept.values())
     what = f"{_code(report.reference.name)}, its transformer quantized by ditq"
     if model.recipe:

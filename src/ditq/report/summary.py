@@ -14,7 +14,7 @@ def summary(report: Report) -> list[str]:
     if not ranked:
         return [f"{len(report.models)} models against {report.reference.name} on {n} prompts."]
     best = ranked[0]
-    first = f"{best.name} draws {_closeness(best)} the {kind} of {report.reference.name} ({_db(best)}, {n} prompts)"
+    first = f"{best.name} draws {_closeness(best)} the {kind} of {report.reference.name} ({_mean(best)}, {n} prompts)"
     if best.transformer_bytes:
         first += f" in {_share(best, report)} of its transformer's memory"
     if len(ranked) > 1:
@@ -26,14 +26,14 @@ def summary(report: Report) -> list[str]:
         if equal is not None and equal.verdict == "same":
             first += f"; {ranked[1].name} is not measurably further"
         elif smallest is not best and smallest.transformer_bytes < best.transformer_bytes:
-            first += f"; {smallest.name} is the smallest ({_share(smallest, report)}, {_db(smallest)})"
+            first += f"; {smallest.name} is the smallest ({_share(smallest, report)}, {_mean(smallest)})"
     return [first + ".", *(_one(model, report) for model in report.models)]
 
 
 def _one(model: ModelReport, report: Report) -> str:
     judged = [(info, model.metrics[info.name]) for info in report.metrics if info.name in model.metrics]
     judged = [(info, score) for info, score in judged if score.verdict is not None]
-    words = []
+    words = [_db(model)]
     for verdict, phrase in (("worse", "measurably worse in"), ("better", "measurably better in")):
         names = [
             f"{info.title} ({_gap(info, score.difference)})" for info, score in judged if score.verdict == verdict
@@ -48,13 +48,17 @@ def _one(model: ModelReport, report: Report) -> str:
         speed = f"{ratio:.2f} times as fast" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
         words.append(f"a transformer call {speed} here")
     bits = f" ({model.average_bits:.1f} bits a weight on average)" if model.average_bits else ""
-    return f"{model.name}{bits}: {'; '.join(words) if words else _db(model)}."
+    return f"{model.name}{bits}: {'; '.join(words)}."
 
 
 def _closeness(model: ModelReport) -> str:
     """In words, by PSNR: above 40 dB 8-bit pictures of such size are hard to tell apart, below 20 they differ."""
     db = model.metrics["psnr_db"].mean
     return "nearly exactly" if db >= 40 else "closely" if db >= 25 else "roughly" if db >= 18 else "other than"
+
+
+def _mean(model: ModelReport) -> str:
+    return f"PSNR {model.metrics['psnr_db'].mean:.1f} dB"
 
 
 def _db(model: ModelReport) -> str:

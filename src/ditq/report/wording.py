@@ -48,9 +48,9 @@ def bits(model: ModelReport) -> str:
     return f"W{nominal['weights']}A{nominal['activations']}" if nominal else ""
 
 
-def tensor(width: int | None, granularity: str | None) -> str:
-    """A cell of the plan: ``int4 per channel``."""
-    return f"int{width} per {granularity}" if width else "16 bit"
+def tensor(width: int, granularity: str | None) -> str:
+    """A cell of the plan: ``int4 per channel``; what has no granularity is not quantized."""
+    return f"int{width} per {granularity}" if granularity else "16 bit"
 
 
 def seeds(values: Sequence[int]) -> str:
