@@ -107,6 +107,23 @@ def test_fid_is_that_of_numpy_moments() -> None:
         assert function(real, fake).value == pytest.approx(expected, rel=1e-9)
 
 
+def test_fid_needs_twice_as_many_pictures_as_features() -> None:
+    """Below, sets of one Gaussian are more than half of its variance apart."""
+    from torchmetrics.image.fid import _compute_fid
+
+    d = 16
+
+    def apart(n: int) -> float:
+        sets = [(drawn(n, d, seed=i).pooled.double(), drawn(n, d, seed=100 + i).pooled.double()) for i in range(20)]
+        return float(np.mean([_compute_fid(x.mean(0), x.T.cov(), y.mean(0), y.T.cov()) / d for x, y in sets]))
+
+    assert apart(2 * d) < 0.5 < apart(d)
+    few, enough = (drawn(n, d).pooled for n in (2 * d - 1, 2 * d))
+    assert frechet(enough, enough).value == pytest.approx(0, abs=1e-9)
+    with pytest.raises(UsageError, match="16 features needs at least 32 pictures in each set, got 31"):
+        frechet(few, few)
+
+
 def test_inception_score_against_numpy() -> None:
     fake = drawn(50, scale=2)
     p = fake.probabilities.double().numpy()
@@ -278,6 +295,9 @@ def test_too_few_pictures_and_two_networks_are_refused() -> None:
     for function in (kid, fid, sfid, precision_recall, estimates):
         with pytest.raises(UsageError, match="at least 20 pictures in each set, got 50 real and 19|got 19"):
             function(drawn(50), drawn(19))
+    with pytest.raises(UsageError, match="k must be from 1 to 9 for 20 pictures, got 10"):
+        precision_recall(drawn(20), drawn(20), k=10)
+    assert precision_recall(drawn(20), drawn(20), k=9)[0].value == 1
     with pytest.raises(UsageError, match="one network"):
         kid(drawn(50, d=8), drawn(50, d=9))
 

@@ -149,6 +149,9 @@ def sfid(real: Features, fake: Features, seed: int = 0) -> Estimate:
 def frechet(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
     """|m - m'|^2 + tr(S + S' - 2 (S S')^1/2) of the means and covariances of x [n, d] and y [n, d].
 
+    Two sets of one Gaussian are not at zero: at n = d, more than half of its variance apart; at n = 2 d, less than
+    half. Below, covariances are singular and small changes of the pictures drown, or come out with the wrong sign.
+
     Raises:
         UsageError: n < 2 d.
     """
@@ -196,10 +199,13 @@ def precision_recall(real: Features, fake: Features, k: int = 3, seed: int = 0) 
     lie inside (or none), the interval has no width.
 
     Raises:
-        UsageError: a set has fewer than 20 pictures, or the two were seen by different networks.
+        UsageError: a set has fewer than 20 pictures or half a set no k neighbours, or the two were seen by different
+            networks.
     """
     _check(real.pooled, fake.pooled)
     real, fake = matched(real, fake, seed)
+    if not 1 <= k < len(fake) // 2:
+        raise UsageError(f"k must be from 1 to {len(fake) // 2 - 1} for {len(fake)} pictures, got {k}")
     x, y = real.pooled.double(), fake.pooled.double()
     kept = _halves(len(x), seed)
     return _share_inside(y, x, kept, k), _share_inside(x, y, kept, k)
