@@ -138,7 +138,7 @@ def test_clip_is_the_folder_of_the_variable(monkeypatch: pytest.MonkeyPatch, fol
     [
         ("a noto style emoji of a red apple", "red-apple"),
         ("red-apple", "red-apple"),
-        ("An apple, please.", "apple"),
+        ("An Apple, please.", "apple"),
         ("a bowl and red_apple", "red-apple"),
         ("1st place medal", "1st-place-medal"),
     ],
@@ -218,10 +218,11 @@ def test_videos_and_pictures_are_looked_at_once() -> None:
     assert alignment.values["concept_accuracy"] == pytest.approx([1.0, 1 / 3])
 
 
-def test_prompts_and_pictures_must_be_as_many() -> None:
+def test_prompts_and_pictures_must_be_as_many(clip: Clip) -> None:
     images, prompts = squares()
-    with pytest.raises(ValueError, match="zip"):
-        Alignment(Colours()).update(images, prompts[:-1])
+    for network in (clip, Colours()):
+        with pytest.raises(ValueError, match="zip"):
+            Alignment(network).update(images, prompts[:-1])
 
 
 def test_a_network_without_named_classes_is_refused() -> None:
