@@ -24,6 +24,7 @@ FLOORS = [
     {"methods"},
     {"allocation"},
     {"checkpoint"},
+    {"export"},
     {"metrics", "report"},
     {"api"},
     {"comparison"},

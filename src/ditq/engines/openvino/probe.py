@@ -1,0 +1,90 @@
+"""Proof that the CPU plugin multiplies integers: its runtime graph looks the same when it multiplies floats."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ditq.engines.base import QuantizedWeight
+from ditq.engines.openvino.linear import Builder, Kernel, LinearSpec, dequantized, emulate
+from ditq.engines.openvino.settings import PRECISION, compile_config
+from ditq.errors import DitqError
+from ditq.numerics import pack, relative_error
+from ditq.plan import TensorFormat
+
+Execution = Literal["int8", "float"]
+
+# Rows of a probe; more than one block of the plugin's loops, and no multiple of one.
+ROWS = 19
+
+
+@cache
+def core() -> Any:
+    """OpenVINO's entry point; one per process, since each one has caches and threads of its own."""
+    import openvino as ov
+
+    return ov.Core()
+
+
+@cache
+def execution(kernel: Kernel, group_size: int, precision: str = "f32") -> Execution:
+    """Compiles one layer and tells from its output how it was executed.
+
+    The input is made such that 8-bit codes have no ties and are exact in bf16, but far from the input:
+    in every group of ``group_size`` channels one value of 127 * 2^k sets the scale to 2^k, all others are odd.
+    Integer execution then differs from float execution by percents, and from its emulation by nothing
+    but the rounding of float32 (or bf16) outputs.
+
+    Raises:
+        DitqError: the output is neither that of the integers nor that of the floats: a wrong result.
+    """
+    import openvino as ov
+    import openvino.opset13 as op
+
+    linear, x = synthetic(kernel, group_size)
+    node = op.parameter([-1, -1, kernel.columns], ov.Type.f32)
+    model = ov.Model([op.result(Builder().linear(node.output(0), linear))], [node], "probe")
+    compiled = core().compile_model(model, "CPU", compile_config(group_size, {PRECISION: precision}))
+    y = torch.from_numpy(compiled([x[None].numpy()])[0][0])
+    exact = x.double() @ dequantized(linear).double().T
+    errors: dict[Execution, float] = {
+        "int8": relative_error(emulate(x, linear, group_size), y),
+        "float": relative_error(exact, y),
+    }
+    found = min(errors, key=lambda name: errors[name])
+    if not errors[found] < (1e-5 if precision == "f32" else 5e-3):
+        raise DitqError(
+            f"OpenVINO {ov.__version__} computes a linear layer ({kernel}) wrongly on this CPU: its output differs by "
+            f"{errors['int8']:.1e} from integer products and by {errors['float']:.1e} from float products."
+        )
+    return found
+
+
+def synthetic(kernel: Kernel, group_size: int) -> tuple[LinearSpec, Tensor]:
+    """A layer with this kernel and random integers, and an input [ROWS, K] that tells integers from floats."""
+    generator = torch.Generator().manual_seed(0)
+    bits = int(kernel.storage[1:])
+    symmetric = kernel.storage.startswith("i")
+    top = 2 ** (bits - 1) - 1
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(-top, top + 1, shape, generator=generator, dtype=torch.int8)
+
+    group = kernel.weight_group
+    fmt = TensorFormat(bits=bits, symmetric=symmetric, granularity="group" if group else "channel", group_size=group)
+    scales = (kernel.rows, fmt.groups(kernel.columns))
+    weight = QuantizedWeight(
+        pack(codes(kernel.rows, kernel.columns), bits),
+        0.5 + torch.rand(scales, generator=generator),
+        None if symmetric else codes(*scales),
+        kernel.columns,
+        fmt,
+    )
+    activation = TensorFormat(bits=8, granularity="token", dynamic=True) if kernel.integer else None
+    x = 2.0 * torch.randint(-10, 10, (ROWS, kernel.columns), generator=generator) + 1
+    for i, begin in enumerate(range(0, kernel.columns, group_size or kernel.columns)):
+        x[:, begin] = 127 * 2.0 ** (2 + i % 3)
+    return LinearSpec("probe", weight, None, activation), x

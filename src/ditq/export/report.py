@@ -1,0 +1,97 @@
+"""How every linear layer of an exported model is executed on this machine: proven, not assumed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ditq.engines.openvino.probe import Execution, execution
+from ditq.errors import DitqError
+from ditq.export.manifest import Layer, Manifest
+
+PLANNED_FLOAT = "16 bit by its plan"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All linear layers of the exported blocks.
+
+    Attributes:
+        executions: "int8" or "float" for each layer of ``layers``, by name.
+        group_size: channels of a token that share an activation scale.
+    """
+
+    layers: tuple[Layer, ...]
+    executions: dict[str, Execution]
+    group_size: int
+
+    def summary(self) -> str:
+        """A few lines of text: counts, then the layers that multiply floats, and why."""
+        integer = [layer for layer in self.layers if self.executions[layer.name] == "int8"]
+        line = f"OpenVINO: {len(integer)} of {len(self.layers)} linear layers of the blocks multiply 8-bit integers"
+        if integer:
+            kinds = Counter(str(layer.storage) for layer in integer)
+            line += f" ({', '.join(f'{count} with {kind} weights' for kind, count in sorted(kinds.items()))})"
+            line += f"; one activation scale per token and {self.group_size} channels"
+        reasons: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if self.executions[layer.name] == "float":
+                reasons.setdefault(layer.reason or "this CPU", []).append(layer.name)
+        return "\n".join([line + ".", *(f"In floats, {reason}: {some(names)}." for reason, names in reasons.items())])
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def examine(manifest: Manifest, compiled: Iterable[Any], precision: str, allow_float: bool) -> Report:
+    """Probes every kernel of the model, and looks every layer up in the compiled graphs.
+
+    A probe proves that a kernel multiplies integers; the graph shows that a layer still has the weights of that
+    kernel (a pass that expands them to floats would be seen there).
+
+    Raises:
+        DitqError: a layer with 8-bit activations would be executed in floats, and that is not allowed.
+    """
+    stored = [kinds for model in compiled for kinds in [weight_types(model)]]
+    layers = tuple(layer for segment in manifest.segments for layer in segment.layers)
+    executions: dict[str, Execution] = {}
+    failed: dict[str, list[str]] = {}
+    for segment, kinds in zip(manifest.segments, stored, strict=True):
+        for layer in segment.layers:
+            kernel = layer.kernel
+            if kernel is None:
+                executions[layer.name] = "float"
+                continue
+            found = execution(kernel, manifest.group_size, precision)
+            if kinds.get(layer.name) != kernel.storage:
+                found = "float"
+            executions[layer.name] = found
+            if kernel.integer and found == "float":
+                failed.setdefault(str(kernel), []).append(layer.name)
+            elif not kernel.integer and found == "int8":
+                raise DitqError(
+                    f"OpenVINO quantizes the input of {layer.name!r}, which has 16-bit activations by its plan."
+                )
+    if failed and not allow_float:
+        kernel_name, names = next(iter(failed.items()))
+        raise DitqError(
+            f"On this CPU OpenVINO executes {sum(map(len, failed.values()))} layers in floats that should multiply "
+            f"integers: {some(names)} ({kernel_name}). Keep them in 16 bit, or allow floats (allow_float=True)."
+        )
+    return Report(layers, executions, manifest.group_size)
+
+
+def weight_types(compiled: Any) -> dict[str, str]:
+    """Element type of the weights of every matrix product of a compiled graph, by the layers it was made of."""
+    found: dict[str, str] = {}
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        if node.get_input_size() > 1 and info["layerType"].astype(str) == "FullyConnected":
+            kind = node.input(1).get_element_type().get_type_name()
+            for name in info["originalLayersNames"].astype(str).split(","):
+                found[name] = kind
+    return found
