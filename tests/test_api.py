@@ -293,9 +293,9 @@ def test_compare_gives_paired_values(name: str) -> None:
         assert len(values) == 4
         assert comparison.metrics[metric].mean == pytest.approx(sum(values) / 4)
     for i in range(4):
-        z, q = comparison.reference.latents[i], comparison.other.latents[i]
+        z, q = comparison.reference.samples.latents[i], comparison.other.latents[i]
         assert comparison.values["latent_sqnr_db"][i] == pytest.approx(sqnr_db(z, q), abs=1e-6)
-    assert [s for s in seen if s[1] == s[2]] == [("reference", 4, 4), ("quantized", 4, 4)]
+    assert [s for s in seen if s[1] == s[2]] == [("reference", 4, 4), ("quantized", 4, 4), ("metrics", 3, 3)]
     data = comparison.as_dict()
     assert (data["pairs"], data["seed"], data["prompts"]) == (4, 2, CONDITIONS[name])
     for metric in comparison.values:
@@ -312,7 +312,7 @@ def test_compare_of_a_pipeline_with_itself_is_perfect() -> None:
 
 def test_more_bits_are_closer() -> None:
     reference = tiny_pixart()
-    samples = ditq.compare(reference, reference, PROMPTS, steps=2, guidance_scale=3.0).reference
+    samples = ditq.compare(reference, reference, PROMPTS, steps=2, guidance_scale=3.0).reference.samples
     psnr = []
     for recipe in ("rtn-w4a4", "rtn-w6a6", "rtn-w8a8"):
         pipe = tiny_pixart()
@@ -325,8 +325,8 @@ def test_more_bits_are_closer() -> None:
 
 def test_samples_of_other_prompts_are_refused() -> None:
     pipe = tiny_dit()
-    a = ditq.compare(pipe, pipe, ["1", "2"], steps=2).reference
-    b = ditq.compare(pipe, pipe, ["1", "3"], steps=2).reference
+    a = ditq.compare(pipe, pipe, ["1", "2"], steps=2).reference.samples
+    b = ditq.compare(pipe, pipe, ["1", "3"], steps=2).reference.samples
     with pytest.raises(UsageError, match="same prompts and seeds"):
         ditq.compare(a, b)
     with pytest.raises(UsageError, match="needs prompts"):

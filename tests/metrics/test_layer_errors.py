@@ -49,9 +49,7 @@ def test_more_bits_err_less_in_every_role() -> None:
 def test_scale_folded_into_a_value_projection_is_no_error() -> None:
     """Balanced at 8 bit: a projection whose output was divided by s would otherwise show an SQNR near zero."""
     quantized = tiny_pixart()
-    plan = ditq.quantize(
-        quantized, "smoothquant-w8a8", prompts=PROMPTS, overrides=[*QUICK, "balance.alpha=0.5"]
-    ).plan
+    plan = ditq.quantize(quantized, "smoothquant-w8a8", prompts=PROMPTS, overrides=[*QUICK, "balance.alpha=0.5"]).plan
     carried = [x.name for x in plan.quantized if x.smooth is not None and x.smooth.folded == "v"]
     assert carried
     errors, _, _ = layer_errors(tiny_pixart(), quantized.transformer, plan, PIXART, PROMPTS[:2], runs=1, **OPTIONS)

@@ -13,7 +13,7 @@ RESAMPLES = 2000
 class Interval(BaseModel):
     """A mean, its 95 % interval and the number of values behind it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mean: float
     ci95: tuple[float, float]

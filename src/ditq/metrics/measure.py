@@ -41,6 +41,7 @@ class View:
     samples: Samples
     network: Callable[[], Extractor]
     clip: Callable[[], Clip]
+    _precision_recall: tuple[distribution.Estimate, distribution.Estimate] | None = None
 
     @cached_property
     def frames(self) -> list[list[Image.Image]]:
@@ -64,6 +65,12 @@ class View:
         """CLIP embeddings of the frames of every picture or video."""
         return list(self.clip().images(self.flat).split(list(map(len, self.frames))))
 
+    def precision_recall(self, real: Features, seed: int) -> tuple[distribution.Estimate, distribution.Estimate]:
+        """Both at once, and once: they share their work."""
+        if self._precision_recall is None:
+            self._precision_recall = distribution.precision_recall(real, Features.cat(self.features), seed=seed)
+        return self._precision_recall
+
     @cached_property
     def motions(self) -> list[temporal.Motion]:
         """Optical flow of every video."""
@@ -79,8 +86,8 @@ class Measure:
     """A metric and how to take it.
 
     Attributes:
-        function: paired: (reference, quantized) views to values; own: a view to values; set: real and generated
-            features to an estimate.
+        function: paired: (reference, quantized) views to values; own: a view to values; set: a view, features of
+            real pictures and a seed to an estimate.
         through: the network it looks through, whose name stands beside the number: the feature network, or CLIP.
         medium: what it is for.
     """
@@ -227,7 +234,7 @@ def _take(
             raise UsageError("there are no real pictures to compare with: --real FOLDER names some")
         features = real.seen_by(reference.network())
     for key, view in views.items():
-        estimates[key][name] = entry.function(features, Features.cat(view.features), seed)
+        estimates[key][name] = entry.function(view, features, seed)
     own = estimates[""][name].interval()
     for key in others:
         gap = (estimates[key][name] - estimates[""][name]).interval()
@@ -313,13 +320,13 @@ def _by_concept(function: Callable[[Tensor, int], float]) -> Callable[[View], li
     return values
 
 
-def _estimate(name: str) -> Callable[[Features, Features, int], distribution.Estimate]:
-    def precision_or_recall(real: Features, fake: Features, seed: int) -> distribution.Estimate:
-        return distribution.precision_recall(real, fake, seed=seed)[name == "recall"]
-
+def _estimate(name: str) -> Callable[[View, Features, int], distribution.Estimate]:
+    if name in ("precision", "recall"):
+        return lambda view, real, seed: view.precision_recall(real, seed)[name == "recall"]
     if name == "inception_score":
-        return lambda _, fake, seed: distribution.inception_score(fake, seed)
-    return getattr(distribution, name, precision_or_recall)
+        return lambda view, _, seed: distribution.inception_score(Features.cat(view.features), seed)
+    function = getattr(distribution, name)
+    return lambda view, real, seed: function(real, Features.cat(view.features), seed)
 
 
 def _of_motion(function: Callable[[temporal.Motion], float]) -> Callable[[View], list[float]]:

@@ -34,7 +34,7 @@ class Score(Interval):
 class PairDifference(BaseModel):
     """Two quantized models on one metric: a minus b, paired; the verdict is on a."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     metric: str
     a: str
@@ -46,7 +46,7 @@ class PairDifference(BaseModel):
 class Curve(BaseModel):
     """A quantity along the sampling trajectory; ``ci95`` has one (low, high) a step."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     timesteps: list[float]
     mean: list[float]
