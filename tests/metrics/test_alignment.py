@@ -6,6 +6,7 @@ import string
 from pathlib import Path
 from typing import ClassVar
 
+import ditq_bundled
 import numpy as np
 import pytest
 import torch
@@ -239,3 +240,12 @@ def test_descriptions_are_those_of_the_values(clip: Clip) -> None:
     by_class.update(images[:1], prompts[:1])
     assert {x.name for x in ALIGNMENT} == {*by_clip.values, *by_class.values}
     assert all(x.higher_is_better and x.family == "alignment" for x in ALIGNMENT)
+
+
+@pytest.mark.parametrize("model", ditq_bundled.names())
+def test_every_bundled_prompt_names_the_concept_that_was_asked_for(model: str) -> None:
+    config = json.loads((ditq_bundled.network("emoji-classifier") / "config.json").read_text())
+    labels = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
+    for split in ditq_bundled.SPLITS:
+        for prompt in ditq_bundled.prompts(model, split):
+            assert prompt.replace("-", " ").endswith(labels[concept(prompt, labels)].replace("-", " "))
