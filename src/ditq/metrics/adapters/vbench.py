@@ -28,7 +28,7 @@ from ditq.errors import DitqError, UsageError, unknown
 from ditq.metrics.extractors.base import MissingWeights
 from ditq.metrics.metric import Description
 
-# The dimensions that VBench can judge on any video; the other nine need its own prompts.
+# The dimensions that VBench judges by the video alone; of the other nine, six need its own prompts and labels.
 DIMENSIONS = {
     "subject_consistency": "Cosine of DINO features with the first and the previous frame.",
     "background_consistency": "Cosine of CLIP features with the first and the previous frame.",
@@ -91,7 +91,7 @@ def evaluate(
     """
     for dimension in dimensions:
         if dimension not in DIMENSIONS:
-            raise unknown("VBench dimension", dimension, DIMENSIONS, "The others need VBench's own prompts.")
+            raise unknown("VBench dimension", dimension, DIMENSIONS, "The others judge more than the video: they need VBench's own prompts.")
     if not videos:
         raise UsageError("there are no videos for VBench to judge")
     executable = _python(python)
