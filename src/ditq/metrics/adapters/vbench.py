@@ -91,7 +91,7 @@ def evaluate(
     """
     for dimension in dimensions:
         if dimension not in DIMENSIONS:
-            raise unknown("VBench dimension", dimension, DIMENSIONS, "The others judge more than the video: they need VBench's own prompts.")
+            raise unknown("VBench dimension", dimension, DIMENSIONS, "The others need VBench's own prompts.")
     if not videos:
         raise UsageError("there are no videos for VBench to judge")
     executable = _python(python)
