@@ -33,9 +33,7 @@ def reference() -> dict[str, torch.Tensor]:
 def named() -> list[str]:
     """``style/concept`` of every reference picture."""
     with safe_open(FOLDER / "reference.safetensors", "pt") as file:
-        metadata = file.metadata()
-    assert metadata["network"] == "emoji-classifier"
-    return json.loads(metadata["pictures"])
+        return json.loads(file.metadata()["pictures"])
 
 
 def taught() -> set[str]:
@@ -72,7 +70,7 @@ def test_reference_holds_finite_features_of_named_pictures(
 def test_reference_is_of_this_network(extractor: EmojiClassifier, reference: dict[str, torch.Tensor]) -> None:
     """A network trained again without its reference would give other probabilities for these features."""
     again = extractor.network.classifier(reference["pooled"].float()).softmax(1)
-    torch.testing.assert_close(again, reference["probabilities"].float(), atol=5e-3, rtol=0)
+    torch.testing.assert_close(again, reference["probabilities"].float(), atol=1e-3, rtol=0)
 
 
 def test_reference_pictures_are_seen_as_what_they_are(
@@ -80,7 +78,7 @@ def test_reference_pictures_are_seen_as_what_they_are(
 ) -> None:
     best = [extractor.labels[i] for i in reference["probabilities"].argmax(1).tolist()]
     right = [name.split("/")[1].replace("-", " ") == label for name, label in zip(named, best, strict=True)]
-    assert np.mean(right) > 0.85
+    assert np.mean(right) > 0.9
 
 
 @pytest.mark.parametrize("model", ditq_bundled.names())
@@ -96,5 +94,5 @@ def test_drawn_pictures_are_seen_as_what_was_asked_for(extractor: EmojiClassifie
     assert seen is not None
     rows = [extractor.labels.index(concept) for concept in asked]
     probability = seen[:, rows]  # [picture, asked concept]
-    assert probability.diagonal().mean() > 0.3
-    assert probability.diagonal().mean() > 10 * probability.roll(1, 1).diagonal().mean()
+    assert probability.diagonal().mean() > 0.6
+    assert probability.diagonal().mean() > 100 * probability.roll(1, 1).diagonal().mean()
