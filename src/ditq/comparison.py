@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,9 @@ from ditq.sampling import PictureCache, Samples, sample
 
 BUNDLED_NETWORK = "emoji-classifier"
 
-Side = Any  # a pipeline, a path (folder, hub id, bundled:NAME) that is loaded when it is needed, or Samples
+# A pipeline; a path (folder, hub id, bundled:NAME) or a function without arguments, which give one when it is needed;
+# or Samples.
+Side = Any
 
 
 @dataclass
@@ -164,8 +167,8 @@ def compare(
 ) -> Comparison:
     """Draws the same prompts with the same noise by all pipelines and compares them pair by pair.
 
-    Paths are loaded one after the other, so that at most two models are in memory. Any side may be finished
-    :class:`Samples`, so that a reference is drawn once for many models.
+    Paths are loaded (and functions called) one after the other, so that at most two models are in memory. Any side
+    may be finished :class:`Samples`, so that a reference is drawn once for many models.
 
     Args:
         quantized: one model, a list (named by their folders) or a mapping of names.
@@ -196,6 +199,8 @@ def compare(
         return tick
 
     def open_side(side: Side) -> Any:
+        if isinstance(side, FunctionType):
+            return side()
         if not isinstance(side, str | Path):
             return side
         pipe = api.load(side, dtype=dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -142,12 +142,12 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None] | Non
         def show(stage: str, done: int, total: int) -> None:
             if stage not in bars:
                 bars[stage] = progress.add_task(stage, total=total)
-            progress.update(bars[stage], completed=done)
+            progress.update(bars[stage], completed=done, total=total)
 
         yield show
 
 
-def metrics_table(title: str, rows: Sequence[tuple[str, dict[str, Interval], str]]) -> Any:
+def metrics_table(title: str, rows: Sequence[tuple[str, Mapping[str, Interval], str]]) -> Any:
     """Rows of (model, metrics by name, size) as a table of means with 95 % intervals."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

@@ -1,17 +1,18 @@
-"""``ditq demo``: a trained model, quantized, beside its 16-bit self, with numbers."""
+"""``ditq demo``: a trained model, quantized six ways, beside its 16-bit self, with numbers and a page to look at."""
 
 from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ditq.cli.common import Quiet, Seed, metrics_table, open_pipeline, out, pick_prompts, progress_bars
 
 RECIPES = ("rtn-static-w8a8", "viditq-w8a8", "rtn-w4a8", "viditq-w4a8", "rtn-w4a4", "viditq-w4a4")
+KEPT = "viditq-w4a8"  # its checkpoint stays in the output folder
 
 
 def demo(
@@ -33,15 +34,16 @@ def demo(
     from ditq.calibration import calibrate
     from ditq.comparison import compare
     from ditq.recipe import Calibration
+    from ditq.report import html
     from ditq.report.sheet import sheet
-    from ditq.sampling import sample
 
     begin = time.perf_counter()
+    html.check_installed()
     pipe = open_pipeline(model)
     arch = architectures.match(pipe.transformer)
     wanted = pick_prompts(model, pipe, arch, None, "evaluation", count)
     calibration = pick_prompts(model, pipe, arch, None, "calibration")
-    with progress_bars(quiet) as progress:
+    with progress_bars(quiet) as progress, api.new_folder(out_dir, overwrite=True) as folder:
 
         def show(stage: str, done: int, total: int) -> None:
             if progress:
@@ -51,38 +53,42 @@ def demo(
         statistics = calibrate(
             pipe, arch, calibration, Calibration(), seed=seed, progress=lambda d, t: show("calibrate", d, t)
         )
-        show("16-bit", 0, 1)
-        reference = sample(pipe, arch, wanted, seed=seed, batch_size=16)
-        show("16-bit", 1, 1)
-        sheet_rows, table_rows, numbers = [("16 bit", reference.images)], [], {}
-        with api.new_folder(out_dir, overwrite=True) as folder:
-            for recipe in RECIPES:
-                show(recipe, 0, 2)
-                pipe = open_pipeline(model)
-                result = api.quantize(pipe, recipe, statistics=statistics, seed=seed)
-                show(recipe, 1, 2)
-                comparison = compare(
-                    reference, sample(pipe, arch, wanted, seed=seed, batch_size=16), seed=seed, batch_size=16
-                )
-                show(recipe, 2, 2)
-                size, full = result.plan.memory()
-                sheet_rows.append((recipe, comparison.other.images))
-                table_rows.append((recipe, dict(comparison.metrics), f"{size / 1e6:.1f} MB ({size / full:.2f})"))
-                numbers[recipe] = {**comparison.as_dict(), "transformer_bytes": size, "transformer_bytes_16bit": full}
-                if recipe == "viditq-w4a8":
-                    pipe.save_pretrained(folder / recipe)
-            shown = slice(0, 10)
-            sheet([(label, images[shown]) for label, images in sheet_rows], wanted[shown]).save(folder / "sheet.png")
-            (folder / "demo.json").write_text(json.dumps(numbers, indent=1))
+
+        def quantized(recipe: str) -> Any:
+            def make() -> Any:
+                copy = open_pipeline(model)
+                api.quantize(copy, recipe, statistics=statistics, seed=seed)
+                if recipe == KEPT:
+                    copy.save_pretrained(folder / recipe)
+                return copy
+
+            return make
+
+        found = compare(
+            model, {recipe: quantized(recipe) for recipe in RECIPES}, wanted, seed=seed, batch_size=16,
+            metrics="all", explain=1, progress=show,
+        )  # fmt: skip
+        report, pictures = found.report(command="ditq demo"), found.pictures()
+        html.write(report, pictures, folder)
+        shown = slice(0, 10)
+        labels = ["16 bit", *RECIPES]
+        rows = [(label, images[shown]) for label, images in zip(labels, pictures.values(), strict=True)]
+        sheet(rows, wanted[shown]).save(folder / "sheet.png")
+        (folder / "demo.json").write_text(json.dumps(found.as_dict(), indent=1))
     seconds = time.perf_counter() - begin
     if not quiet:
+        full = found.reference.transformer_bytes
+        table = [
+            (name, dict(found.measurement.scores[name]),
+             f"{subject.transformer_bytes / 1e6:.1f} MB ({subject.transformer_bytes / full:.2f})")
+            for name, subject in found.models.items()
+        ]  # fmt: skip
         title = f"{model}, {len(wanted)} held-out prompts, seed {seed}: closeness to 16 bit (± 95 %)"
-        out.print(metrics_table(title, table_rows))
+        out.print(metrics_table(title, table))
         out.print(
-            f"{seconds:.0f} s on {torch.get_num_threads()} threads; a checkpoint: {out_dir / 'viditq-w4a8'}",
-            markup=False,
+            f"{seconds:.0f} s on {torch.get_num_threads()} threads; a checkpoint: {out_dir / KEPT}", markup=False
         )
-    out.print(f"pictures: {out_dir / 'sheet.png'}", markup=False)
+    out.print(f"pictures: {out_dir / 'sheet.png'}\nreport: {out_dir / 'report.html'}", markup=False)
 
 
 VERB = demo
