@@ -122,7 +122,9 @@ def graph(
         shapes: of the arguments; None for sizes that may change between calls.
     """
     import openvino as ov
+    from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch import ConversionExtension
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     builder = Builder()
 
@@ -130,14 +132,15 @@ def graph(
         linear = linears[context.get_values_from_const_input(1)]
         return builder.linear(context.get_input(0), linear).outputs()
 
-    example = tuple(inputs.values())
     with warnings.catch_warnings():
         # torch would rather have its own exporter, which cannot leave batch, resolution and text length open here.
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(chain, example, check_trace=False, strict=False)
-        model = ov.convert_model(
-            traced, example_input=example, extension=[ConversionExtension("ditq::openvino_linear", convert)]
-        )
+        traced = torch.jit.trace(chain, tuple(inputs.values()), check_trace=False, strict=False)
+    # ov.convert_model would do the same, and send statistics of its use to its makers.
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    frontend.add_extension(ConversionExtension("ditq::openvino_linear", convert))
+    decoder = TorchScriptPythonDecoder(traced)  # must outlive the conversion
+    model = frontend.convert(frontend.load(decoder))
     for port, name in zip(model.inputs, inputs, strict=True):
         port.get_tensor().set_names({name})
     model.reshape({name: ov.PartialShape([-1 if n is None else n for n in shapes[name]]) for name in inputs})

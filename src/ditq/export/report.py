@@ -11,8 +11,6 @@ from ditq.engines.openvino.probe import Execution, execution
 from ditq.errors import DitqError
 from ditq.export.manifest import Layer, Manifest
 
-PLANNED_FLOAT = "16 bit by its plan"
-
 
 @dataclass(frozen=True)
 class Report:
@@ -39,7 +37,7 @@ class Report:
         for layer in self.layers:
             if self.executions[layer.name] == "float":
                 reasons.setdefault(layer.reason or "this CPU", []).append(layer.name)
-        return "\n".join([line + ".", *(f"In floats, {reason}: {some(names)}." for reason, names in reasons.items())])
+        return "\n".join([line + ".", *(f"In floats ({reason}): {some(names)}." for reason, names in reasons.items())])
 
 
 def some(names: Sequence[str]) -> str:
@@ -56,32 +54,31 @@ def examine(manifest: Manifest, compiled: Iterable[Any], precision: str, allow_f
     Raises:
         DitqError: a layer with 8-bit activations would be executed in floats, and that is not allowed.
     """
-    stored = [kinds for model in compiled for kinds in [weight_types(model)]]
-    layers = tuple(layer for segment in manifest.segments for layer in segment.layers)
     executions: dict[str, Execution] = {}
     failed: dict[str, list[str]] = {}
-    for segment, kinds in zip(manifest.segments, stored, strict=True):
+    for segment, model in zip(manifest.segments, compiled, strict=True):
+        stored = weight_types(model)
         for layer in segment.layers:
             kernel = layer.kernel
+            executions[layer.name] = "float"
             if kernel is None:
-                executions[layer.name] = "float"
                 continue
             found = execution(kernel, manifest.group_size, precision)
-            if kinds.get(layer.name) != kernel.storage:
-                found = "float"
-            executions[layer.name] = found
-            if kernel.integer and found == "float":
-                failed.setdefault(str(kernel), []).append(layer.name)
-            elif not kernel.integer and found == "int8":
+            if not kernel.integer and found == "int8":
                 raise DitqError(
                     f"OpenVINO quantizes the input of {layer.name!r}, which has 16-bit activations by its plan."
                 )
+            if stored.get(layer.name) == kernel.storage:
+                executions[layer.name] = found
+            if kernel.integer and executions[layer.name] == "float":
+                failed.setdefault(str(kernel), []).append(layer.name)
     if failed and not allow_float:
         kernel_name, names = next(iter(failed.items()))
         raise DitqError(
             f"On this CPU OpenVINO executes {sum(map(len, failed.values()))} layers in floats that should multiply "
             f"integers: {some(names)} ({kernel_name}). Keep them in 16 bit, or allow floats (allow_float=True)."
         )
+    layers = tuple(layer for segment in manifest.segments for layer in segment.layers)
     return Report(layers, executions, manifest.group_size)
 
 

@@ -6,9 +6,9 @@ channels) and multiplies in int32, if every one of its conditions holds; otherwi
 times slower and without a word. The conditions, found by experiment with OpenVINO 2026.4:
 
 * G = DYNAMIC_QUANTIZATION_GROUP_SIZE, one number for a whole model, is a multiple of 16 and at most K;
-* K is a multiple of 16; groups of weights are whole multiples of G;
+* groups of weights are whole multiples of G;
 * weights are u8 or u4 with zero points of the same type, or i8 or i4 without zero points;
-* the CPU has VNNI.
+* there is more than one output, and the CPU has VNNI.
 
 ``ditq.engines.openvino.probe`` proves for every kernel that the integers were really multiplied.
 """

@@ -51,8 +51,8 @@ def execution(kernel: Kernel, group_size: int, precision: str = "f32") -> Execut
     y = torch.from_numpy(compiled([x[None].numpy()])[0][0])
     exact = x.double() @ dequantized(linear).double().T
     errors: dict[Execution, float] = {
-        "int8": relative_error(emulate(x, linear, group_size), y),
         "float": relative_error(exact, y),
+        "int8": relative_error(emulate(x, linear, group_size), y),
     }
     found = min(errors, key=lambda name: errors[name])
     if not errors[found] < (1e-5 if precision == "f32" else 5e-3):

@@ -20,8 +20,10 @@ STEP = 16
 def why_float(linear: LinearSpec, group_size: int) -> str | None:
     """Why the plugin would multiply floats in a layer that has 8-bit activations by its plan, or None."""
     columns, group = linear.weight.columns, linear.weight.format.group_size
-    if columns % STEP:
-        return f"its {columns} input channels are no multiple of {STEP}"
+    if columns < STEP:
+        return f"its {columns} input channels are fewer than {STEP}"
+    if len(linear.weight.packed) < 2:
+        return "it has a single output"
     if group is not None and group % STEP:
         return f"its weight groups of {group} are no multiple of {STEP}"
     if linear.activation is not None and (linear.activation.group_size or STEP) % STEP:

@@ -1,0 +1,159 @@
+"""One graph: which blocks it holds, how it is called, and whether it computes what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditq.engines.openvino.linear import LinearSpec
+from ditq.errors import DitqError
+from ditq.export import files
+from ditq.export.capture import StackCall, leaves
+from ditq.export.convert import Chain, graph, traceable
+from ditq.export.manifest import Input, Layer, Plain, Segment
+from ditq.layers import TimestepLinear
+from ditq.numerics import relative_error
+
+# Where rounding falls on the other side of a boundary, an output moves by one code: 0.1 % to 0.5 % a stack.
+TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Check:
+    """A call of other sizes than the traced one, and what the blocks return for it."""
+
+    inputs: dict[str, Tensor]
+    expected: tuple[Tensor, ...]
+
+    def run(self, place: str, compiled: Any) -> None:
+        """Compares a compiled graph with the blocks: a size that the trace has frozen shows here.
+
+        Raises:
+            DitqError: they differ.
+        """
+        results = compiled({name: x.numpy() for name, x in self.inputs.items()})
+        for i, reference in enumerate(self.expected):
+            error = relative_error(reference, torch.from_numpy(results[i]))
+            if not error < TOLERANCE:
+                raise DitqError(
+                    f"The OpenVINO graph of {place} does not compute what the model computes (relative error "
+                    f"{error:.1e}, at most {TOLERANCE:g} is allowed): this architecture cannot be exported."
+                )
+
+
+def chains(first: StackCall, second: StackCall) -> list[range]:
+    """Which blocks become one graph: all, if each one's output goes straight into the next; else each alone."""
+    count = len(first.blocks)
+    if first.chain() is not None and first.chain() == second.chain():
+        return [range(count)]
+    return [range(i, i + 1) for i in range(count)]
+
+
+@torch.no_grad()
+def write_segment(
+    model: nn.Module,
+    stack: str,
+    numbers: range,
+    calls: tuple[StackCall, StackCall],
+    specs: Mapping[str, LinearSpec],
+    reasons: Mapping[str, str],
+    group_size: int,
+    folder: Path,
+) -> tuple[Segment, Check]:
+    """Converts blocks ``numbers`` of a stack into one graph and writes it.
+
+    Args:
+        calls: of the whole stack, of different sizes; what is equal in both is fixed.
+        specs: the quantized linears of the model, by name.
+        reasons: why some of them have 16-bit activations although their plan says 8.
+
+    Raises:
+        DitqError: the blocks are called in a way that a graph cannot be.
+    """
+    all_blocks: Any = model.get_submodule(stack)
+    whole = len(numbers) == len(all_blocks)
+    place = stack if whole else f"{stack}.{numbers[0]}"
+    blocks = {f"{stack}.{i}": all_blocks[i] for i in numbers}
+    call, other = (c.blocks[numbers[0]] for c in calls)
+    link = (calls[0].chain() or {}) if whole else {}
+    given, varied = leaves(call.arguments), leaves(other.arguments)
+    if given.keys() != varied.keys():
+        raise DitqError(f"{place} has other arguments in other calls; only their sizes may change.")
+    # What the output replaces comes first: it gives the output its dtype.
+    tensors = sorted((name for name, v in given.items() if isinstance(v, Tensor)), key=lambda name: name not in link)
+    constants = {name: value for name, value in given.items() if name not in tensors}
+    for name, value in constants.items():
+        if not isinstance(value, Plain) or varied[name] != value:
+            raise DitqError(
+                f"Argument {name!r} of {place} is no tensor and no constant ({value!r}, {varied[name]!r}): "
+                "such blocks cannot be exported."
+            )
+    shapes = {name: _open_shape(given[name], varied[name]) for name in tensors}
+    inputs, check = ({name: _plain(values[name]) for name in tensors} for values in (given, varied))
+    linears = [spec for name, spec in specs.items() if name.startswith(tuple(f"{block}." for block in blocks))]
+    chain = Chain(list(blocks.values()), call, link, tensors)
+    with traceable(blocks, linears, group_size):
+        digests = files.write(graph(chain, inputs, shapes, linears, group_size), folder, place)
+        expected = chain(*check.values())
+    segment = Segment(
+        place=place,
+        file=next(iter(digests)),
+        digests=digests,
+        parameters=tuple(call.arguments),
+        inputs=tuple(Input(name=n, dtype=_dtype(inputs[n]), shape=shapes[n]) for n in tensors),
+        constants=constants,
+        outputs=len(call.outputs),
+        single=call.single,
+        kept=_kept(stack, numbers, calls),
+        layers=tuple(_layers(blocks, specs, reasons)),
+    )
+    return segment, Check(check, expected)
+
+
+def _kept(stack: str, numbers: range, calls: tuple[StackCall, StackCall]) -> tuple[str, ...]:
+    """Modules inside these blocks that the model itself calls, relative to the first block."""
+    names = sorted(calls[0].outside | calls[1].outside)
+    here = [name for name in names if int(name.partition(".")[0]) in numbers]
+    strays = [name for name in here if not name.startswith(f"{numbers[0]}.")]
+    if strays:
+        raise DitqError(f"The model calls {stack}.{strays[0]} itself; only modules of the first block can be kept.")
+    return tuple(name.partition(".")[2] for name in here)
+
+
+def _layers(
+    blocks: Mapping[str, nn.Module], specs: Mapping[str, LinearSpec], reasons: Mapping[str, str]
+) -> Iterator[Layer]:
+    for prefix, block in blocks.items():
+        for name, module in block.named_modules(prefix=prefix):
+            if not isinstance(module, nn.Linear) or isinstance(module, TimestepLinear):
+                continue
+            columns, rows = module.in_features, module.out_features
+            if name not in specs:
+                yield Layer(name=name, columns=columns, rows=rows, reason="16 bit by the plan")
+                continue
+            kernel = specs[name].kernel
+            reason = "" if kernel.integer else reasons.get(name, "16-bit activations by the plan")
+            yield Layer(
+                name=name, columns=columns, rows=rows, storage=kernel.storage,
+                weight_group=kernel.weight_group, integer=kernel.integer, reason=reason,
+            )  # fmt: skip
+
+
+def _open_shape(a: Tensor, b: Tensor) -> tuple[int | None, ...]:
+    """Sizes that two examples share; None where they differ."""
+    return tuple(x if x == y else None for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def _plain(value: Tensor) -> Tensor:
+    """As OpenVINO takes it: float32, int64 or bool, on the CPU."""
+    dtype = torch.float32 if value.is_floating_point() else torch.bool if value.dtype == torch.bool else torch.int64
+    return value.detach().to("cpu", dtype).contiguous()
+
+
+def _dtype(value: Tensor) -> Any:
+    return str(value.dtype).removeprefix("torch.")

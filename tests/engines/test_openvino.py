@@ -1,0 +1,345 @@
+"""The OpenVINO engine: graphs of single linears against their emulation, and the probe of integer execution."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import layer_plan, token_format, weight_format
+from torch import Tensor, nn
+
+from ditq import engines
+from ditq.engines.openvino import ENGINE, engine
+from ditq.errors import DitqError, UsageError
+from ditq.layers import QuantizedLinear
+from ditq.numerics import Rotation, hadamard_matrix, is_supported, relative_error, rotate
+from ditq.plan import Rotate, Smooth, TensorFormat
+
+if (reason := ENGINE.why_unavailable()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+import openvino as ov
+import openvino.opset13 as op
+
+from ditq.engines.openvino import probe
+from ditq.engines.openvino.linear import Builder, Kernel, LinearSpec, balance, dequantized, emulate, split, why_inexact
+from ditq.engines.openvino.settings import compile_config, group_size, why_float
+
+CPU = torch.device("cpu")
+TOKEN = token_format()
+
+
+def linear(
+    k: int = 64,
+    n: int = 40,
+    *,
+    weight: TensorFormat | None = None,
+    activation: TensorFormat | None = TOKEN,
+    smooth: bool = False,
+    rotate: int | None = None,
+    bias: bool = True,
+) -> QuantizedLinear:
+    """A quantized linear of random weights; ``rotate`` is the block of its Hadamard rotation."""
+    plan = layer_plan(
+        k=k, n=n, weight=weight or weight_format(), activation=activation, bias=bias,
+        smooth=Smooth(alpha=0.5) if smooth else None, rotate=Rotate(block=rotate, seed=3) if rotate else None,
+    )  # fmt: skip
+    torch.manual_seed(k + n)
+    scale = torch.rand(k) + 0.5 if smooth else None
+    return QuantizedLinear.from_linear(nn.Linear(k, n, bias=bias), plan, smooth_scale=scale)
+
+
+def spec(layer: QuantizedLinear) -> LinearSpec:
+    return LinearSpec(
+        "layer", layer.quantized_weight, layer.bias, layer.plan.activation, layer._buffers.get("smooth_scale"),
+        layer.rotation,
+    )  # fmt: skip
+
+
+def run(spec: LinearSpec, x: Tensor, group: int) -> Tensor:
+    """``x`` [B, tokens, K] through one layer compiled by OpenVINO."""
+    node = op.parameter([-1] * x.ndim, ov.Type.f32)
+    node.set_partial_shape(ov.PartialShape([-1] * (x.ndim - 1) + [x.shape[-1]]))
+    node.validate_and_infer_types()
+    model = ov.Model([op.result(Builder().linear(node.output(0), spec))], [node], "layer")
+    return torch.from_numpy(probe.core().compile_model(model, "CPU", compile_config(group))([x.numpy()])[0])
+
+
+def inputs(*shape: int) -> Tensor:
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    x[..., 5] *= 20  # a channel of outliers, which makes rounding coarse
+    return x
+
+
+# -------------------------------------------------------------------------- graphs against emulation
+
+FORMATS = {
+    **{f"w{bits}-asym": weight_format(bits) for bits in range(2, 9)},
+    **{f"w{bits}-sym": weight_format(bits, symmetric=True) for bits in range(2, 9)},
+    "w4-tensor": weight_format(4, "tensor"),
+    "w8-tensor-sym": weight_format(8, "tensor", symmetric=True),
+    "w4-group16": weight_format(4, "group", group=16),
+    "w4-group32-sym": weight_format(4, "group", symmetric=True, group=32),
+    "w3-group32": weight_format(3, "group", group=32),
+    "w8-group32": weight_format(8, "group", group=32),
+    "w6-group64": weight_format(6, "group", group=64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_integers_of_every_format_are_multiplied_as_they_are(name: str) -> None:
+    layer = spec(linear(weight=FORMATS[name]))
+    width = group_size([layer])
+    x = inputs(2, 19, 64)
+    y = run(layer, x, width)
+    assert width == (FORMATS[name].group_size or 64)
+    assert relative_error(emulate(x, layer, width), y) < 1e-4
+    in_floats = balance(x, layer).double() @ dequantized(layer).double().T + layer.bias.double()
+    assert relative_error(in_floats, y) > 2e-3
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("smooth", [True, False], ids=["smooth", "plain"])
+@pytest.mark.parametrize(("k", "block"), [(64, None), (64, 64), (64, 16), (96, 96), (96, 32), (144, 72)])
+def test_balance_is_that_of_the_layer(k: int, block: int | None, smooth: bool, bias: bool) -> None:
+    """With 16-bit activations, so that no rounding hides a wrong sign or a permuted channel."""
+    layer = linear(k, weight=weight_format(8), activation=None, smooth=smooth, rotate=block, bias=bias)
+    x = inputs(2, 7, k)
+    y = run(spec(layer), x, 0)
+    assert relative_error(layer(x), y) < 2e-6
+    assert relative_error(layer(x.flatten(0, 1)), run(spec(layer), x.flatten(0, 1), 0)) < 2e-6
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rotated_and_smoothed_layers_multiply_integers_too(bits: int) -> None:
+    layer = spec(linear(144, weight=weight_format(bits), smooth=True, rotate=144))
+    x = inputs(2, 50, 144)
+    y = run(layer, x, 144)
+    # The rotation rounds differently, so a few codes flip; 8-bit activations cost 40 times as much.
+    assert relative_error(emulate(x, layer, 144), y) < 2e-4
+    assert relative_error(emulate(x, layer, 0), y) > 2e-3
+
+
+@pytest.mark.parametrize("name", ["w8-asym", "w4-asym", "w4-group16", "w8-sym"])
+def test_agrees_with_the_torch_engine_where_one_scale_serves_a_whole_token(name: str) -> None:
+    layer = linear(weight=FORMATS[name], activation=token_format())
+    x = inputs(3, 40, 64)
+    assert relative_error(layer(x), emulate(x, spec(layer), 64)) < 1e-4
+
+
+def test_narrower_groups_than_planned_are_more_exact() -> None:
+    layer = spec(linear(256, weight=weight_format(8)))
+    x = inputs(2, 40, 256)
+    exact = emulate(x, layer, 0)
+    errors = [relative_error(exact, run(layer, x, group)) for group in (64, 256)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_a_ragged_last_group_is_a_group() -> None:
+    layer = spec(linear(160, weight=weight_format(8)))
+    x = inputs(2, 9, 160)
+    assert relative_error(emulate(x, layer, 64), run(layer, x, 64)) < 1e-4
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 15, 17, 257])
+def test_a_token_does_not_depend_on_its_batch(tokens: int) -> None:
+    layer = spec(linear())
+    x = inputs(2, tokens, 64)
+    assert torch.equal(run(layer, x, 64)[1:, -1:], run(layer, x[1:, -1:].contiguous(), 64))
+
+
+def test_zero_rows_give_the_bias() -> None:
+    layer = spec(linear())
+    y = run(layer, torch.zeros(1, 3, 64), 64)
+    assert torch.equal(y, layer.bias.detach().expand_as(y))
+
+
+def test_weights_outlive_the_tensors_they_were_made_of() -> None:
+    layer = spec(linear())
+    x = inputs(1, 5, 64)
+    expected = emulate(x, layer, 64)
+    node = op.parameter([-1, -1, 64], ov.Type.f32)
+    model = ov.Model([op.result(Builder().linear(node.output(0), layer))], [node], "layer")
+    for tensor in (layer.weight.packed, layer.weight.scale, layer.weight.zero_point, layer.bias.data):
+        tensor.zero_()
+    y = probe.core().compile_model(model, "CPU", compile_config(64))([x.numpy()])[0]
+    assert relative_error(expected, torch.from_numpy(y)) < 1e-4
+
+
+def test_inputs_shared_by_layers_are_balanced_once() -> None:
+    layers = [spec(linear(n=n, smooth=True, rotate=64)) for n in (8, 8, 24)]
+    layers[2].smooth.add_(0.1)
+    node = op.parameter([-1, -1, 64], ov.Type.f32)
+    builder = Builder()
+    first, second, other = (builder.balance(node.output(0), layer) for layer in layers)
+    assert first is second
+    assert first is not other
+
+
+@pytest.mark.parametrize("order", [n for n in [*range(1, 200), 256, 1024, 1152, 4608] if is_supported(n)])
+def test_split_of_a_hadamard_matrix(order: int) -> None:
+    outer, inner = split(order)
+    assert torch.equal(torch.kron(hadamard_matrix(outer), hadamard_matrix(inner)), hadamard_matrix(order))
+
+
+def test_split_has_the_fewest_operations() -> None:
+    assert {n: split(n) for n in (256, 1024, 1152, 4608)} == {
+        256: (16, 16), 1024: (32, 32), 1152: (36, 32), 4608: (72, 64)
+    }  # fmt: skip
+
+
+def test_emulation_balances_as_numerics_do() -> None:
+    layer = spec(linear(smooth=True, rotate=32))
+    x = inputs(3, 64)
+    expected = rotate(x / layer.smooth, Rotation(64, 32, 3))
+    assert relative_error(expected, balance(x, layer)) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------- probe
+
+
+@pytest.mark.parametrize("storage", ["i8", "u8", "i4", "u4"])
+@pytest.mark.parametrize(
+    ("k", "n", "group", "width"), [(64, 32, None, 64), (273, 70, None, 256), (256, 8, 128, 64), (128, 2, 64, 64)]
+)
+def test_probe_finds_integers(storage: Any, k: int, n: int, group: int | None, width: int) -> None:
+    assert probe.execution(Kernel(k, n, storage, group), width) == "int8"
+    assert probe.execution(Kernel(k, n, storage, group), width, "bf16") == "int8"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "width"),
+    [
+        (Kernel(64, 32, "i8"), 0),
+        (Kernel(64, 32, "i8"), 128),
+        (Kernel(72, 32, "u4"), 72),
+        (Kernel(8, 32, "i8"), 16),
+        (Kernel(64, 1, "i8"), 64),
+        (Kernel(64, 32, "u4", 32), 64),
+        (Kernel(64, 32, "u8", 32), 48),
+        (Kernel(64, 32, "u8", integer=False), 64),
+        (Kernel(64, 32, "u4", integer=False), 64),
+    ],
+    ids=str,
+)
+def test_probe_finds_floats(kernel: Kernel, width: int) -> None:
+    assert probe.execution(kernel, width) == "float"
+
+
+def test_probe_reports_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = Builder.weight
+    monkeypatch.setattr(Builder, "weight", lambda self, linear: op.multiply(weight(self, linear), np.float32(1.1)))
+    with pytest.raises(DitqError, match=r"computes a linear layer \(64 -> 16, i8 weights by channels\) wrongly"):
+        probe.execution(Kernel(64, 16, "i8"), 64)
+
+
+# ------------------------------------------------------------------------------- settings and engine
+
+
+def test_group_size_is_the_widest_that_suits_all() -> None:
+    def width(*layers: QuantizedLinear) -> int:
+        return group_size([spec(layer) for layer in layers])
+
+    a, b = linear(256), linear(160)
+    assert width(a) == 256
+    assert width(a, b) == 160
+    assert width(linear(168)) == 160
+    assert width(linear(8)) == 0  # such a layer multiplies floats anyway
+    assert width(a, linear(8)) == 256
+    assert width(a, linear(256, weight=weight_format(4, "group", group=64))) == 64
+    assert width(b, linear(192, activation=token_format(granularity="group", group=96))) == 96
+    assert width(linear(192, activation=token_format(granularity="group", group=96)),
+                 linear(256, weight=weight_format(4, "group", group=64))) == 32  # fmt: skip
+    assert width(linear(256, activation=None)) == 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "message"),
+    [
+        (linear(8), 16, "8 input channels are fewer than 16"),
+        (linear(64, 1), 64, "a single output"),
+        (linear(64), 128, "groups of 128 are wider than its 64"),
+        (linear(64, weight=weight_format(4, "group", group=8)), 16, "weight groups of 8 are no multiple"),
+        (linear(64, activation=token_format(granularity="group", group=8)), 16, "activation groups of 8"),
+    ],
+)
+def test_shapes_that_rule_integers_out(layer: QuantizedLinear, width: int, message: str) -> None:
+    assert message in (why_float(spec(layer), width) or "")
+
+
+def test_shapes_that_multiply_integers() -> None:
+    assert why_float(spec(linear(64)), 64) is None
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        (TensorFormat(bits=8, granularity="tensor"), "not by static scales"),
+        (token_format(4), "to 8 bits, not to 4"),
+        (token_format(symmetric=False), "without zero points"),
+    ],
+)
+def test_activations_that_cannot_be_executed_exactly(activation: TensorFormat, message: str) -> None:
+    assert message in (why_inexact(activation) or "")
+
+
+def test_activations_that_can() -> None:
+    for activation in (None, token_format(), token_format(granularity="group", group=32)):
+        assert why_inexact(activation) is None
+
+
+def test_properties_keep_openvino_names_but_not_the_group_size() -> None:
+    config = compile_config(64, {"INFERENCE_NUM_THREADS": 2, "INFERENCE_PRECISION_HINT": "bf16"})
+    assert config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "64"
+    assert (config["INFERENCE_NUM_THREADS"], config["INFERENCE_PRECISION_HINT"]) == ("2", "bf16")
+    assert compile_config(64)["INFERENCE_PRECISION_HINT"] == "f32"
+    with pytest.raises(UsageError, match="follows from the plan"):
+        compile_config(64, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32"})
+
+
+def test_registry_never_picks_it_for_single_linears() -> None:
+    assert engines.engines()["openvino"] is ENGINE
+    assert engines.choose(weight_format(8), token_format(), CPU).name == "torch"
+    with engines.use_engine("openvino"), pytest.raises(DitqError, match="openvino: it runs whole transformers"):
+        linear()(torch.randn(2, 64))
+
+
+def test_operations_on_single_linears_are_refused() -> None:
+    layer = linear()
+    for call in (
+        lambda: ENGINE.quantize_activations(torch.randn(2, 64), token_format(), None),
+        lambda: ENGINE.dequantize_weight(layer.quantized_weight),
+    ):
+        with pytest.raises(DitqError, match="runs whole transformers"):
+            call()
+
+
+def test_says_that_openvino_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else find(name, *a))
+    assert ENGINE.why_unavailable() == "OpenVINO is not installed: pip install 'ditq[openvino]'"
+
+
+def test_says_that_the_cpu_has_no_integer_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "execution", lambda *a: "float")
+    engine._why_no_integers.cache_clear()
+    try:
+        assert "it needs AVX2-VNNI or AVX512-VNNI" in (ENGINE.why_unavailable() or "")
+    finally:
+        engine._why_no_integers.cache_clear()
+
+
+def test_says_that_openvino_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("\nno CPU plugin\ndetails")
+
+    monkeypatch.setattr(probe, "execution", fail)
+    engine._why_no_integers.cache_clear()
+    try:
+        assert "cannot run here: no CPU plugin" in (ENGINE.why_unavailable() or "")
+    finally:
+        engine._why_no_integers.cache_clear()
