@@ -379,3 +379,10 @@ def test_kid_grows_with_noise_blur_and_posterizing() -> None:
         little, much = (kid(real, network([damage(x) for x in fake])) for damage in (weak, strong))
         assert (much - clean).interval().ci95[0] > 0
         assert (much - little).interval().ci95[0] > 0
+
+
+def test_intervals_of_shares_stay_within_their_bounds() -> None:
+    wide = Estimate(0.97, np.full(50, 0.1), 40, deviations=True, bounds=(0, 1))
+    assert wide.interval().ci95[1] == 1
+    assert (wide - wide).bounds == (-1, 1)
+    assert (wide - Estimate(0.1, np.full(50, 0.9), 40, True, (0, 1))).interval().ci95[1] <= 1

@@ -75,12 +75,14 @@ class Estimate:
         replicates: float64 [resamples]. The number itself on each resample of a bootstrap; or deviations, the root
             mean square of which is its standard error, where ``deviations`` is True.
         n: generated pictures behind the number.
+        bounds: the values that it can have; no interval reaches beyond.
     """
 
     value: float
     replicates: NDArray[np.float64]
     n: int
     deviations: bool
+    bounds: tuple[float, float] = (-np.inf, np.inf)
 
     def interval(self) -> Interval:
         """The 95 % interval: how far the number would move with other pictures of the same models.
@@ -93,6 +95,7 @@ class Estimate:
             low, high = self.value - half, self.value + half
         else:
             low, high = np.percentile(self.replicates, [2.5, 97.5])
+        low, high = np.clip([low, high], *self.bounds)
         return Interval(mean=self.value, ci95=(float(low), float(high)), n=self.n)
 
     def __sub__(self, other: Estimate) -> Estimate:
@@ -103,7 +106,8 @@ class Estimate:
         """
         if (self.n, self.deviations) != (other.n, other.deviations):
             raise UsageError(f"pairs need one metric on equally many pictures, got {self.n} and {other.n} pictures")
-        return Estimate(self.value - other.value, self.replicates - other.replicates, self.n, self.deviations)
+        bounds = (self.bounds[0] - other.bounds[1], self.bounds[1] - other.bounds[0])
+        return Estimate(self.value - other.value, self.replicates - other.replicates, self.n, self.deviations, bounds)
 
 
 def kid(real: Features, fake: Features, seed: int = 0) -> Estimate:
@@ -339,4 +343,4 @@ def _share_inside(x: Tensor, y: Tensor, kept: Sequence[Tensor], k: int) -> Estim
         grid = rows[:, None], rows
         radii = in_y[grid].topk(k + 1, largest=False).values[:, -1]  # the nearest is the picture itself
         shares[i] = (to_y[grid] <= radii).any(1).double().mean()
-    return Estimate(float(shares[0]), (shares[1::2] - shares[2::2]) / 2, len(x), deviations=True)
+    return Estimate(float(shares[0]), (shares[1::2] - shares[2::2]) / 2, len(x), deviations=True, bounds=(0, 1))
