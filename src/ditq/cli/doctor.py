@@ -34,7 +34,8 @@ def doctor(as_json: AsJson = False) -> None:
     extras = {
         extra: importlib.util.find_spec(module) is not None
         for extra, module in {
-            "demo": "ditq_bundled", "openvino": "openvino", "triton": "triton", "report": "jinja2", "metrics": "cv2", "ray": "ray"
+            "demo": "ditq_bundled", "openvino": "openvino", "triton": "triton", "report": "jinja2", "metrics": "cv2",
+            "ray": "ray",
         }.items()
     }  # fmt: skip
     devices = [f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"]
