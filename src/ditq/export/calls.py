@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,11 @@ class _Recorded(Exception):  # noqa: N818 - ends a pipeline call early, nothing 
 
 
 @torch.no_grad()
-def record(pipe: Any, architecture: Architecture, condition: str) -> Call:
+def record(pipe: Any, architecture: Architecture, conditions: Sequence[str]) -> Call:
     """The keyword arguments of the first call of a pipeline's transformer, which is not carried out.
 
     Args:
-        condition: what to draw, a prompt or the name or number of a class.
+        conditions: what to draw at once, prompts or names or numbers of classes.
     """
     found: list[Call] = []
 
@@ -37,9 +37,9 @@ def record(pipe: Any, architecture: Architecture, condition: str) -> Call:
 
     hook = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
-        conditions = resolve_conditions(pipe, architecture, [condition])
+        resolved = resolve_conditions(pipe, architecture, conditions)
         with quiet(pipe):
-            pipe(**call_arguments(pipe, architecture, conditions, steps=2, guidance_scale=None))
+            pipe(**call_arguments(pipe, architecture, resolved, steps=2, guidance_scale=None))
     except _Recorded:
         pass
     finally:

@@ -36,6 +36,11 @@ class CompiledStack(nn.Module):
         for name, module in kept.items():
             _place(self, name, module)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the files that it was read from: what it computes, for caches."""
+        return self.segment.digests
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         given = self._bind(args, kwargs)
         first = given[self.segment.inputs[0].name]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ditq.engines.openvino.linear import BIAS
 from ditq.engines.openvino.probe import Execution, execution
 from ditq.errors import DitqError
 from ditq.export.manifest import Layer, Manifest
@@ -90,5 +91,5 @@ def weight_types(compiled: Any) -> dict[str, str]:
         if node.get_input_size() > 1 and info["layerType"].astype(str) == "FullyConnected":
             kind = node.input(1).get_element_type().get_type_name()
             for name in info["originalLayersNames"].astype(str).split(","):
-                found[name] = kind
+                found[name.removesuffix(BIAS)] = kind
     return found

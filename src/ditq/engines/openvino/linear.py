@@ -27,6 +27,9 @@ from ditq.plan import TensorFormat
 
 Storage = Literal["i8", "u8", "i4", "u4"]
 
+# What follows the name of a layer in the name of its second node.
+BIAS = "/bias"
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -156,9 +159,10 @@ class Builder:
         import openvino.opset13 as op
 
         y = op.matmul(self.balance(x, linear), self.weight(linear), False, True)
+        y.set_friendly_name(linear.name)  # by which the compiled graph is searched
         if linear.bias is not None:
             y = op.add(y, _constant(linear.bias.float()))
-        y.set_friendly_name(linear.name)  # by which the compiled graph is searched
+            y.set_friendly_name(linear.name + BIAS)  # one of the two names survives
         return y
 
     def balance(self, x: Any, linear: LinearSpec) -> Any:

@@ -1,0 +1,36 @@
+"""The engine on a real model: every layer of the bundled text-to-image model multiplies integers, pictures agree."""
+
+from __future__ import annotations
+
+import ditq_bundled
+import pytest
+
+import ditq
+from ditq import api, architectures
+from ditq.comparison import compare
+from ditq.engines.openvino import ENGINE
+from ditq.sampling import sample
+
+if (reason := ENGINE.why_unavailable()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+from ditq.export.calls import record
+from ditq.export.openvino import compile_in_place
+
+# Every layer smoothed and rotated: nothing to search, and the most that this engine has to do.
+SHORT = ("calibration.prompts=4", "calibration.steps=4", "balance.choose=always", "balance.alpha=0.5", "clip=minmax")
+
+
+@pytest.mark.parametrize(("recipe", "storage"), [("viditq-w8a8", "u8"), ("viditq-w4a8", "u4")])
+def test_emoji_pictures_are_those_of_the_torch_engine(recipe: str, storage: str) -> None:
+    pipe = api.load("bundled:emoji-t2i")
+    arch = architectures.match(pipe.transformer)
+    prompts = ditq_bundled.prompts("emoji-t2i", "evaluation")[:4]
+    ditq.quantize(pipe, recipe, prompts=ditq_bundled.prompts("emoji-t2i", "calibration"), overrides=SHORT)
+    drawn = sample(pipe, arch, prompts, steps=8)
+    report = compile_in_place(pipe.transformer, arch, record(pipe, arch, prompts[0]))
+    assert len(report.layers) == 80
+    assert {(layer.storage, report.executions[layer.name]) for layer in report.layers} == {(storage, "int8")}
+    assert report.group_size == 256
+    again = sample(pipe, arch, prompts, steps=8)
+    assert compare(drawn, again).metrics["psnr_db"].mean > 40
