@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate
 from ditq.calibration.capture import Capture
 from ditq.checkpoint.backend import attach
-from ditq.errors import CheckpointError, DitqError, UsageError
+from ditq.errors import CheckpointError, DitqError, UsageError, unknown
 from ditq.methods import convert, quantize_model
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
@@ -249,6 +249,7 @@ def read_plan(folder: Path) -> Plan | None:
     fields = dict(config.get("quantization_config") or {})
     if fields.pop("quant_method", None) != "ditq":
         return None
+    fields.pop("engine", None)  # how it is executed is not what was planned
     return Plan.from_dict(fields)
 
 
@@ -271,6 +272,66 @@ def save(pipe: Any, out: str | Path, *, source: str | Path | None = None, overwr
                     shutil.rmtree(folder / component.name)
                     shutil.copytree(component, folder / component.name)
     return Path(out)
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    engine: str = "openvino",
+    options: Mapping[str, str | int] | None = None,
+    condition: str | None = None,
+    architecture: str | Path | Architecture | None = None,
+    allow_float: bool = False,
+) -> str:
+    """Copies a pipeline that ditq has quantized, with its blocks as graphs of another runtime beside the weights.
+
+    ``DiffusionPipeline.from_pretrained(out)`` then runs them, inside the same pipeline. The checkpoint itself stays
+    whole: ``with ditq.use_engine("torch")`` loads it without the graphs.
+
+    Args:
+        source: a folder.
+        options: of the runtime by its own names, e.g. ``{"INFERENCE_NUM_THREADS": 4}``; kept in the config.
+        condition: what an example call draws; any prompt or class will do.
+        allow_float: takes layers that the runtime cannot execute on integers.
+
+    Returns:
+        How the layers are executed, as text.
+
+    Raises:
+        UsageError: an unknown engine, a source that is not a folder quantized by ditq, or an existing ``out``.
+        DitqError: the runtime is not available, or would execute a quantized layer in floats.
+    """
+    import json
+
+    from ditq.checkpoint.backend import DitqConfig
+    from ditq.engines import use_engine
+    from ditq.export import calls, openvino
+
+    if engine != "openvino":
+        raise unknown("engine to export to", engine, ["openvino"])
+    folder = resolve(source)
+    if not isinstance(folder, Path) or (plan := read_plan(folder)) is None:
+        raise UsageError(f"{source} is no folder with a pipeline that ditq has quantized; run ditq quantize first.")
+    config = DitqConfig(plan, engine={"name": engine, "options": dict(options or {})})
+    with new_folder(out) as temporary:
+        with use_engine("torch"):
+            pipe = load(folder)
+        arch = architectures.load(architecture) if architecture else architectures.match(pipe.transformer)
+        labels = getattr(pipe, "labels", None) or {}
+        example = condition or (next(iter(labels), "0") if arch.pipeline.condition == "class_labels" else "a picture")
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        graphs = temporary / "transformer" / engine
+        shutil.rmtree(graphs, ignore_errors=True)
+        graphs.mkdir()
+        report = openvino.export(
+            pipe.transformer, arch, calls.record(pipe, arch, [example]), graphs, allow_float=allow_float
+        )
+        path = temporary / "transformer" / "config.json"
+        content = json.loads(path.read_text())
+        content["quantization_config"] = config.to_dict()
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    return report.summary()
 
 
 def check_output(out: str | Path) -> None:

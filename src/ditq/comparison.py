@@ -17,8 +17,9 @@ from torch import nn
 from ditq import api, architectures
 from ditq.architectures import Architecture
 from ditq.errors import DitqError, UsageError
+from ditq.export.calls import record
 from ditq.metrics.interval import Interval
-from ditq.metrics.layer_errors import LayerErrors, StepTime, layer_errors
+from ditq.metrics.layer_errors import LayerErrors, StepTime, layer_errors, step_times
 from ditq.metrics.measure import BASIC, Measurement, measure
 from ditq.metrics.real import Real, from_features, from_folder
 from ditq.metrics.score import Curve, Score
@@ -233,10 +234,16 @@ def compare(
         if explain and subject.plan is not None and not isinstance(base, Samples):
             arch = architectures.load(architecture) if architecture else architectures.match(base.transformer)
             assert prompts is not None
-            subject.errors, first.step_time, subject.step_time = layer_errors(
-                base, pipe.transformer, subject.plan, arch, list(prompts)[:explain],
-                on_step=tell(f"layers of {name}", 0), **options,  # type: ignore[arg-type]
-            )  # fmt: skip
+            shown = list(prompts)[:explain]
+            if _compiled(pipe.transformer):  # graphs have no layers to look into
+                with torch.no_grad():
+                    call = record(base, arch, shown)
+                    first.step_time, subject.step_time = step_times(base.transformer, pipe.transformer, (), call)
+            else:
+                subject.errors, first.step_time, subject.step_time = layer_errors(
+                    base, pipe.transformer, subject.plan, arch, shown,
+                    on_step=tell(f"layers of {name}", 0), **options,  # type: ignore[arg-type]
+                )  # fmt: skip
         del pipe
         gc.collect()
     if network == "auto" and isinstance(reference, str) and reference.startswith("bundled:"):
@@ -314,6 +321,11 @@ def _name(side: Side, otherwise: str) -> str:
 
 def _plan(model: nn.Module) -> Plan | None:
     return getattr(getattr(getattr(model, "config", None), "quantization_config", None), "plan", None)
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether another runtime executes the blocks."""
+    return bool(getattr(getattr(model, "hf_quantizer", None), "compiled", False))
 
 
 def _bytes(model: nn.Module) -> int:

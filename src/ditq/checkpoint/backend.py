@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,11 +18,15 @@ from ditq.architectures import match
 from ditq.architectures.folding import BUFFER, prepare, unfold
 from ditq.checkpoint.registration import register
 from ditq.checkpoint.verify import DIGESTS, digest, verify
+from ditq.engines.registry import forced
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
 from ditq.methods import quantize_model, replace
 from ditq.plan import Plan
 from ditq.recipe import load as load_recipe
+from ditq.sampling import cache_root
+
+OPENVINO = "openvino"
 
 
 class Method(str, Enum):  # noqa: UP042 - diffusers reads `.value` of a str-valued enum member
@@ -32,10 +37,19 @@ class DitqConfig(QuantizationConfigMixin):
     """``quantization_config`` of a transformer: a plan, flattened, beside ``quant_method``.
 
     ``DitqConfig(recipe="rtn-w8a8")`` quantizes while loading, for recipes that need no calibration.
+    ``engine`` names a runtime whose graphs lie in a folder of that name beside the weights (``ditq export``), and its
+    options: ``{"name": "openvino", "options": {"INFERENCE_NUM_THREADS": 4}}``.
     """
 
-    def __init__(self, plan: Plan | None = None, recipe: str | None = None, **fields: Any) -> None:
+    def __init__(
+        self,
+        plan: Plan | None = None,
+        recipe: str | None = None,
+        engine: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> None:
         self.quant_method = Method.DITQ
+        self.engine = None if engine is None else _checked(engine)
         fields.pop("quant_method", None)
         if plan is None and "layers" in fields:
             plan = Plan.from_dict({**fields, "recipe": recipe})
@@ -45,13 +59,33 @@ class DitqConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         fields = {"recipe": self.recipe} if self.plan is None else self.plan.model_dump(mode="json", exclude_none=True)
-        return {"quant_method": self.quant_method.value, **fields}
+        engine = {} if self.engine is None else {"engine": self.engine}
+        return {"quant_method": self.quant_method.value, **engine, **fields}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
 
     def __repr__(self) -> str:
         return f"DitqConfig({self.plan.hash() if self.plan else self.recipe})"
+
+
+def _checked(engine: Any) -> dict[str, Any]:
+    """The ``engine`` field of a config that somebody else may have written.
+
+    Raises:
+        CheckpointError: it is not ``{"name": "openvino", "options": {NAME: text or number}}``.
+    """
+    options = engine.get("options", {}) if isinstance(engine, dict) else None
+    if (
+        not isinstance(options, dict)
+        or engine.keys() - {"name", "options"}
+        or engine.get("name") != OPENVINO
+        or not all(isinstance(k, str) and isinstance(v, str | int) for k, v in options.items())
+    ):
+        raise CheckpointError(
+            f"The config names the engine {engine!r}; known is {{'name': '{OPENVINO}', 'options': {{NAME: value}}}}."
+        )
+    return {"name": OPENVINO, "options": options}
 
 
 class DitqQuantizer(DiffusersQuantizer):
@@ -67,6 +101,8 @@ class DitqQuantizer(DiffusersQuantizer):
         self.dtype = torch.float32
         self._parameters: frozenset[str] = frozenset()
         self._stored: frozenset[str] = frozenset()
+        self._folder: Path | None = None
+        self.compiled = False
 
     @property
     def plan(self) -> Plan:
@@ -82,6 +118,7 @@ class DitqQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         if self.pre_quantized:
             verify(checkpoint_files, self.plan)
+            self._folder = Path(checkpoint_files[0]).parent
             self._stored = frozenset(loaded_keys)
         return loaded_keys
 
@@ -107,7 +144,20 @@ class DitqQuantizer(DiffusersQuantizer):
             self.pre_quantized = True
         self.remember(model)
         cast(Any, model).register_to_config(quantization_config=self.quantization_config)
+        if self.quantization_config.engine is not None and forced() in (None, OPENVINO):
+            self._compile(model)
         return model
+
+    def _compile(self, model: nn.Module) -> None:
+        """Puts the exported graphs in the place of the blocks."""
+        from ditq.export import openvino
+
+        assert self._folder is not None
+        cache = cache_root() / OPENVINO
+        cache.mkdir(parents=True, exist_ok=True)
+        options = {"CACHE_DIR": str(cache), **self.quantization_config.engine["options"]}
+        openvino.load(self._folder / OPENVINO, model, properties=options, allow_float=True)
+        self.compiled = True
 
     def remember(self, model: nn.Module) -> None:
         """Notes which tensors are parameters: a state dict does not tell, and only they are stored in 16 bit."""
@@ -146,6 +196,11 @@ class DitqQuantizer(DiffusersQuantizer):
         self, state_dict: dict[str, Tensor], safe_serialization: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Unquantized parameters in their 16-bit storage dtype, and a checksum of every tensor."""
+        if self.compiled:
+            raise UsageError(
+                "The blocks of this transformer are compiled graphs and cannot be saved again. Copy its folder, or "
+                "load it inside ditq.use_engine('torch')."
+            )
         if not safe_serialization:
             raise UsageError("ditq writes safetensors only; leave safe_serialization=True.")
         storage = getattr(torch, self.plan.storage_dtype)
@@ -156,6 +211,8 @@ class DitqQuantizer(DiffusersQuantizer):
         return out, {DIGESTS: json.dumps({name: digest(tensor) for name, tensor in out.items()})}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
+        if self.compiled:
+            raise UsageError("Compiled graphs cannot be dequantized; load the folder inside ditq.use_engine('torch').")
         for name, module in list(model.named_modules()):
             if isinstance(module, TimestepLinear) or (
                 isinstance(module, QuantizedLinear) and ".ranges." not in f".{name}"

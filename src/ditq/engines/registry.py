@@ -45,6 +45,11 @@ def use_engine(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The engine that :func:`use_engine` asks for here, if any."""
+    return _forced.get()
+
+
 def choose(weight: TensorFormat, activation: TensorFormat | None, device: torch.device) -> Engine:
     """The preferred engine that can run these formats on this device.
 

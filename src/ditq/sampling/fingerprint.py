@@ -28,6 +28,8 @@ def fingerprint(pipe: Any) -> str:
         if isinstance(component, nn.Module):
             plan = getattr(getattr(component, "config", None), "quantization_config", None)
             digest.update(f"{getattr(getattr(plan, 'plan', None), 'hash', str)()}".encode())
+            for module in component.modules():  # graphs of another runtime have no tensors, but digests
+                digest.update(str(getattr(module, "digests", "")).encode())
             for key, tensor in sorted(component.state_dict().items()):
                 digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
                 digest.update(_bytes(tensor))

@@ -1,0 +1,145 @@
+"""``ditq export``: an exported folder is a pipeline that plain diffusers loads and OpenVINO runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from helpers import CONDITIONS, PIPELINES, QUICK, tiny_pixart
+
+import ditq
+from ditq import api, architectures
+from ditq.api import read_plan
+from ditq.cli.app import run
+from ditq.errors import CheckpointError, UsageError
+from ditq.metrics import psnr_db
+from ditq.sampling import fingerprint, sample
+
+pytest.importorskip("openvino")
+if (reason := __import__("ditq.engines.openvino", fromlist=["ENGINE"]).ENGINE.why_unavailable()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+OPTIONS: dict[str, Any] = {"steps": 3, "guidance_scale": 3.0, "batch_size": 2}
+
+
+@pytest.fixture(scope="module", params=["pixart", "dit"])
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+    """The name of an architecture, a quantized tiny pipeline of it, and its export."""
+    root = tmp_path_factory.mktemp(request.param)
+    pipe = PIPELINES[request.param]()
+    ditq.quantize(pipe, "viditq-w8a8", prompts=CONDITIONS[request.param], overrides=QUICK)
+    source = ditq.save(pipe, root / "w8a8")
+    text = api.export(source, root / "exported")
+    assert "linear layers of the blocks multiply 8-bit integers" in text
+    return request.param, source, root / "exported"
+
+
+def test_plain_diffusers_loads_it_and_draws_the_same(folders: tuple[str, Path, Path]) -> None:
+    name, source, exported = folders
+    arch = architectures.load(name)
+    pipes = [DiffusionPipeline.from_pretrained(folder) for folder in (source, exported)]
+    assert type(pipes[1].transformer) is type(pipes[0].transformer)
+    assert not any(type(m).__name__ == "QuantizedLinear" for m in pipes[1].transformer.modules())
+    a, b = (sample(pipe, arch, CONDITIONS[name], **OPTIONS) for pipe in pipes)
+    # The tiny random models amplify a flipped rounding; the bundled ones are tested at 40 dB.
+    assert min(psnr_db(x, y) for x, y in zip(a.images, b.images, strict=True)) > 30
+    assert fingerprint(pipes[0]) != fingerprint(pipes[1])
+
+
+def test_the_checkpoint_stays_whole(folders: tuple[str, Path, Path]) -> None:
+    name, source, exported = folders
+    with ditq.use_engine("torch"):
+        pipes = [DiffusionPipeline.from_pretrained(folder) for folder in (source, exported)]
+    a, b = (sample(pipe, architectures.load(name), CONDITIONS[name], **OPTIONS) for pipe in pipes)
+    assert torch.equal(a.trajectory, b.trajectory)
+    assert read_plan(source) == read_plan(exported)
+
+
+def test_compiled_blocks_cannot_be_saved_or_dequantized(folders: tuple[str, Path, Path], tmp_path: Path) -> None:
+    pipe = ditq.load(folders[2])
+    with pytest.raises(UsageError, match=r"cannot be saved again. Copy its folder"):
+        pipe.transformer.save_pretrained(tmp_path / "again")
+    with pytest.raises(UsageError, match="cannot be dequantized"):
+        pipe.transformer.dequantize()
+
+
+def test_comparison_times_graphs_but_does_not_look_into_them(folders: tuple[str, Path, Path]) -> None:
+    name, source, exported = folders
+    found = ditq.compare(
+        PIPELINES[name](), {"torch": str(source), "openvino": str(exported)}, CONDITIONS[name], explain=2, **OPTIONS
+    )
+    assert found.models["torch"].errors is not None
+    assert found.models["openvino"].errors is None
+    assert found.models["openvino"].step_time is not None
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda f: (f / "openvino" / "ditq_openvino.json").unlink(), "ditq_openvino.json"),
+        (lambda f: next((f / "openvino").glob("*.bin")).write_bytes(b"x"), "changed since it was exported"),
+        (lambda f: edit(f, {"name": "tensorrt"}), "names the engine"),
+        (lambda f: edit(f, {"name": "openvino", "options": {"A": [1]}}), "names the engine"),
+        (lambda f: edit(f, {"name": "openvino", "options": {"NO_SUCH_PROPERTY": "1"}}), "OpenVINO"),
+    ],
+    ids=["no manifest", "damaged graph", "unknown engine", "odd option", "unknown option"],
+)
+def test_damaged_exports_are_refused(
+    folders: tuple[str, Path, Path], damage: Any, complaint: str, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folders[2], tmp_path / "copy")
+    damage(copy / "transformer")
+    with pytest.raises((CheckpointError, UsageError), match=complaint):
+        ditq.load(copy)
+
+
+def edit(folder: Path, engine: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["quantization_config"]["engine"] = engine
+    path.write_text(json.dumps(content))
+
+
+def test_options_are_kept_and_used(folders: tuple[str, Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["export", str(folders[1]), "--out", str(out), "--option", "INFERENCE_NUM_THREADS=1", "--quiet"]
+    assert run(command) == 0
+    config = json.loads((out / "transformer" / "config.json").read_text())["quantization_config"]
+    assert config["engine"] == {"name": "openvino", "options": {"INFERENCE_NUM_THREADS": "1"}}
+    blocks = ditq.load(out).transformer.transformer_blocks
+    assert blocks[0]._compiled.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+def test_what_cannot_be_exported(
+    folders: tuple[str, Path, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    _, source, _ = folders
+    tiny_pixart().save_pretrained(tmp_path / "plain")
+    with pytest.raises(UsageError, match="quantized; run ditq quantize"):
+        api.export(tmp_path / "plain", tmp_path / "out")
+    with pytest.raises(UsageError, match="Unknown engine to export to 'onnx'"):
+        api.export(source, tmp_path / "out", engine="onnx")
+    with pytest.raises(UsageError, match="exists already"):
+        api.export(source, tmp_path / "plain")
+    assert run(["export", str(source), "--out", str(tmp_path / "out"), "--option", "THREADS"]) == 2
+    assert "NAME=VALUE" in capsys.readouterr().err
+    from ditq.engines.openvino import ENGINE
+
+    monkeypatch.setattr(type(ENGINE), "why_unavailable", lambda _: "not installed: pip install 'ditq[openvino]'")
+    assert run(["export", str(source), "--out", str(tmp_path / "out")]) == 1
+    assert "ditq[openvino]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_that_openvino_cannot_execute_is_refused(tmp_path: Path) -> None:
+    pipe = tiny_pixart()
+    ditq.quantize(pipe, "rtn-w4a4")
+    source = ditq.save(pipe, tmp_path / "w4a4")
+    with pytest.raises(UsageError, match="cannot execute this plan exactly"):
+        api.export(source, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["w4a4"]
