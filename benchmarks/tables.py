@@ -25,10 +25,30 @@ def quality(table: dict[str, Any]) -> list[str]:
 
 
 def speed(data: dict[str, Any]) -> list[str]:
-    out = ["| layer | median ms | x bf16 | x fp32 |", "| --- | --- | --- | --- |"]
+    """Medians with ratios to every baseline that ran; what did not run is left out here, the JSON says why."""
+    rows = [row for row in data["rows"] if row["status"] == "ok"]
+    baselines = [name for name in data["baselines"] if name in rows[0]["ratios"]]
+    out = [
+        f"| | median ms | {' | '.join(f'x {name}' for name in baselines)} | weights MB | error |",
+        "| --- |" + " --- |" * (len(baselines) + 3),
+    ]
+    for row in rows:
+        cells = [f"{row['ms_median']:.4g}", *(f"{row['ratios'][name]:.2f}" for name in baselines)]
+        cells.append(f"{row['weights_bytes'] / 1e6:.3g}")
+        cells.append("" if row["relative_error"] is None else f"{row['relative_error']:.4f}")
+        out.append(f"| {row['name']} | {' | '.join(cells)} |")
+    return out
+
+
+def scaling(data: dict[str, Any]) -> list[str]:
+    """Milliseconds by shape, a column for each variant."""
+    names = list(dict.fromkeys(row["name"] for row in data["rows"]))
+    found: dict[tuple[int, int, float], dict[str, float]] = {}
     for row in data["rows"]:
-        ratios = f"{row['ratio_to_baseline']:.2f} | {row['ratio_to_fp32']:.2f}"
-        out.append(f"| {row['name']} | {row['ms_median']:.1f} | {ratios} |")
+        found.setdefault((row["tokens"], row["batch"], row["gflop"]), {})[row["name"]] = row["ms_median"]
+    out = [f"| tokens | batch | GFLOP | {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) + 2)]
+    for (tokens, batch, gflop), values in found.items():
+        out.append(f"| {tokens} | {batch} | {gflop:.0f} | {' | '.join(f'{values[name]:.4g}' for name in names)} |")
     return out
 
 
@@ -39,9 +59,10 @@ def main() -> None:
         print("\n".join(quality(table)))
         for name, d in table["paired_psnr_db"].items():
             print(f"    {name}: {d['mean']:+.2f} [{d['ci95'][0]:+.2f}, {d['ci95'][1]:+.2f}]")
-    data = json.loads((RESULTS / "cpu_linear.json").read_text())
-    print(f"\nM, K, N = {data['shape']}; {data['device']}, {data['threads']} threads\n")
-    print("\n".join(speed(data)))
+    for path in sorted(RESULTS.glob("cpu_*.json")):
+        data = json.loads(path.read_text())
+        print(f"\n{data['title']}; {data['cpu']}, {data['threads']} threads\n")
+        print("\n".join((scaling if "gflop" in data["rows"][0] else speed)(data)))
 
 
 if __name__ == "__main__":

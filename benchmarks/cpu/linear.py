@@ -1,38 +1,78 @@
-"""One linear layer on the CPU: ``QuantizedLinear`` against ``nn.Linear`` in the same run, interleaved.
+"""One linear layer on the CPU: ditq against what a user would pick, in the same run, interleaved.
 
-``python benchmarks/cpu/linear.py`` prints a table and writes ``benchmarks/results/cpu_linear.json``. Times
-include everything a layer does: activation quantization, integer product, epilogue, and for 4 bits
-unpacking. The default shape is the up projection of a DiT-XL/2 block at 1024 tokens.
+``python benchmarks/cpu/linear.py`` prints a table and writes ``benchmarks/results/cpu_linear.json`` and a bar plot.
+Times include everything a layer does: activation quantization, integer product, epilogue, and for 4 bits
+unpacking. The default shape is the up projection of a DiT-XL/2 block at 1024 tokens. The error is that of the
+output against fp32: ``|y - y_fp32| / |y_fp32|``, on normal inputs and weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-import time
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from environment import environment, write
+from _measure import Row, interleaved, relative_error, row, save
+from _variants import REGISTRY, Case, Variant, build, openvino_variant, torch_variant
+from torch import Tensor, nn
 
 from ditq.layers import QuantizedLinear
 from ditq.plan import LayerPlan, Rotate, TensorFormat
 
-TOKEN8 = TensorFormat(bits=8, granularity="token", dynamic=True)
+BASELINES = ("torch bf16", "torch fp32", "OpenVINO f32", "NNCF static int8")
 
 
-def quantized(linear: nn.Linear, bits: int, rotate: bool = False) -> QuantizedLinear:
+class Layer(nn.Module):
+    """A linear layer that is called as a transformer is."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        return (self.linear(x),)
+
+
+def quantized(linear: nn.Linear, bits: int, rotate: bool, group: int | None = None) -> QuantizedLinear:
     k, n = linear.in_features, linear.out_features
-    weight = TensorFormat(bits=bits, symmetric=False, granularity="channel")
-    rotation = Rotate(block=128) if rotate else None
+    weight = TensorFormat(
+        bits=bits, symmetric=False, granularity="group" if group else "channel", group_size=group
+    )  # fmt: skip
     plan = LayerPlan(
-        name="linear", role="ffn.up", in_features=k, out_features=n, weight=weight, activation=TOKEN8, rotate=rotation
-    )
+        name="linear", role="ffn.up", in_features=k, out_features=n, weight=weight,
+        activation=TensorFormat(bits=8, granularity="token", dynamic=True),
+        rotate=Rotate(block=128) if rotate else None,
+    )  # fmt: skip
     return QuantizedLinear.from_linear(linear, plan)
+
+
+def ours(case: Case, engine: str, bits: int, rotate: bool = False, group: int | None = None) -> Variant:
+    layer = quantized(case.model.linear, bits, rotate, group)  # type: ignore[arg-type]
+    if engine == "torch":
+        return torch_variant(Layer(layer))
+    import openvino as ov
+    import openvino.opset13 as op
+
+    from ditq.engines.openvino.linear import Builder
+    from ditq.engines.openvino.settings import compile_config, group_size
+    from ditq.export.convert import linear_spec
+
+    spec = linear_spec("linear", layer)
+    x = op.parameter([-1, -1, layer.in_features], ov.Type.f32)
+    model = ov.Model([op.result(Builder().linear(x.output(0), spec))], [x], "linear")
+    return openvino_variant(model, **compile_config(group_size([spec])))
+
+
+OURS = {
+    "ditq W8A8, torch engine": partial(ours, engine="torch", bits=8),
+    "ditq W8A8 rotated by H128, torch engine": partial(ours, engine="torch", bits=8, rotate=True),
+    "ditq W4A8, torch engine": partial(ours, engine="torch", bits=4),
+    "ditq W8A8, OpenVINO": partial(ours, engine="openvino", bits=8),
+    "ditq W8A8 rotated by H128, OpenVINO": partial(ours, engine="openvino", bits=8, rotate=True),
+    "ditq W4A8, OpenVINO": partial(ours, engine="openvino", bits=4),
+    "ditq W4A8 groups of 128, OpenVINO": partial(ours, engine="openvino", bits=4, group=128),
+}
 
 
 def main() -> None:
@@ -40,53 +80,26 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, default=(1024, 1152, 4608), metavar=("M", "K", "N"))
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="cpu_linear", help="of the result files")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     m, k, n = args.shape
-    x, linear = torch.randn(m, k), nn.Linear(k, n)
-    half = nn.Linear(k, n).to(torch.bfloat16)
-    w8 = quantized(linear, 8)
-    cases = {
-        "nn.Linear bf16": (half, x.to(torch.bfloat16)),
-        "nn.Linear fp32": (linear, x),
-        "QuantizedLinear W8A8, bf16 in and out": (w8, x.to(torch.bfloat16)),
-        "QuantizedLinear W8A8, fp32 in and out": (w8, x),
-        "QuantizedLinear W4A8, fp32 in and out": (quantized(linear, 4), x),
-        "QuantizedLinear W8A8, rotated by H128": (quantized(linear, 8, rotate=True), x),
-    }
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    with torch.inference_mode():
-        for run in range(args.runs + 3):
-            for name, (layer, inputs) in cases.items():
-                begin = time.perf_counter()
-                layer(inputs)
-                if run >= 3:
-                    times[name].append(1e3 * (time.perf_counter() - begin))
-        exact = linear(x)
-        error = float((w8(x) - exact).norm() / exact.norm())
-    baseline = statistics.median(times["nn.Linear bf16"])
-    rows = [
-        {
-            "name": name,
-            "ms_median": statistics.median(t),
-            "ms_min": min(t),
-            "runs": len(t),
-            "ratio_to_baseline": baseline / statistics.median(t),
-            "ratio_to_fp32": statistics.median(times["nn.Linear fp32"]) / statistics.median(t),
-            "peak_bytes": None,
-        }
-        for name, t in times.items()
-    ]
-    where = environment()
-    print(f"M={m} K={k} N={n}; {where['cpu']}, {where['threads']} threads; W8A8 relative error {error:.4f}")
-    print(f"{'':40} {'median ms':>10} {'min ms':>8} {'x bf16':>7} {'x fp32':>7}")
-    for row in rows:
-        print(
-            f"{row['name']:40} {row['ms_median']:10.2f} {row['ms_min']:8.2f} {row['ratio_to_baseline']:7.2f} "
-            f"{row['ratio_to_fp32']:7.2f}"
-        )
-    result = {**where, "engine": "torch", "seed": args.seed, "shape": [m, k, n], "relative_error": error, "rows": rows}
-    print("written to", write("cpu_linear", result))
+    calls: list[dict[str, Any]] = [{"x": torch.randn(1, m, k)} for _ in range(5)]
+    case = Case(Layer(nn.Linear(k, n)).eval().requires_grad_(False), None, calls[0], calls[1:])
+    builders = {name: builder for name, builder in REGISTRY.items() if not name.startswith("ditq")} | OURS
+    rows, variants = {}, {}
+    reference = case.model(**case.call)[0]
+    for name, builder in builders.items():
+        variant, status, _ = build(name, case, builder)
+        rows[name] = Row(name, status)
+        if variant is not None:
+            variants[name] = variant
+    times = interleaved({v: lambda v=v: variants[v].run(case.call) for v in variants}, args.runs, warmup=3)
+    for name, values in times.items():
+        error = relative_error(reference, variants[name].run(case.call))
+        rows[name] = row(name, values, weights_bytes=variants[name].weights_bytes, relative_error=error)
+    fields = {"shape": list(args.shape), "seed": args.seed, "arguments": vars(args)}
+    save(args.name, f"One linear layer, M, K, N = {m}, {k}, {n}", list(rows.values()), BASELINES, **fields)
 
 
 if __name__ == "__main__":

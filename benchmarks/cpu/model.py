@@ -1,0 +1,93 @@
+"""A whole transformer of published size with random weights on the CPU: ditq against what a user would pick.
+
+``python benchmarks/cpu/model.py --model dit-xl`` builds every variant from one fp32 model, calls all of them in
+turn, and writes ``benchmarks/results/cpu_model_dit-xl_256.json`` and a bar plot. Times are of one call of the
+transformer, at batch 2 (one picture with guidance). The error is that of the output against fp32 on the same
+inputs: ``|y - y_fp32| / |y_fp32|``. Recipes of ditq are ``rtn-w8a8`` and ``rtn-w4a8``, which need no calibration,
+unless a row says otherwise; the static peers calibrate on ``--calls`` random calls, ViDiT-Q too. Peers quantize
+all linear layers, ditq those of its plan: the modulation stays in float. ``--memory`` also runs each
+variant in a process of its own for its peak memory during a call (slow).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from _measure import Row, in_subprocess, interleaved, peak_bytes, relative_error, row, save, trim
+from _models import MODELS, make
+from _variants import REGISTRY, build
+
+BASELINES = ("torch bf16", "torch fp32", "OpenVINO bf16", "OpenVINO f32", "NNCF static int8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="dit-xl")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: that of the model)")
+    parser.add_argument("--blocks", type=int, help="default: all of the model")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=4, help="calls that calibrate static quantization")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", metavar="WORDS", help="variants whose name contains one of these")
+    parser.add_argument("--without", nargs="+", metavar="WORDS", default=[], help="variants to leave out")
+    parser.add_argument("--memory", action="store_true", help="peak memory of each variant in its own process")
+    parser.add_argument("--name", help="of the result files")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    side = args.size // 8 if args.size else MODELS[args.model][3]
+    blocks = args.blocks or MODELS[args.model][2]
+    case = make(args.model, blocks, side, args.batch, args.calls, args.seed)
+    if args.peak_of:
+        variant, status, _ = build(args.peak_of, case, announce=False)
+        call = case.call
+        del case.model
+        trim()
+        peak = None if variant is None else peak_bytes(lambda: variant.run(call))
+        print(json.dumps({"peak_bytes": peak, "status": status}))
+        return
+
+    names = [
+        n for n in REGISTRY
+        if (not args.only or any(w in n for w in args.only)) and not any(w in n for w in args.without)
+    ]  # fmt: skip
+    with torch.no_grad():
+        reference = case.model(**case.call, return_dict=False)[0]
+    rows, variants = {name: Row(name) for name in names}, {}
+    for name in names:
+        variant, rows[name].status, seconds = build(name, case)
+        if variant is not None:
+            variants[name] = variant
+            error = relative_error(reference, variant.run(case.call))
+            rows[name] = Row(
+                name, weights_bytes=variant.weights_bytes, relative_error=error, seconds_to_build=seconds
+            )  # fmt: skip
+    cases = {n: lambda v=v: v.run(case.call) for n, v in variants.items()}
+    times = interleaved(cases, args.rounds, warmup=0)  # building and the error were two calls each
+    for name, values in times.items():
+        known = rows[name]
+        rows[name] = row(
+            name, values, weights_bytes=known.weights_bytes, relative_error=known.relative_error,
+            seconds_to_build=known.seconds_to_build,
+        )  # fmt: skip
+    pixels = 8 * side
+    title = f"{args.model} {pixels}x{pixels}, {blocks} blocks, batch {args.batch}, {(side // 2) ** 2} tokens"
+    name = args.name or f"cpu_model_{args.model}_{pixels}"
+    fields = {"arguments": vars(args), "blocks_of_the_published_model": MODELS[args.model][2]}
+    save(name, title, list(rows.values()), BASELINES, **fields)
+    if args.memory:
+        variants.clear()
+        del case
+        trim()
+        same = ["--model", args.model, "--blocks", str(blocks), "--size", str(pixels), "--batch", str(args.batch)]
+        for known in rows.values():
+            if known.status == "ok":
+                found = in_subprocess(__file__, [*same, "--calls", str(args.calls), "--peak-of", known.name])
+                known.peak_bytes = found["peak_bytes"]
+        save(name, title, list(rows.values()), BASELINES, **fields)
+
+
+if __name__ == "__main__":
+    main()

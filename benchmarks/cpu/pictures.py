@@ -1,0 +1,109 @@
+"""Seconds per picture of the bundled models, end to end, and whether both engines draw the same pictures.
+
+``python benchmarks/cpu/pictures.py`` draws the same prompts from the same noise with every pipeline in turn: 16-bit
+weights in torch (fp32 and bf16), and each recipe by the torch engine and by OpenVINO (in fp32). Text encoder,
+sampler and decoder are included. It writes ``benchmarks/results/cpu_pictures_MODEL.json`` and a bar plot; the
+milliseconds there are per picture. ``psnr_db`` compares a row with the torch engine's pictures of the same plan,
+``psnr_fp32_db`` with the fp32 pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+import torch
+from _measure import Row, row, save, torch_bytes, trim
+from _variants import openvino_bytes
+
+import ditq
+from ditq import api, architectures
+from ditq.calibration import calibrate
+from ditq.comparison import compare
+from ditq.export.calls import record
+from ditq.export.openvino import compile_in_place
+from ditq.recipe import Calibration
+from ditq.sampling import Samples, sample
+
+BASELINES = ("torch bf16", "torch fp32")
+
+
+def pipelines(model: str, recipes: list[str], calibration: list[str], seed: int) -> dict[str, Any]:
+    """Every variant as a pipeline of its own."""
+    out = {"torch fp32": api.load(model), "torch bf16": api.load(model, dtype=torch.bfloat16)}
+    arch = architectures.match(out["torch fp32"].transformer)
+    statistics_ = calibrate(out["torch fp32"], arch, calibration, Calibration(prompts=len(calibration)), seed=seed)
+    for recipe in recipes:
+        for engine in ("torch engine", "OpenVINO"):
+            pipe = api.load(model)
+            ditq.quantize(pipe, recipe, statistics=statistics_, seed=seed)
+            if engine == "OpenVINO":
+                properties = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+                call = record(pipe, arch, calibration[0])
+                compile_in_place(pipe.transformer, arch, call, properties=properties)
+            out[f"ditq {recipe}, {engine}"] = pipe
+    trim()
+    return out
+
+
+def weights_bytes(pipe: Any) -> int:
+    """Of the transformer."""
+    stacks = [m for m in pipe.transformer.modules() if type(m).__name__ == "CompiledStack"]
+    return torch_bytes(pipe.transformer) + sum(openvino_bytes(stack._compiled) for stack in stacks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=("emoji-t2i", "emoji-class"))
+    parser.add_argument("--recipes", nargs="+", default=("rtn-w8a8", "rtn-w4a8", "viditq-w8a8", "viditq-w4a8"))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 8))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=4, help="batches that every pipeline draws")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="cpu_pictures", help="of the result files")
+    args = parser.parse_args()
+    import ditq_bundled
+
+    for model in args.models:
+        calibration = ditq_bundled.prompts(model, "calibration")[:16]
+        prompts = ditq_bundled.prompts(model, "evaluation")
+        pipes = pipelines(f"bundled:{model}", list(args.recipes), calibration, args.seed)
+        arch = architectures.match(pipes["torch fp32"].transformer)
+        for batch in args.batch_sizes:
+            seconds: dict[str, list[float]] = {name: [] for name in pipes}
+            drawn: dict[str, list[Samples]] = {name: [] for name in pipes}
+            for number in range(args.rounds + 1):
+                begin = batch * max(0, number - 1)  # the first round is warm-up and draws the same as the second
+                wanted = prompts[begin : begin + batch]
+                for name, pipe in pipes.items():
+                    samples = sample(pipe, arch, wanted, seed=args.seed + begin, steps=args.steps, batch_size=batch)
+                    if number:
+                        seconds[name].append(samples.seconds[0])
+                        drawn[name].append(samples)
+            rows = [
+                row(name, [1e3 * s for s in values], weights_bytes=weights_bytes(pipes[name]))
+                for name, values in seconds.items()
+            ]
+            closeness = {r.name: psnr(r, drawn) for r in rows}
+            title = f"One picture of {model}, {args.steps} steps, drawn {batch} at a time"
+            name = f"{args.name}_{model}_batch{batch}"
+            save(name, title, rows, BASELINES, arguments=vars(args), psnr_db=closeness)
+            for r in rows:
+                print(f"  {r.name:44} PSNR dB: " + ", ".join(f"{k} {v:.1f}" for k, v in closeness[r.name].items()))
+
+
+def psnr(r: Row, drawn: dict[str, list[Samples]]) -> dict[str, float]:
+    """Mean over the pictures, against the torch engine of the same plan and against fp32."""
+
+    def mean(reference: str) -> float:
+        pairs = zip(drawn[reference], drawn[r.name], strict=True)
+        return statistics.mean(v for a, b in pairs for v in compare(a, b, seed=a.seeds[0]).values["psnr_db"])
+
+    found = {} if r.name == "torch fp32" else {"fp32": mean("torch fp32")}
+    twin = r.name.replace("OpenVINO", "torch engine")
+    return found if twin == r.name else {**found, "torch engine": mean(twin)}
+
+
+if __name__ == "__main__":
+    main()
