@@ -10,7 +10,7 @@ from helpers import example_inputs, tiny_model
 from torch import Tensor, nn
 
 from ditq.errors import DitqError
-from ditq.export.capture import capture, filled, leaves
+from ditq.export.capture import capture, filled, leaves, parameters
 
 
 class Block(nn.Module):
@@ -113,6 +113,29 @@ def test_outputs_that_are_no_tensors_are_refused() -> None:
     model = Model()
     model.blocks[2] = Wordy()
     with pytest.raises(DitqError, match=r"Block blocks\.2 returns something else"):
+        capture(model, "blocks", CALL)
+
+
+def test_variadic_arguments() -> None:
+    class Loose(Block):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(x, *args, **kwargs)
+
+    model = Model()
+    for i in range(3):
+        model.blocks[i] = Loose()
+    stack = capture(model, "blocks", CALL)
+    assert parameters(model.blocks[0]) == ("x",)
+    assert list(stack.blocks[0].arguments) == ["x", "text", "rotary"]
+    assert stack.chain() == {"x": 1, "text": 0}
+
+    class Positional(Model):
+        def forward(self, x: Tensor, text: Tensor, return_dict: bool = True) -> None:
+            self.blocks[0](x, text, (torch.ones(4), torch.zeros(4)))
+
+    model = Positional()
+    model.blocks[0] = Loose()
+    with pytest.raises(DitqError, match="arguments that have no name"):
         capture(model, "blocks", CALL)
 
 

@@ -76,7 +76,7 @@ def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
     outside: set[str] = set()
 
     def watch(i: int, block: nn.Module) -> Iterator[Any]:
-        signature = inspect.signature(block.forward)
+        signature, names = inspect.signature(block.forward), parameters(block)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if i in calls:
@@ -85,7 +85,13 @@ def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
                 )
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            calls[i] = BlockCall(dict(bound.arguments))
+            variadic = {name: bound.arguments.pop(name) for name in list(bound.arguments) if name not in names}
+            if any(isinstance(extra, tuple) and extra for extra in variadic.values()):
+                raise DitqError(
+                    f"Block {stack}.{i} is called with arguments that have no name and cannot be exported."
+                )
+            keywords = {name: value for extra in variadic.values() for name, value in dict(extra).items()}
+            calls[i] = BlockCall({**bound.arguments, **keywords})
             inside[0] += 1
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
@@ -114,6 +120,12 @@ def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
     # A module that is called inside another one comes with it.
     top = {n for n in outside if not any(n.startswith(f"{other}.") for other in outside)}
     return StackCall([calls[i] for i in range(len(blocks))], top)
+
+
+def parameters(block: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a block's forward, without ``*args`` and ``**kwargs``."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(n for n, p in inspect.signature(block.forward).parameters.items() if p.kind not in variadic)
 
 
 def _note(outside: set[str], name: str, inside: list[int]) -> Any:

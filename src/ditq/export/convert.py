@@ -16,7 +16,7 @@ from ditq.engines.openvino.settings import GROUP_SIZE
 from ditq.export.capture import BlockCall, filled
 from ditq.layers import QuantizedLinear
 
-# The linears that ``ditq::openvino_linear`` may name, and G, while a graph is traced or its reference computed.
+# The linears that ``ditq::openvino_linear`` may name, and G.
 _linears: ContextVar[tuple[Sequence[LinearSpec], int]] = ContextVar("ditq_openvino_linears")
 
 _library = torch.library.Library("ditq", "FRAGMENT")
@@ -80,12 +80,21 @@ def linear_spec(name: str, layer: QuantizedLinear) -> LinearSpec:
 
 
 @contextmanager
-def traceable(blocks: Mapping[str, nn.Module], linears: Sequence[LinearSpec], group_size: int) -> Iterator[None]:
+def emulated(linears: Sequence[LinearSpec], group_size: int) -> Iterator[None]:
+    """Inside, stubs compute what OpenVINO does with this group size (0: activations are not quantized)."""
+    token = _linears.set((linears, group_size))
+    try:
+        yield
+    finally:
+        _linears.reset(token)
+
+
+@contextmanager
+def traceable(blocks: Mapping[str, nn.Module], linears: Sequence[LinearSpec]) -> Iterator[None]:
     """Inside, the ``linears`` of the ``blocks`` (by full name) are stubs, and everything else is float32."""
     index = {linear.name: i for i, linear in enumerate(linears)}
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
     cast: list[tuple[Tensor, Tensor]] = []
-    token = _linears.set((linears, group_size))
     try:
         for prefix, block in blocks.items():
             for name, module in list(block.named_modules()):
@@ -100,7 +109,6 @@ def traceable(blocks: Mapping[str, nn.Module], linears: Sequence[LinearSpec], gr
                     tensor.data = tensor.data.float()
         yield
     finally:
-        _linears.reset(token)
         for tensor, data in cast:
             tensor.data = data
         for owner, child, module in replaced:
@@ -115,7 +123,7 @@ def graph(
     linears: Sequence[LinearSpec],
     group_size: int,
 ) -> Any:
-    """The ``openvino.Model`` of a chain, inside of :func:`traceable`.
+    """The ``openvino.Model`` of a chain, inside of :func:`traceable` and :func:`emulated`.
 
     Args:
         inputs: example values of the tensor arguments.

@@ -11,6 +11,8 @@ from ditq.engines.openvino.probe import core
 from ditq.errors import CheckpointError, UsageError
 from ditq.export.manifest import FILE, Segment
 
+MMAP = "ENABLE_MMAP"
+
 
 def write(graph: Any, folder: Path, place: str) -> dict[str, str]:
     """Writes an ``openvino.Model`` as ``PLACE.xml`` and ``PLACE.bin``; returns the digest of each file."""
@@ -34,17 +36,18 @@ def compiled(folder: Path, segment: Segment, config: Mapping[str, str]) -> Any:
         if _digest(folder / name) != digest:
             raise CheckpointError(f"{folder / name} was changed since it was exported, or is damaged.")
     path = folder / segment.file
+    reading = {key: value for key, value in config.items() if key == MMAP}
     try:
-        graph = core().read_model(str(path))
+        graph = core().read_model(str(path), config=reading)
     except RuntimeError as error:
-        raise CheckpointError(f"OpenVINO cannot read {path}: {_first_line(error)}") from error
+        raise CheckpointError(f"OpenVINO cannot read {path}: {first_line(error)}") from error
     inputs = {name: port for port in graph.inputs for name in port.get_names()}
     if inputs.keys() != {spec.name for spec in segment.inputs} or len(graph.outputs) != segment.outputs:
         raise CheckpointError(f"{path} does not have the inputs and outputs that {FILE} says.")
     try:
         return core().compile_model(graph, "CPU", dict(config))
     except RuntimeError as error:
-        raise UsageError(f"OpenVINO cannot compile {path}: {_first_line(error)}") from error
+        raise UsageError(f"OpenVINO cannot compile {path}: {first_line(error)}") from error
 
 
 def _digest(path: Path) -> str:
@@ -53,7 +56,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What OpenVINO says, without the places in its source."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if line and not line.startswith(("Exception from", "Check '"))), "no reason")

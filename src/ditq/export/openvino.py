@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +18,7 @@ from ditq.engines.openvino.settings import PRECISION, compile_config, group_size
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.export import files
 from ditq.export.calls import variations
-from ditq.export.capture import capture
+from ditq.export.capture import capture, parameters
 from ditq.export.compiled import CompiledStack
 from ditq.export.convert import linear_spec
 from ditq.export.manifest import Manifest, Segment
@@ -74,7 +74,7 @@ def export(
                 )  # fmt: skip
                 segments.append(segment)
                 compiled.append(files.compiled(folder, segment, config))
-                check.run(segment.place, compiled[-1])
+                check.run(segment.place, files.compiled(folder, segment, compile_config(0)), compiled[-1])
     finally:
         model.train(was_training)
     manifest = Manifest(
@@ -132,8 +132,9 @@ def compile_in_place(
     """:func:`export` and :func:`load` without a folder that stays. Arguments and errors as there."""
     with tempfile.TemporaryDirectory(prefix="ditq-") as folder:
         export(model, architecture, call, folder, allow_float=allow_float)
-        # The files go away: OpenVINO must not map them into memory.
-        return load(folder, model, properties={"ENABLE_MMAP": "NO", **(properties or {})}, allow_float=allow_float)
+        # Elsewhere than on Windows a deleted file stays mapped, and mapped weights need no memory of their own.
+        extra = {files.MMAP: "NO"} if os.name == "nt" else {}
+        return load(folder, model, properties={**(properties or {}), **extra}, allow_float=allow_float)
 
 
 def _require_engine() -> None:
@@ -197,10 +198,9 @@ def _check_place(model: nn.Module, segment: Segment) -> None:
         raise CheckpointError(
             f"The exported model has {segment.place!r}, {type(model).__name__} has not: {error}."
         ) from error
-    parameters = tuple(inspect.signature(block.forward).parameters)
-    if parameters != segment.parameters:
+    if parameters(block) != segment.parameters:
         raise CheckpointError(
-            f"Blocks of {type(model).__name__} at {segment.place!r} take ({', '.join(parameters)}), "
+            f"Blocks of {type(model).__name__} at {segment.place!r} take ({', '.join(parameters(block))}), "
             f"the exported ones ({', '.join(segment.parameters)}): another version of diffusers?"
         )
 
