@@ -211,7 +211,8 @@ def lines(path: Path, title: str, axes: tuple[str, str], series: Mapping[str, Se
 
     points = [point for values in series.values() for point in values]
     low = [min(p[i] for p in points) for i in (0, 1)]
-    spans = [math.log2(max(p[i] for p in points) / low[i]) for i in (0, 1)]
+    high = [max(p[i] for p in points) for i in (0, 1)]
+    spans = [math.log2(high[i] / low[i]) for i in (0, 1)]
     unit = 560 / max(*spans, 1.0)  # layout units per factor of two
     left, top = 70, 40
     width, height = left + int(spans[0] * unit) + 250, top + int(spans[1] * unit) + 50
@@ -223,14 +224,12 @@ def lines(path: Path, title: str, axes: tuple[str, str], series: Mapping[str, Se
         return (left + right) * SCALE, (height - 50 - up) * SCALE
 
     for i, name in enumerate(axes):
-        for k in range(int(spans[i]) + 1):
-            value = low[i] * 2**k
-            end = (low[0] * 2 ** spans[0], value) if i else (value, low[1] * 2 ** spans[1])
-            start = at(low[0], value) if i else at(value, low[1])
-            draw.line([start, at(*end)], GRID, SCALE)
-            offset = (-6 * SCALE, 0) if i else (0, 6 * SCALE)
-            anchor = "rm" if i else "ma"
-            draw.text((start[0] + offset[0], start[1] + offset[1]), f"{value:.4g}", INK, font, anchor=anchor)
+        for k in range(math.ceil(math.log2(low[i])), math.floor(math.log2(high[i])) + 1):
+            value = 2**k
+            start, end = (at(low[0], value), at(high[0], value)) if i else (at(value, low[1]), at(value, high[1]))
+            draw.line([start, end], GRID, SCALE)
+            aside = (start[0] - 6 * SCALE, start[1]) if i else (start[0], start[1] + 6 * SCALE)
+            draw.text(aside, f"{value:.4g}", INK, font, anchor="rm" if i else "ma")
         place = (12 * SCALE, 24 * SCALE) if i else ((left + spans[0] * unit / 2) * SCALE, (height - 20) * SCALE)
         draw.text(place, name, INK, font)
     for n, (name, values) in enumerate(series.items()):

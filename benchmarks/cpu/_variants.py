@@ -181,7 +181,7 @@ def nncf_static(case: Case) -> Variant:
     return openvino_variant(quantized)
 
 
-def nncf_weights(case: Case, mode: str) -> Variant:
+def nncf_weights(case: Case, mode: str, **options: Any) -> Variant:
     """Weight compression with NNCF's defaults; OpenVINO quantizes activations at run time, by its defaults."""
     import openvino as ov
 
@@ -189,7 +189,7 @@ def nncf_weights(case: Case, mode: str) -> Variant:
         import nncf
 
         compressed = nncf.compress_weights(
-            ov.Core().read_model(case.openvino_file), mode=nncf.CompressWeightsMode(mode)
+            ov.Core().read_model(case.openvino_file), mode=nncf.CompressWeightsMode(mode), **options
         )  # fmt: skip
     return openvino_variant(compressed)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from _measure import Row, interleaved, relative_error, row, save
-from _variants import REGISTRY, Case, Variant, build, openvino_variant, torch_variant
+from _variants import REGISTRY, Case, Variant, build, nncf_weights, openvino_variant, torch_variant
 from torch import Tensor, nn
 
 from ditq.layers import QuantizedLinear
@@ -64,7 +64,9 @@ def ours(case: Case, engine: str, bits: int, rotate: bool = False, group: int | 
     return openvino_variant(model, **compile_config(group_size([spec])))
 
 
-OURS = {
+OWN = {
+    # By default NNCF leaves the last layer of a model, here the only one, in 8 bits.
+    "NNCF weight compression int4": partial(nncf_weights, mode="int4_sym", all_layers=True),
     "ditq W8A8, torch engine": partial(ours, engine="torch", bits=8),
     "ditq W8A8 rotated by H128, torch engine": partial(ours, engine="torch", bits=8, rotate=True),
     "ditq W4A8, torch engine": partial(ours, engine="torch", bits=4),
@@ -86,7 +88,7 @@ def main() -> None:
     m, k, n = args.shape
     calls: list[dict[str, Any]] = [{"x": torch.randn(1, m, k)} for _ in range(5)]
     case = Case(Layer(nn.Linear(k, n)).eval().requires_grad_(False), None, calls[0], calls[1:])
-    builders = {name: builder for name, builder in REGISTRY.items() if not name.startswith("ditq")} | OURS
+    builders = {name: builder for name, builder in REGISTRY.items() if not name.startswith("ditq")} | OWN
     rows, variants = {}, {}
     reference = case.model(**case.call)[0]
     for name, builder in builders.items():

@@ -20,9 +20,9 @@ from _variants import openvino_bytes
 import ditq
 from ditq import api, architectures
 from ditq.calibration import calibrate
-from ditq.comparison import compare
 from ditq.export.calls import record
 from ditq.export.openvino import compile_in_place
+from ditq.metrics.fidelity import psnr_db
 from ditq.recipe import Calibration
 from ditq.sampling import Samples, sample
 
@@ -40,7 +40,7 @@ def pipelines(model: str, recipes: list[str], calibration: list[str], seed: int)
             ditq.quantize(pipe, recipe, statistics=statistics_, seed=seed)
             if engine == "OpenVINO":
                 properties = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-                call = record(pipe, arch, calibration[0])
+                call = record(pipe, arch, calibration[:1])
                 compile_in_place(pipe.transformer, arch, call, properties=properties)
             out[f"ditq {recipe}, {engine}"] = pipe
     trim()
@@ -97,8 +97,8 @@ def psnr(r: Row, drawn: dict[str, list[Samples]]) -> dict[str, float]:
     """Mean over the pictures, against the torch engine of the same plan and against fp32."""
 
     def mean(reference: str) -> float:
-        pairs = zip(drawn[reference], drawn[r.name], strict=True)
-        return statistics.mean(v for a, b in pairs for v in compare(a, b, seed=a.seeds[0]).values["psnr_db"])
+        batches = zip(drawn[reference], drawn[r.name], strict=True)
+        return statistics.mean(psnr_db(a, b) for x, y in batches for a, b in zip(x.images, y.images, strict=True))
 
     found = {} if r.name == "torch fp32" else {"fp32": mean("torch fp32")}
     twin = r.name.replace("OpenVINO", "torch engine")
