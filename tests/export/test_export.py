@@ -48,8 +48,9 @@ from ditq.export.compiled import CompiledStack
 from ditq.export.manifest import FILE, Manifest
 from ditq.export.openvino import compile_in_place, export, load
 
-# What is left are codes that fall on the other side of a rounding boundary; 8-bit activations cost ten times as much.
-CLOSE = 4e-3
+# Mostly the engines agree to 1e-6. Where one code falls on the other side of a rounding boundary, all that follows
+# is rounded differently; rounding itself costs these models 1e-2. The export compares without it, to 1e-4.
+CLOSE = 6e-3
 # Both engines then share the scales of every layer: K is 128 and 512 in the tiny models, so G is 128.
 SAME_GROUPS = ("activations.granularity=group", "activations.group_size=128")
 
@@ -59,8 +60,9 @@ def quantized(
     recipe: str = "viditq-w4a8",
     overrides: tuple[str, ...] = SAME_GROUPS,
     dtype: torch.dtype = torch.float32,
+    blocks: int = 2,
 ) -> nn.Module:
-    model = tiny_model(name)
+    model = tiny_model(name, num_layers=blocks)
     arch = architectures.load(name)
     wanted = load_recipe(recipe).override(list(overrides))
     if dtype != torch.float32:
@@ -156,7 +158,7 @@ def test_any_batch_resolution_and_text_length(name: str, torch_model: nn.Module,
     ids=" ".join,
 )
 def test_balances_and_weight_formats(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    model = quantized("pixart", overrides=(*SAME_GROUPS, *overrides))
+    model = quantized("pixart", overrides=(*SAME_GROUPS, *overrides), blocks=1)
     assert relative_error(run(model, "pixart"), run(exported(model, "pixart", tmp_path), "pixart")) < CLOSE
 
 
@@ -194,7 +196,7 @@ def test_every_layer_of_a_plan_is_executed_in_integers(name: str, torch_model: n
 
 
 def test_16_bit_model_keeps_its_dtype(tmp_path: Path) -> None:
-    model = quantized("pixart", dtype=torch.bfloat16)
+    model = quantized("pixart", dtype=torch.bfloat16, blocks=1)
     before = {n: p.dtype for n, p in model.named_parameters()}
     loaded = exported(model, "pixart", tmp_path)
     assert {n: p.dtype for n, p in model.named_parameters()} == before
