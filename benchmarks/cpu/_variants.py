@@ -47,6 +47,14 @@ class Case:
     calls: Sequence[Call]
 
     @cached_property
+    def half(self) -> nn.Module:
+        """The model in bf16."""
+        return copy.deepcopy(self.model).to(torch.bfloat16)
+
+    def of(self, dtype: torch.dtype) -> nn.Module:
+        return self.model if dtype == torch.float32 else self.half
+
+    @cached_property
     def openvino_file(self) -> Path:
         """The fp32 model as OpenVINO converts it, with the shapes of the call: what OpenVINO and NNCF start from."""
         import openvino as ov
@@ -126,14 +134,13 @@ def _compiled(case: Case, model: nn.Module) -> nn.Module:
 
 
 def eager(case: Case, dtype: torch.dtype) -> Variant:
-    model = case.model if dtype == torch.float32 else _copy(case).to(dtype)
-    return torch_variant(model, dtype)
+    return torch_variant(case.of(dtype), dtype)
 
 
 def compiled(case: Case, dtype: torch.dtype) -> Variant:
-    # Parameters are shared with the eager variant where the dtype is the same.
-    shared = {id(p): p for p in case.model.parameters()} if dtype == torch.float32 else {}
-    return torch_variant(_compiled(case, copy.deepcopy(case.model, shared).to(dtype)), dtype)
+    model = case.of(dtype)
+    shared = {id(p): p for p in model.parameters()}
+    return torch_variant(_compiled(case, copy.deepcopy(model, shared)), dtype)
 
 
 def torchao(case: Case) -> Variant:
