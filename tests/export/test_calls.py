@@ -19,7 +19,7 @@ def shapes(call: dict[str, object]) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize(("make", "name", "condition"), [(tiny_pixart, "pixart", PROMPTS[0]), (tiny_dit, "dit", "3")])
 def test_record_gives_what_the_pipeline_calls_its_transformer_with(make, name, condition) -> None:
     pipe = make()
-    call = record(pipe, architectures.load(name), condition)
+    call = record(pipe, architectures.load(name), [condition])
     assert call["hidden_states"].shape[0] == 2  # guidance
     pipe.transformer(**call)
     assert not pipe.transformer._forward_pre_hooks
@@ -27,7 +27,7 @@ def test_record_gives_what_the_pipeline_calls_its_transformer_with(make, name, c
 
 def test_record_names_an_unknown_class() -> None:
     with pytest.raises(UsageError, match="knows no class 'zebra'"):
-        record(tiny_dit(), architectures.load("dit"), "zebra")
+        record(tiny_dit(), architectures.load("dit"), ["zebra"])
 
 
 @pytest.mark.parametrize("name", ["pixart", "dit"])
