@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -71,8 +72,8 @@ def set_ratios(rows: Sequence[Row], baselines: Sequence[str]) -> None:
 
 
 def where() -> dict[str, Any]:
-    """The environment, with the versions of the peers that are installed."""
-    found = environment()
+    """The environment, with the versions of the peers that are installed and how busy the machine was."""
+    found = {**environment(), "load_average": os.getloadavg()[0]}
     for name in PEERS:
         try:
             found["versions"][name] = version(name)

@@ -23,7 +23,7 @@ from ditq.calibration import calibrate
 from ditq.export.calls import record
 from ditq.export.openvino import compile_in_place
 from ditq.metrics.fidelity import psnr_db
-from ditq.recipe import Calibration
+from ditq.recipe import Calibration, load
 from ditq.sampling import Samples, sample
 
 BASELINES = ("torch bf16", "torch fp32")
@@ -33,11 +33,14 @@ def pipelines(model: str, recipes: list[str], calibration: list[str], seed: int)
     """Every variant as a pipeline of its own."""
     out = {"torch fp32": api.load(model), "torch bf16": api.load(model, dtype=torch.bfloat16)}
     arch = architectures.match(out["torch fp32"].transformer)
-    statistics_ = calibrate(out["torch fp32"], arch, calibration, Calibration(prompts=len(calibration)), seed=seed)
+    found = None
+    if any(load(recipe).needs_calibration for recipe in recipes):
+        settings = Calibration(prompts=len(calibration))
+        found = calibrate(out["torch fp32"], arch, calibration, settings, seed=seed)
     for recipe in recipes:
         for engine in ("torch engine", "OpenVINO"):
             pipe = api.load(model)
-            ditq.quantize(pipe, recipe, statistics=statistics_, seed=seed)
+            ditq.quantize(pipe, recipe, statistics=found, seed=seed)
             if engine == "OpenVINO":
                 properties = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
                 call = record(pipe, arch, calibration[:1])
