@@ -117,6 +117,8 @@ def test_compare_json_has_the_promised_fields(
         assert set(data[metric]) == {"mean", "ci95", "n", "higher_is_better"}
         assert data[metric]["ci95"][0] <= data[metric]["mean"] <= data[metric]["ci95"][1]
     assert Image.open(out_dir / "sheet.png").width > 100
+    command = json.loads((out_dir / "report.json").read_text())["command"]
+    assert f"--prompts {prompts} --steps 2 " in command
 
 
 def test_comparing_a_pipeline_with_itself_finds_no_difference(

@@ -156,7 +156,7 @@ class DitqQuantizer(DiffusersQuantizer):
         cache = cache_root() / OPENVINO
         cache.mkdir(parents=True, exist_ok=True)
         options = {"CACHE_DIR": str(cache), **self.quantization_config.engine["options"]}
-        openvino.load(self._folder / OPENVINO, model, properties=options, allow_float=True)
+        openvino.load(self._folder / OPENVINO, model, properties=options)
         self.compiled = True
 
     def remember(self, model: nn.Module) -> None:

@@ -94,8 +94,12 @@ def compare(
     data = {"reference": reference, "quantized": quantized[0] if len(quantized) == 1 else quantized, **found.as_dict()}
     notes = []
     if out_dir is not None:
-        command = shlex.join(["ditq", "compare", reference, *quantized, "--seed", str(seed), *(
-            ["--prompts", str(prompts)] if prompts else []), "--out", str(out_dir)])  # fmt: skip
+        given = {"--prompts": prompts, "--count": count, "--steps": steps, "--guidance": guidance, "--real": real,
+                 "--architecture": architecture, "--batch-size": batch_size, "--metrics": metrics,
+                 "--network": network, "--explain": explain, "--seed": seed, "--device": device, "--dtype": dtype,
+                 "--out": out_dir}  # fmt: skip
+        options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
+        command = shlex.join(["ditq", "compare", reference, *quantized, *options])
         report, pictures = found.report(command=command), found.pictures()
         with api.new_folder(out_dir) as folder:
             html.write(report, pictures, folder)
