@@ -138,7 +138,7 @@ def test_what_cannot_be_exported(
 
 def test_a_plan_that_openvino_cannot_execute_is_refused(tmp_path: Path) -> None:
     pipe = tiny_pixart()
-    ditq.quantize(pipe, "rtn-w4a4")
+    ditq.quantize(pipe, "rtn-w4a4", overrides=["weights.granularity=group", "weights.group_size=16"])
     source = ditq.save(pipe, tmp_path / "w4a4")
     with pytest.raises(UsageError, match="cannot execute this plan exactly"):
         api.export(source, tmp_path / "out")

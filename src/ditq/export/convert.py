@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditq.engines.openvino.linear import Builder, LinearSpec, emulate
+from ditq.engines.openvino.graph import Builder
+from ditq.engines.openvino.linear import LinearSpec, emulate
 from ditq.engines.openvino.settings import GROUP_SIZE
 from ditq.export.capture import BlockCall, filled
 from ditq.layers import QuantizedLinear
 
-# The linears that ``ditq::openvino_linear`` may name, and G.
-_linears: ContextVar[tuple[Sequence[LinearSpec], int]] = ContextVar("ditq_openvino_linears")
+# The linears that ``ditq::openvino_linear`` may name, G, and whether their inputs are rounded.
+_linears: ContextVar[tuple[Sequence[LinearSpec], int, bool]] = ContextVar("ditq_openvino_linears")
 
 _library = torch.library.Library("ditq", "FRAGMENT")
 _library.define("openvino_linear(Tensor x, int index) -> Tensor")
 
 
 def _openvino_linear(x: Tensor, index: int) -> Tensor:
-    linears, group_size = _linears.get()
-    linear = linears[index]
-    return emulate(x, linear, group_size if linear.kernel.integer else 0, torch.float32)
+    linears, group_size, rounded = _linears.get()
+    return emulate(x, linears[index], group_size, torch.float32, rounded)
 
 
 _library.impl("openvino_linear", _openvino_linear, "CompositeExplicitAutograd")
@@ -76,13 +76,14 @@ def linear_spec(name: str, layer: QuantizedLinear) -> LinearSpec:
         layer.plan.activation,
         layer._buffers.get("smooth_scale"),
         layer.rotation,
+        layer._buffers.get("input_scale"),
     )
 
 
 @contextmanager
-def emulated(linears: Sequence[LinearSpec], group_size: int) -> Iterator[None]:
-    """Inside, stubs compute what OpenVINO does with this group size (0: activations are not quantized)."""
-    token = _linears.set((linears, group_size))
+def emulated(linears: Sequence[LinearSpec], group_size: int, rounded: bool = True) -> Iterator[None]:
+    """Inside, stubs compute what OpenVINO does with this group size, or that with their inputs as they are."""
+    token = _linears.set((linears, group_size, rounded))
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,13 @@ def write(graph: Any, folder: Path, place: str) -> dict[str, str]:
     return {name: _digest(folder / name) for name in (path.name, path.with_suffix(".bin").name)}
 
 
-def compiled(folder: Path, segment: Segment, config: Mapping[str, str]) -> Any:
+def compiled(
+    folder: Path, segment: Segment, config: Mapping[str, str], change: Callable[[Any], Any] | None = None
+) -> Any:
     """The ``openvino.CompiledModel`` of a segment.
+
+    Args:
+        change: makes another graph of the one in the file.
 
     Raises:
         CheckpointError: a file is missing, was changed, or is not the graph that the manifest speaks of.
@@ -45,7 +50,7 @@ def compiled(folder: Path, segment: Segment, config: Mapping[str, str]) -> Any:
     if inputs.keys() != {spec.name for spec in segment.inputs} or len(graph.outputs) != segment.outputs:
         raise CheckpointError(f"{path} does not have the inputs and outputs that {FILE} says.")
     try:
-        return core().compile_model(graph, "CPU", dict(config))
+        return core().compile_model(graph if change is None else change(graph), "CPU", dict(config))
     except RuntimeError as error:
         raise UsageError(f"OpenVINO cannot compile {path}: {first_line(error)}") from error
 

@@ -7,11 +7,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ditq.engines.openvino.linear import Kernel, Storage
+from ditq.engines.openvino.linear import Activations, Kernel, Storage
 from ditq.errors import CheckpointError
 from ditq.plan import first_error
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE = "ditq_openvino.json"
 
 Plain = bool | int | float | str | None
@@ -38,14 +38,14 @@ class Layer(_Strict):
     rows: Annotated[int, Field(ge=1)]
     storage: Storage | None = None
     weight_group: Annotated[int, Field(ge=1)] | None = None
-    integer: bool = False
+    activations: Activations = "float"
     reason: str = ""
 
     @property
     def kernel(self) -> Kernel | None:
         if self.storage is None:
             return None
-        return Kernel(self.columns, self.rows, self.storage, self.weight_group, self.integer)
+        return Kernel(self.columns, self.rows, self.storage, self.weight_group, self.activations)
 
 
 class Segment(_Strict):
@@ -78,10 +78,10 @@ class Manifest(_Strict):
 
     Attributes:
         openvino: version that wrote the graphs.
-        group_size: channels of a token that share an activation scale, 0 if no layer has 8-bit activations.
+        group_size: channels of a token that share an activation scale where OpenVINO rounds the input; 0 if nowhere.
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     openvino: str
     architecture: str
     group_size: Annotated[int, Field(ge=0, multiple_of=16)]

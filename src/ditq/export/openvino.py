@@ -13,6 +13,7 @@ from torch import nn
 
 from ditq.architectures import Architecture
 from ditq.engines.openvino import ENGINE
+from ditq.engines.openvino.graph import unrounded
 from ditq.engines.openvino.linear import LinearSpec, why_inexact
 from ditq.engines.openvino.settings import PRECISION, compile_config, group_size, why_float
 from ditq.errors import CheckpointError, DitqError, UsageError
@@ -57,7 +58,7 @@ def export(
 
     _require_engine()
     folder = Path(folder)
-    specs = {name: linear_spec(name, layer) for name, layer in _quantized(model, architecture, allow_float).items()}
+    specs = _specs(model, architecture, allow_float)
     width = group_size(specs.values())
     reasons = _float_shapes(specs, width, allow_float)
     specs |= {name: replace(specs[name], activation=None) for name in reasons}
@@ -74,7 +75,7 @@ def export(
                 )  # fmt: skip
                 segments.append(segment)
                 compiled.append(files.compiled(folder, segment, config))
-                check.run(segment.place, files.compiled(folder, segment, compile_config(0)), compiled[-1])
+                check.run(segment.place, files.compiled(folder, segment, compile_config(0), unrounded), compiled[-1])
     finally:
         model.train(was_training)
     manifest = Manifest(
@@ -143,9 +144,9 @@ def _require_engine() -> None:
         raise DitqError(f"Engine 'openvino' is not available: {reason}.")
 
 
-def _quantized(model: nn.Module, architecture: Architecture, allow_float: bool) -> dict[str, QuantizedLinear]:
+def _specs(model: nn.Module, architecture: Architecture, allow_float: bool) -> dict[str, LinearSpec]:
     """The quantized linears of all blocks; refuses what cannot be executed as planned."""
-    found: dict[str, QuantizedLinear] = {}
+    found: dict[str, LinearSpec] = {}
     inexact: dict[str, list[str]] = {}
     for stack in architecture.stacks:
         for name, module in model.get_submodule(stack).named_modules(prefix=stack):
@@ -156,13 +157,14 @@ def _quantized(model: nn.Module, architecture: Architecture, allow_float: bool) 
                 )
             # Layers of layers (adapters around a quantized linear) are found by the inner one.
             if isinstance(module, QuantizedLinear):
-                found[name] = module
-                if (reason := why_inexact(module.plan.activation)) is not None:
-                    inexact.setdefault(f"activations {module.plan.activation}: {reason}", []).append(name)
+                found[name] = linear_spec(name, module)
+                if (reason := why_inexact(found[name])) is not None:
+                    formats = f"weights {module.plan.weight} and activations {module.plan.activation}: {reason}"
+                    inexact.setdefault(formats, []).append(name)
     if inexact:
         detail = "; ".join(f"{some(names)} with {reason}" for reason, names in inexact.items())
         raise UsageError(
-            f"OpenVINO cannot execute this plan exactly: {detail}. Use dynamic symmetric int8 activations."
+            f"OpenVINO cannot execute this plan exactly: {detail}. With groups use dynamic symmetric int8 activations."
         )
     if not found and not allow_float:
         raise UsageError(
@@ -173,11 +175,7 @@ def _quantized(model: nn.Module, architecture: Architecture, allow_float: bool) 
 
 def _float_shapes(specs: Mapping[str, LinearSpec], width: int, allow_float: bool) -> dict[str, str]:
     """Layers whose shape rules integers out, with the reason; an error unless that is allowed."""
-    reasons = {
-        name: reason
-        for name, spec in specs.items()
-        if spec.activation is not None and (reason := why_float(spec, width)) is not None
-    }
+    reasons = {name: reason for name, spec in specs.items() if (reason := why_float(spec, width)) is not None}
     if reasons and not allow_float:
         name, reason = next(iter(reasons.items()))
         raise DitqError(

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ditq.engines.openvino.linear import BIAS
-from ditq.engines.openvino.probe import Execution, execution
+from ditq.engines.openvino.probe import Execution, execution, multiplies
 from ditq.errors import DitqError
 from ditq.export.manifest import Layer, Manifest
 
@@ -19,7 +18,7 @@ class Report:
 
     Attributes:
         executions: "int8" or "float" for each layer of ``layers``, by name.
-        group_size: channels of a token that share an activation scale.
+        group_size: channels of a token that share an activation scale where OpenVINO rounds the input.
     """
 
     layers: tuple[Layer, ...]
@@ -33,7 +32,9 @@ class Report:
         if integer:
             kinds = Counter(str(layer.storage) for layer in integer)
             line += f" ({', '.join(f'{count} with {kind} weights' for kind, count in sorted(kinds.items()))})"
-            line += f"; one activation scale per token and {self.group_size} channels"
+            finer = [layer for layer in integer if layer.activations == "plugin"]
+            if finer:
+                line += f"; {len(finer)} have an activation scale for each token and {self.group_size} channels"
         reasons: dict[str, list[str]] = {}
         for layer in self.layers:
             if self.executions[layer.name] == "float":
@@ -49,7 +50,7 @@ def some(names: Sequence[str]) -> str:
 def examine(manifest: Manifest, compiled: Iterable[Any], precision: str, allow_float: bool) -> Report:
     """Probes every kernel of the model, and looks every layer up in the compiled graphs.
 
-    A probe proves that a kernel multiplies integers; the graph shows that a layer still has the weights of that
+    A probe proves that a kernel multiplies integers; the graph shows that a layer still has the operands of that
     kernel (a pass that expands them to floats would be seen there).
 
     Raises:
@@ -58,7 +59,7 @@ def examine(manifest: Manifest, compiled: Iterable[Any], precision: str, allow_f
     executions: dict[str, Execution] = {}
     failed: dict[str, list[str]] = {}
     for segment, model in zip(manifest.segments, compiled, strict=True):
-        stored = weight_types(model)
+        intact = multiplies(model, {layer.name: layer.kernel for layer in segment.layers if layer.kernel is not None})
         for layer in segment.layers:
             kernel = layer.kernel
             executions[layer.name] = "float"
@@ -69,7 +70,7 @@ def examine(manifest: Manifest, compiled: Iterable[Any], precision: str, allow_f
                 raise DitqError(
                     f"OpenVINO quantizes the input of {layer.name!r}, which has 16-bit activations by its plan."
                 )
-            if stored.get(layer.name) == kernel.storage:
+            if intact[layer.name]:
                 executions[layer.name] = found
             if kernel.integer and executions[layer.name] == "float":
                 failed.setdefault(str(kernel), []).append(layer.name)
@@ -81,15 +82,3 @@ def examine(manifest: Manifest, compiled: Iterable[Any], precision: str, allow_f
         )
     layers = tuple(layer for segment in manifest.segments for layer in segment.layers)
     return Report(layers, executions, manifest.group_size)
-
-
-def weight_types(compiled: Any) -> dict[str, str]:
-    """Element type of the weights of every matrix product of a compiled graph, by the layers it was made of."""
-    found: dict[str, str] = {}
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        info = node.get_rt_info()
-        if node.get_input_size() > 1 and info["layerType"].astype(str) == "FullyConnected":
-            kind = node.input(1).get_element_type().get_type_name()
-            for name in info["originalLayersNames"].astype(str).split(","):
-                found[name.removesuffix(BIAS)] = kind
-    return found

@@ -116,7 +116,7 @@ def write_segment(
         with emulated(linears, group_size):
             digests = files.write(graph(chain, inputs, shapes, linears, group_size), folder, place)
             rounded = chain(*check.values())
-        with emulated(linears, 0):
+        with emulated(linears, group_size, rounded=False):
             exact = chain(*check.values())
     segment = Segment(
         place=place,
@@ -158,7 +158,7 @@ def _layers(
             reason = "" if kernel.integer else reasons.get(name, "16-bit activations by the plan")
             yield Layer(
                 name=name, columns=columns, rows=rows, storage=kernel.storage,
-                weight_group=kernel.weight_group, integer=kernel.integer, reason=reason,
+                weight_group=kernel.weight_group, activations=kernel.activations, reason=reason,
             )  # fmt: skip
 
 
