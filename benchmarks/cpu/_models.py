@@ -43,12 +43,19 @@ def make(name: str, blocks: int, side: int, batch: int, calls: int, seed: int = 
 
 @torch.no_grad()
 def _enliven(model: nn.Module) -> None:
-    """Trained adaLN opens the gates and gives channels different ranges; noise of that size stands in for it."""
+    """Trained adaLN opens the gates and gives channels different ranges; noise of that size stands in for it.
+
+    Published DiTs have one embedder of class and timestep, of which diffusers keeps a copy in every block.
+    """
     for name, p in model.named_parameters():
         if name.endswith(("norm1.linear.bias", "adaln_single.linear.bias", "scale_shift_table")):
             p.normal_(0, 0.5)
         elif name.endswith(".bias"):
             p.normal_(0, 0.02)
+    blocks = model.get_submodule("transformer_blocks")
+    for block in blocks:
+        if hasattr(block.norm1, "emb"):
+            block.norm1.emb.load_state_dict(blocks[0].norm1.emb.state_dict())
 
 
 def _call(name: str, side: int, batch: int, timestep: int) -> Call:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ditq.engines.openvino.probe import core
 from ditq.errors import CheckpointError, UsageError
+from ditq.export.constants import keep_bf16, shrink
 from ditq.export.manifest import FILE, Segment
 
 MMAP = "ENABLE_MMAP"
@@ -19,6 +20,7 @@ def write(graph: Any, folder: Path, place: str) -> dict[str, str]:
     import openvino as ov
 
     path = folder / f"{place}.xml"
+    shrink(graph)
     ov.save_model(graph, str(path), compress_to_fp16=False)  # scales keep their float32
     return {name: _digest(folder / name) for name in (path.name, path.with_suffix(".bin").name)}
 
@@ -46,6 +48,7 @@ def compiled(
         graph = core().read_model(str(path), config=reading)
     except RuntimeError as error:
         raise CheckpointError(f"OpenVINO cannot read {path}: {first_line(error)}") from error
+    keep_bf16(graph)
     inputs = {name: port for port in graph.inputs for name in port.get_names()}
     if inputs.keys() != {spec.name for spec in segment.inputs} or len(graph.outputs) != segment.outputs:
         raise CheckpointError(f"{path} does not have the inputs and outputs that {FILE} says.")

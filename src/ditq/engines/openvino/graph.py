@@ -102,7 +102,7 @@ class Builder:
 
     def _codes_of(self, x: Any, linear: LinearSpec) -> _Codes:
         static = None if linear.input_scale is None else float(linear.input_scale)
-        return self._once(x, ("codes", linear.activation, static), lambda: _round(x, linear, static))  # type: ignore[no-any-return]
+        return self._once(x, ("codes", linear.activation, static), lambda: _round(x, linear, static))
 
     def _sums(self, codes: _Codes, linear: LinearSpec) -> Any:
         """Of the codes of each token, [..., 1]."""

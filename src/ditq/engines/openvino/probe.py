@@ -69,18 +69,18 @@ def execution(kernel: Kernel, group_size: int, precision: str = "f32") -> Execut
 
 
 def multiplies(compiled: Any, kernels: Mapping[str, Kernel]) -> dict[str, bool]:
-    """Whether layers of a compiled graph have the operands of their kernels: integer weights that no pass has expanded.
+    """Whether layers of a compiled graph have the operands of their kernels: integers that no pass has expanded.
 
     Args:
         kernels: by the name of the layer.
     """
-    operands: dict[str, tuple[str, str]] = {}
+    operands: dict[str, tuple[str, ...]] = {}
     for node in compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
         if node.get_input_size() > 1 and info["layerType"].astype(str) == "FullyConnected":
             kinds = tuple(node.input(i).get_element_type().get_type_name() for i in (0, 1))
             for name in info["originalLayersNames"].astype(str).split(","):
-                operands[name.removesuffix(BIAS).removesuffix(_RESCALED)] = kinds  # type: ignore[assignment]
+                operands[name.removesuffix(BIAS).removesuffix(_RESCALED)] = kinds
     missing = ("", "")
     return {
         name: operands.get(name, missing)[1] == kernel.element_type
