@@ -108,11 +108,15 @@ def edit(folder: Path, engine: dict[str, Any]) -> None:
 def test_options_are_kept_and_used(folders: tuple[str, Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["export", str(folders[1]), "--out", str(out), "--option", "INFERENCE_NUM_THREADS=1", "--quiet"]
+    command += ["--shapes", "static"]
     assert run(command) == 0
     config = json.loads((out / "transformer" / "config.json").read_text())["quantization_config"]
-    assert config["engine"] == {"name": "openvino", "options": {"INFERENCE_NUM_THREADS": "1"}}
+    assert config["engine"] == {
+        "name": "openvino", "shapes": "static", "options": {"INFERENCE_NUM_THREADS": "1"}
+    }  # fmt: skip
     blocks = ditq.load(out).transformer.transformer_blocks
-    assert blocks[0]._compiled.get_property("INFERENCE_NUM_THREADS") == 1
+    assert blocks[0].program.shapes == "static"
+    assert blocks[0].program.compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
 def test_what_cannot_be_exported(
@@ -122,6 +126,8 @@ def test_what_cannot_be_exported(
     tiny_pixart().save_pretrained(tmp_path / "plain")
     with pytest.raises(UsageError, match="quantized; run ditq quantize"):
         api.export(tmp_path / "plain", tmp_path / "out")
+    with pytest.raises(UsageError, match="Unknown kind of shapes 'fixed'"):
+        api.export(source, tmp_path / "out", shapes="fixed")
     with pytest.raises(UsageError, match="Unknown engine to export to 'onnx'"):
         api.export(source, tmp_path / "out", engine="onnx")
     with pytest.raises(UsageError, match="exists already"):

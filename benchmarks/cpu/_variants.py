@@ -247,7 +247,7 @@ def ours(case: Case, recipe: str, engine: str, hint: str = "f32", overrides: Seq
     compile_in_place(model, case.architecture, case.call, properties=properties)
     variant = torch_variant(model)
     stacks = (module for module in model.modules() if type(module).__name__ == "CompiledStack")
-    variant.weights_bytes += sum(openvino_bytes(stack._compiled) for stack in stacks)
+    variant.weights_bytes += sum(openvino_bytes(stack.program.compiled) for stack in stacks)
     return variant
 
 

@@ -279,6 +279,7 @@ def export(
     out: str | Path,
     *,
     engine: str = "openvino",
+    shapes: str = "dynamic",
     options: Mapping[str, str | int] | None = None,
     condition: str | None = None,
     architecture: str | Path | Architecture | None = None,
@@ -291,6 +292,8 @@ def export(
 
     Args:
         source: a folder.
+        shapes: "dynamic" compiles the graphs once for calls of any size; "static" anew for each size that comes,
+            which takes seconds and is faster from then on.
         options: of the runtime by its own names, e.g. ``{"INFERENCE_NUM_THREADS": 4}``; kept in the config.
         condition: what an example call draws; any prompt or class will do.
         allow_float: takes layers that the runtime cannot execute on integers.
@@ -310,10 +313,12 @@ def export(
 
     if engine != "openvino":
         raise unknown("engine to export to", engine, ["openvino"])
+    if shapes not in ("dynamic", "static"):
+        raise unknown("kind of shapes", shapes, ["dynamic", "static"])
     folder = resolve(source)
     if not isinstance(folder, Path) or (plan := read_plan(folder)) is None:
         raise UsageError(f"{source} is no folder with a pipeline that ditq has quantized; run ditq quantize first.")
-    config = DitqConfig(plan, engine={"name": engine, "options": dict(options or {})})
+    config = DitqConfig(plan, engine={"name": engine, "shapes": shapes, "options": dict(options or {})})
     with new_folder(out) as temporary:
         with use_engine("torch"):
             pipe = load(folder)

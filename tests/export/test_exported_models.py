@@ -274,7 +274,7 @@ def test_weights_of_the_blocks_are_gone_and_the_rest_keeps_its_names(
 def test_properties_reach_openvino(torch_model: nn.Module, folder: Path, tmp_path: Path) -> None:
     model = copy.deepcopy(torch_model)
     load(folder, model, properties={"INFERENCE_NUM_THREADS": 1, "CACHE_DIR": str(tmp_path)})
-    compiled = model.transformer_blocks[0]._compiled
+    compiled = model.transformer_blocks[0].program.compiled
     assert int(compiled.get_property("INFERENCE_NUM_THREADS")) == 1
     assert int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) == 128
     assert list(tmp_path.iterdir())
@@ -520,6 +520,35 @@ def test_fractions_of_timesteps_are_not_cut_off(tmp_path: Path) -> None:
     model = exported(quantized("dit"), "dit", tmp_path)
     with pytest.raises(UsageError, match=r"timestep of shape \[any\] and dtype int64, got \[2\] and float32"):
         run(model, "dit", timestep=torch.tensor([10.5, 10.5]))
+
+
+def test_static_shapes_change_nothing_but_time(
+    torch_model: nn.Module, name: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flexible, fixed = copy.deepcopy(torch_model), copy.deepcopy(torch_model)
+    load(folder, flexible)
+    load(folder, fixed, shapes="static")
+    program = fixed.transformer_blocks[0].program
+    first = program.compiled
+    assert relative_error(run(flexible, name), run(fixed, name)) < CLOSE
+    second = program.compiled
+    assert second is not first
+    assert all(port.get_partial_shape().is_static for port in second.inputs)
+    run(fixed, name)
+    assert program.compiled is second  # the same sizes again
+    for batch in range(3, 8):
+        y = run(fixed, name, **{k: repeated(v, batch) for k, v in example_inputs(name).items()})
+        assert y.shape[0] == batch
+    assert program.shapes == "dynamic"
+    assert "called in more than 4 sizes" in caplog.text
+    assert all(port.get_partial_shape().is_dynamic for port in program.compiled.inputs)
+    last = program.compiled
+    run(fixed, name)
+    assert program.compiled is last
+
+
+def repeated(value: Any, batch: int) -> Any:
+    return value[:1].repeat(batch, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
 
 
 def test_threads_and_copies_share_a_model(stack: CompiledStack) -> None:

@@ -38,7 +38,7 @@ class DitqConfig(QuantizationConfigMixin):
 
     ``DitqConfig(recipe="rtn-w8a8")`` quantizes while loading, for recipes that need no calibration.
     ``engine`` names a runtime whose graphs lie in a folder of that name beside the weights (``ditq export``), and its
-    options: ``{"name": "openvino", "options": {"INFERENCE_NUM_THREADS": 4}}``.
+    options: ``{"name": "openvino", "shapes": "dynamic", "options": {"INFERENCE_NUM_THREADS": 4}}``.
     """
 
     def __init__(
@@ -73,19 +73,22 @@ def _checked(engine: Any) -> dict[str, Any]:
     """The ``engine`` field of a config that somebody else may have written.
 
     Raises:
-        CheckpointError: it is not ``{"name": "openvino", "options": {NAME: text or number}}``.
+        CheckpointError: it is not ``{"name": "openvino", "shapes": "dynamic", "options": {NAME: text or number}}``.
     """
     options = engine.get("options", {}) if isinstance(engine, dict) else None
+    shapes = engine.get("shapes", "dynamic") if isinstance(engine, dict) else None
     if (
         not isinstance(options, dict)
-        or engine.keys() - {"name", "options"}
+        or engine.keys() - {"name", "shapes", "options"}
         or engine.get("name") != OPENVINO
+        or shapes not in ("dynamic", "static")
         or not all(isinstance(k, str) and isinstance(v, str | int) for k, v in options.items())
     ):
         raise CheckpointError(
-            f"The config names the engine {engine!r}; known is {{'name': '{OPENVINO}', 'options': {{NAME: value}}}}."
+            f"The config names the engine {engine!r}; known is {{'name': '{OPENVINO}', "
+            "'shapes': 'dynamic' or 'static', 'options': {NAME: value}}."
         )
-    return {"name": OPENVINO, "options": options}
+    return {"name": OPENVINO, "shapes": shapes, "options": options}
 
 
 class DitqQuantizer(DiffusersQuantizer):
@@ -155,8 +158,9 @@ class DitqQuantizer(DiffusersQuantizer):
         assert self._folder is not None
         cache = cache_root() / OPENVINO
         cache.mkdir(parents=True, exist_ok=True)
-        options = {"CACHE_DIR": str(cache), **self.quantization_config.engine["options"]}
-        openvino.load(self._folder / OPENVINO, model, properties=options)
+        engine = self.quantization_config.engine
+        options = {"CACHE_DIR": str(cache), **engine["options"]}
+        openvino.load(self._folder / OPENVINO, model, properties=options, shapes=engine["shapes"])
         self.compiled = True
 
     def remember(self, model: nn.Module) -> None:

@@ -14,6 +14,9 @@ def export(
     pipeline: Annotated[str, typer.Argument(help="A folder with a pipeline that ditq has quantized.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
     engine: Annotated[str, typer.Option(help="openvino: integer kernels of the CPU.")] = "openvino",
+    shapes: Annotated[
+        str, typer.Option(help="dynamic: one graph for all sizes; static: compiled for each size, faster then.")
+    ] = "dynamic",
     options: Annotated[
         list[str] | None, typer.Option("--option", help="NAME=VALUE of the runtime, e.g. INFERENCE_NUM_THREADS=4.")
     ] = None,
@@ -37,8 +40,9 @@ def export(
             raise UsageError(f"--option takes NAME=VALUE, got {option!r}.")
         settings[name] = value
     text = api.export(
-        pipeline, out_dir, engine=engine, options=settings, architecture=architecture, allow_float=allow_float
-    )
+        pipeline, out_dir, engine=engine, shapes=shapes, options=settings, architecture=architecture,
+        allow_float=allow_float,
+    )  # fmt: skip
     if not quiet:
         out.print(text, markup=False)
         out.print(f"saved to {out_dir}", markup=False)

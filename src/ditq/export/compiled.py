@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ditq.errors import UsageError
 from ditq.export.capture import leaves
 from ditq.export.manifest import Input, Segment
+from ditq.export.program import Program
 
 _TORCH = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
@@ -23,15 +23,13 @@ class CompiledStack(nn.Module):
     output replaces. A sample with NaN in any argument is NaN in every output, as in torch: the integer
     kernels of OpenVINO would turn it into plausible numbers.
 
-    Outputs are copies. A lock serializes calls from several threads, since a request of OpenVINO serves one.
+    Copies of a model share the program and its weights, which nobody can change.
     """
 
-    def __init__(self, segment: Segment, compiled: Any, kept: dict[str, nn.Module]) -> None:
+    def __init__(self, segment: Segment, program: Program, kept: dict[str, nn.Module]) -> None:
         super().__init__()
         self.segment = segment
-        self._compiled = compiled
-        self._request = compiled.create_infer_request()
-        self._lock = threading.Lock()
+        self.program = program
         self._inputs = {spec.name: spec for spec in segment.inputs}
         for name, module in kept.items():
             _place(self, name, module)
@@ -45,11 +43,7 @@ class CompiledStack(nn.Module):
         given = self._bind(args, kwargs)
         first = given[self.segment.inputs[0].name]
         feed = {name: self._feed(given[name], spec) for name, spec in self._inputs.items()}
-        with self._lock:
-            # Inputs are read where they are; outputs are copied, the next call overwrites them.
-            results = self._request.infer(
-                {name: x.numpy() for name, x in feed.items()}, share_inputs=True, share_outputs=False
-            )
+        results = self.program(feed)
         lost = _samples_with_nan(feed.values())
         outputs = []
         for i in range(self.segment.outputs):
@@ -99,9 +93,8 @@ class CompiledStack(nn.Module):
         return value.detach().to(_TORCH[spec.dtype]).contiguous()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledStack:
-        """Shares the compiled weights, which nobody can change."""
         kept = {name: copy.deepcopy(self.get_submodule(name), memo) for name in self.segment.kept}
-        return CompiledStack(self.segment, self._compiled, kept)
+        return CompiledStack(self.segment, self.program, kept)
 
     def extra_repr(self) -> str:
         return f"{self.segment.place}, {len(self.segment.layers)} linears on OpenVINO"

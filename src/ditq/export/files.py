@@ -11,6 +11,7 @@ from ditq.engines.openvino.probe import core
 from ditq.errors import CheckpointError, UsageError
 from ditq.export.constants import keep_bf16, shrink
 from ditq.export.manifest import FILE, Segment
+from ditq.export.program import Program, Shapes
 
 MMAP = "ENABLE_MMAP"
 
@@ -25,10 +26,14 @@ def write(graph: Any, folder: Path, place: str) -> dict[str, str]:
     return {name: _digest(folder / name) for name in (path.name, path.with_suffix(".bin").name)}
 
 
-def compiled(
-    folder: Path, segment: Segment, config: Mapping[str, str], change: Callable[[Any], Any] | None = None
-) -> Any:
-    """The ``openvino.CompiledModel`` of a segment.
+def program(
+    folder: Path,
+    segment: Segment,
+    config: Mapping[str, str],
+    shapes: Shapes = "dynamic",
+    change: Callable[[Any], Any] | None = None,
+) -> Program:
+    """The compiled graph of a segment.
 
     Args:
         change: makes another graph of the one in the file.
@@ -53,7 +58,7 @@ def compiled(
     if inputs.keys() != {spec.name for spec in segment.inputs} or len(graph.outputs) != segment.outputs:
         raise CheckpointError(f"{path} does not have the inputs and outputs that {FILE} says.")
     try:
-        return core().compile_model(graph if change is None else change(graph), "CPU", dict(config))
+        return Program(graph if change is None else change(graph), config, shapes)
     except RuntimeError as error:
         raise UsageError(f"OpenVINO cannot compile {path}: {first_line(error)}") from error
 

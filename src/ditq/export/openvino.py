@@ -23,6 +23,7 @@ from ditq.export.capture import capture, parameters
 from ditq.export.compiled import CompiledStack
 from ditq.export.convert import linear_spec
 from ditq.export.manifest import Manifest, Segment
+from ditq.export.program import Program, Shapes
 from ditq.export.report import Report, examine, some
 from ditq.export.segment import chains, write_segment
 from ditq.layers import QuantizedLinear, TimestepLinear
@@ -63,7 +64,7 @@ def export(
     reasons = _float_shapes(specs, width, allow_float)
     specs |= {name: replace(specs[name], activation=None) for name in reasons}
     config = compile_config(width)
-    segments, compiled = [], []
+    segments, programs = [], []
     was_training = model.training
     model.eval()
     try:
@@ -74,14 +75,15 @@ def export(
                     model, stack, numbers, (first, second), specs, reasons, width, folder
                 )  # fmt: skip
                 segments.append(segment)
-                compiled.append(files.compiled(folder, segment, config))
-                check.run(segment.place, files.compiled(folder, segment, compile_config(0), unrounded), compiled[-1])
+                programs.append(files.program(folder, segment, config))
+                in_floats = files.program(folder, segment, compile_config(0), change=unrounded)
+                check.run(segment.place, in_floats, programs[-1])
     finally:
         model.train(was_training)
     manifest = Manifest(
         openvino=ov.__version__, architecture=architecture.name, group_size=width, segments=tuple(segments)
     )
-    report = examine(manifest, compiled, config[PRECISION], allow_float)
+    report = examine(manifest, programs, config[PRECISION], allow_float)
     manifest.write(folder)
     return report
 
@@ -91,6 +93,7 @@ def load(
     model: nn.Module,
     *,
     properties: Mapping[str, str | int] | None = None,
+    shapes: Shapes = "dynamic",
     allow_float: bool = False,
 ) -> Report:
     """Puts the compiled blocks of an exported folder into a transformer of the same class, in place of its own.
@@ -102,6 +105,7 @@ def load(
         properties: of OpenVINO, by its names: ``INFERENCE_NUM_THREADS``, ``NUM_STREAMS``, ``CACHE_DIR``
             (compiled models are kept there), ``INFERENCE_PRECISION_HINT`` (``bf16`` is faster on CPUs that have
             it, and rounds everything between the linears).
+        shapes: "static" compiles anew for the sizes of a call, see :class:`ditq.export.program.Program`.
         allow_float: takes layers that this machine cannot execute on integers.
 
     Raises:
@@ -115,10 +119,10 @@ def load(
     for segment in manifest.segments:
         _check_place(model, segment)
     config = compile_config(manifest.group_size, properties)
-    compiled = [files.compiled(folder, segment, config) for segment in manifest.segments]
-    report = examine(manifest, compiled, config[PRECISION], allow_float)
-    for segment, graph in zip(manifest.segments, compiled, strict=True):
-        _install(model, segment, graph)
+    programs = [files.program(folder, segment, config, shapes) for segment in manifest.segments]
+    report = examine(manifest, programs, config[PRECISION], allow_float)
+    for segment, program in zip(manifest.segments, programs, strict=True):
+        _install(model, segment, program)
     return report
 
 
@@ -128,6 +132,7 @@ def compile_in_place(
     call: Mapping[str, Any],
     *,
     properties: Mapping[str, str | int] | None = None,
+    shapes: Shapes = "dynamic",
     allow_float: bool = False,
 ) -> Report:
     """:func:`export` and :func:`load` without a folder that stays. Arguments and errors as there."""
@@ -135,7 +140,8 @@ def compile_in_place(
         export(model, architecture, call, folder, allow_float=allow_float)
         # Elsewhere than on Windows a deleted file stays mapped, and mapped weights need no memory of their own.
         extra = {files.MMAP: "NO"} if os.name == "nt" else {}
-        return load(folder, model, properties={**(properties or {}), **extra}, allow_float=allow_float)
+        options = {**(properties or {}), **extra}
+        return load(folder, model, properties=options, shapes=shapes, allow_float=allow_float)
 
 
 def _require_engine() -> None:
@@ -203,10 +209,10 @@ def _check_place(model: nn.Module, segment: Segment) -> None:
         )
 
 
-def _install(model: nn.Module, segment: Segment, compiled: Any) -> None:
+def _install(model: nn.Module, segment: Segment, program: Program) -> None:
     found: Any = model.get_submodule(segment.place)
     whole = isinstance(found, nn.ModuleList)
     block = found[0] if whole else found
-    stack = CompiledStack(segment, compiled, {name: block.get_submodule(name) for name in segment.kept})
+    stack = CompiledStack(segment, program, {name: block.get_submodule(name) for name in segment.kept})
     parent, _, child = segment.place.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.ModuleList([stack]) if whole else stack)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ditq.engines.openvino.probe import Execution, execution, multiplies
 from ditq.errors import DitqError
 from ditq.export.manifest import Layer, Manifest
+from ditq.export.program import Program
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-def examine(manifest: Manifest, compiled: Iterable[Any], precision: str, allow_float: bool) -> Report:
+def examine(manifest: Manifest, programs: Iterable[Program], precision: str, allow_float: bool) -> Report:
     """Probes every kernel of the model, and looks every layer up in the compiled graphs.
 
     A probe proves that a kernel multiplies integers; the graph shows that a layer still has the operands of that
@@ -58,8 +58,10 @@ def examine(manifest: Manifest, compiled: Iterable[Any], precision: str, allow_f
     """
     executions: dict[str, Execution] = {}
     failed: dict[str, list[str]] = {}
-    for segment, model in zip(manifest.segments, compiled, strict=True):
-        intact = multiplies(model, {layer.name: layer.kernel for layer in segment.layers if layer.kernel is not None})
+    for segment, program in zip(manifest.segments, programs, strict=True):
+        intact = multiplies(
+            program.compiled, {layer.name: layer.kernel for layer in segment.layers if layer.kernel is not None}
+        )
         for layer in segment.layers:
             kernel = layer.kernel
             executions[layer.name] = "float"

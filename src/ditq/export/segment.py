@@ -16,6 +16,7 @@ from ditq.export import files
 from ditq.export.capture import StackCall, leaves, parameters
 from ditq.export.convert import Chain, emulated, graph, traceable
 from ditq.export.manifest import Input, Layer, Plain, Segment
+from ditq.export.program import Program
 from ditq.layers import TimestepLinear
 from ditq.numerics import relative_error
 
@@ -36,7 +37,7 @@ class Check:
     exact: tuple[Tensor, ...]
     rounding: tuple[float, ...]
 
-    def run(self, place: str, in_floats: Any, in_integers: Any) -> None:
+    def run(self, place: str, in_floats: Program, in_integers: Program) -> None:
         """Compares a graph, compiled for either way of multiplying, with the blocks it was made of.
 
         In floats it must agree exactly: a size that the trace has frozen shows here. In integers it cannot, since
@@ -46,10 +47,9 @@ class Check:
             DitqError: they differ.
         """
         wrong = f"The OpenVINO graph of {place} does not compute what the model computes"
-        feed = {name: x.numpy() for name, x in self.inputs.items()}
-        for compiled, share in ((in_floats, 0.0), (in_integers, 1.5)):
+        for program, share in ((in_floats, 0.0), (in_integers, 1.5)):
             try:
-                results = compiled(feed)
+                results = program(self.inputs)
             except RuntimeError as error:
                 raise DitqError(f"{wrong}: it takes inputs of one size only ({files.first_line(error)}).") from error
             for i, exact in enumerate(self.exact):
