@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from _measure import has_bf16, openvino_bytes, torch_bytes, trim
@@ -228,7 +228,14 @@ MODULATION = (
 )
 
 
-def ours(case: Case, recipe: str, engine: str, hint: str = "f32", overrides: Sequence[str] = ()) -> Variant:
+def ours(
+    case: Case,
+    recipe: str,
+    engine: str,
+    hint: str = "f32",
+    overrides: Sequence[str] = (),
+    shapes: Literal["dynamic", "static"] = "static",
+) -> Variant:
     """A recipe of ditq; recipes that calibrate do so on ``case.calls``."""
     if hint == "bf16" and not has_bf16():
         raise NotRun("this CPU has no bf16 instructions")
@@ -244,8 +251,9 @@ def ours(case: Case, recipe: str, engine: str, hint: str = "f32", overrides: Seq
     from ditq.export.openvino import compile_in_place
 
     properties = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": hint}
-    compile_in_place(model, case.architecture, case.call, properties=properties)
+    compile_in_place(model, case.architecture, case.call, properties=properties, shapes=shapes)
     variant = torch_variant(model)
+    variant.run(case.call)  # compiles for its sizes
     stacks = (module for module in model.modules() if type(module).__name__ == "CompiledStack")
     variant.weights_bytes += sum(openvino_bytes(stack.program.compiled) for stack in stacks)
     return variant
@@ -272,6 +280,9 @@ REGISTRY: dict[str, Callable[[Case], Variant]] = {
     "ditq W4A8, OpenVINO": partial(ours, recipe="rtn-w4a8", engine="openvino"),
     "ditq W8A8 and modulation, OpenVINO": partial(ours, recipe="rtn-w8a8", engine="openvino", overrides=MODULATION),
     "ditq W4A8 and modulation, OpenVINO": partial(ours, recipe="rtn-w4a8", engine="openvino", overrides=MODULATION),
+    "ditq W8A8 and modulation, OpenVINO, any size": partial(
+        ours, recipe="rtn-w8a8", engine="openvino", overrides=MODULATION, shapes="dynamic"
+    ),
     "ditq W8A8, OpenVINO bf16": partial(ours, recipe="rtn-w8a8", engine="openvino", hint="bf16"),
     "ditq ViDiT-Q W8A8, OpenVINO": partial(ours, recipe="viditq-w8a8", engine="openvino"),
 }

@@ -54,12 +54,12 @@ def ours(case: Case, engine: str, bits: int, rotate: bool = False, group: int | 
     import openvino as ov
     import openvino.opset13 as op
 
-    from ditq.engines.openvino.linear import Builder
+    from ditq.engines.openvino.graph import Builder
     from ditq.engines.openvino.settings import compile_config, group_size
     from ditq.export.convert import linear_spec
 
     spec = linear_spec("linear", layer)
-    x = op.parameter([-1, -1, layer.in_features], ov.Type.f32)
+    x = op.parameter(list(case.call["x"].shape), ov.Type.f32)
     model = ov.Model([op.result(Builder().linear(x.output(0), spec))], [x], "linear")
     return openvino_variant(model, **compile_config(group_size([spec])))
 

@@ -51,7 +51,7 @@ def test_a_chain_with_two_streams() -> None:
     first = stack.blocks[0]
     assert list(leaves(first.arguments)) == ["x", "text", "rotary.0", "rotary.1", "scale"]
     assert first.arguments["x"] is CALL["x"]
-    assert (len(first.outputs), first.single) == (2, False)
+    assert (len(first.outputs), first.returns) == (2, "tuple")
 
 
 def test_modules_that_the_model_calls_itself_are_noted() -> None:

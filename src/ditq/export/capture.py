@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ditq.errors import DitqError
 
 Leaves = dict[str, Any]
+Returns = Literal["tensor", "tuple", "BaseModelOutput"]
 
 
 @dataclass
@@ -22,12 +23,12 @@ class BlockCall:
     Attributes:
         arguments: as bound to the block's forward, defaults included.
         outputs: the tensors that the block returned.
-        single: whether it returned a tensor, not a tuple.
+        returns: in what.
     """
 
     arguments: dict[str, Any]
     outputs: tuple[Tensor, ...] = ()
-    single: bool = True
+    returns: Returns = "tensor"
 
 
 @dataclass
@@ -76,30 +77,17 @@ def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
     outside: set[str] = set()
 
     def watch(i: int, block: nn.Module) -> Iterator[Any]:
-        signature, names = inspect.signature(block.forward), parameters(block)
-
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if i in calls:
                 raise DitqError(
                     f"The model calls block {stack}.{i} twice; only plain stacks of blocks can be exported."
                 )
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            variadic = {name: bound.arguments.pop(name) for name in list(bound.arguments) if name not in names}
-            if any(isinstance(extra, tuple) and extra for extra in variadic.values()):
-                raise DitqError(
-                    f"Block {stack}.{i} is called with arguments that have no name and cannot be exported."
-                )
-            keywords = {name: value for extra in variadic.values() for name, value in dict(extra).items()}
-            calls[i] = BlockCall({**bound.arguments, **keywords})
+            calls[i] = BlockCall(_bound(block, f"Block {stack}.{i}", args, kwargs))
             inside[0] += 1
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
             inside[0] -= 1
-            outputs = output if isinstance(output, tuple) else (output,)
-            if not all(isinstance(x, Tensor) for x in outputs):
-                raise DitqError(f"Block {stack}.{i} returns something else than tensors and cannot be exported.")
-            calls[i].outputs, calls[i].single = outputs, isinstance(output, Tensor)
+            calls[i].outputs, calls[i].returns = returned(output, f"Block {stack}.{i}")
 
         # Before ditq's own hooks (the folded modulation), which belong to the block.
         yield block.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
@@ -120,6 +108,55 @@ def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
     # A module that is called inside another one comes with it.
     top = {n for n in outside if not any(n.startswith(f"{other}.") for other in outside)}
     return StackCall([calls[i] for i in range(len(blocks))], top)
+
+
+@torch.no_grad()
+def capture_module(module: nn.Module, name: str, run: Callable[[], Any]) -> BlockCall:
+    """The first call of a module while ``run`` runs.
+
+    Raises:
+        DitqError: there was none, or it returned something else than tensors.
+    """
+    calls: list[BlockCall] = []
+
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not calls:
+            calls.append(BlockCall(_bound(module, name, args, kwargs), *returned(output, name)))
+
+    hook = module.register_forward_hook(after, with_kwargs=True)
+    try:
+        run()
+    finally:
+        hook.remove()
+    if not calls:
+        raise DitqError(f"{name} was not called on the example inputs.")
+    return calls[0]
+
+
+def _bound(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by the names of the module's forward, defaults included."""
+    names = parameters(module)
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    variadic = {key: bound.arguments.pop(key) for key in list(bound.arguments) if key not in names}
+    if any(isinstance(extra, tuple) and extra for extra in variadic.values()):
+        raise DitqError(f"{name} is called with arguments that have no name and cannot be exported.")
+    return {**bound.arguments, **{key: value for extra in variadic.values() for key, value in dict(extra).items()}}
+
+
+def returned(output: Any, name: str) -> tuple[tuple[Tensor, ...], Returns]:
+    """The tensors that a module returned, and in what.
+
+    Raises:
+        DitqError: something else is among them.
+    """
+    returns: Returns = "tensor" if isinstance(output, Tensor) else "tuple"
+    if isinstance(output, Mapping):  # of transformers' outputs only those with nothing but the last states
+        returns, output = "BaseModelOutput", tuple(output.values())[: 1 if set(output) == {"last_hidden_state"} else 0]
+    outputs = output if isinstance(output, tuple) else (output,)
+    if not outputs or not all(isinstance(x, Tensor) for x in outputs):
+        raise DitqError(f"{name} returns something else than tensors and cannot be exported.")
+    return outputs, returns
 
 
 def parameters(block: nn.Module) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class CompiledStack(nn.Module):
         """Of the files that it was read from: what it computes, for caches."""
         return self.segment.digests
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self._bind(args, kwargs)
         first = given[self.segment.inputs[0].name]
         feed = {name: self._feed(given[name], spec) for name, spec in self._inputs.items()}
@@ -51,7 +51,14 @@ class CompiledStack(nn.Module):
             if lost is not None and len(lost) == len(output):
                 output[lost] = torch.nan
             outputs.append(output.to(first.dtype))
-        return outputs[0] if self.segment.single else tuple(outputs)
+        return self._returned(outputs)
+
+    def _returned(self, outputs: list[Tensor]) -> Any:
+        if self.segment.returns == "BaseModelOutput":
+            from transformers.modeling_outputs import BaseModelOutput
+
+            return BaseModelOutput(last_hidden_state=outputs[0])
+        return outputs[0] if self.segment.returns == "tensor" else tuple(outputs)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """Tensor arguments by leaf name; whatever else is given must be as it was when the model was exported."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ditq.engines.openvino.graph import Builder
 from ditq.engines.openvino.linear import LinearSpec, emulate
 from ditq.engines.openvino.settings import GROUP_SIZE
-from ditq.export.capture import BlockCall, filled
+from ditq.export.capture import BlockCall, filled, returned
 from ditq.layers import QuantizedLinear
 
 # The linears that ``ditq::openvino_linear`` may name, G, and whether their inputs are rounded.
@@ -61,8 +61,7 @@ class Chain(nn.Module):
         given = dict(zip(self.names, tensors, strict=True))
         outputs: tuple[Tensor, ...] = ()
         for block in self.blocks:
-            output = block(**filled(self.example.arguments, given))
-            outputs = output if isinstance(output, tuple) else (output,)
+            outputs, _ = returned(block(**filled(self.example.arguments, given)), "a block")
             given |= {name: outputs[i] for name, i in self.link.items()}
         return outputs
 

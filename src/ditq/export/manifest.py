@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ditq.engines.openvino.linear import Activations, Kernel, Storage
 from ditq.errors import CheckpointError
+from ditq.export.capture import Returns
 from ditq.plan import first_error
 
 FORMAT_VERSION = 2
@@ -56,7 +57,7 @@ class Segment(_Strict):
         file: of the graph, in the same folder.
         parameters: names of the arguments of the block's forward, in order.
         constants: arguments that are no tensors; a call must give the same.
-        single: whether a block returns a tensor, not a tuple of ``outputs`` tensors.
+        returns: what a call returns the ``outputs`` tensors in.
         digests: of the graph's files, see :func:`ditq.export.openvino.digest`.
         kept: modules of the first block that the model calls too; they stay torch modules.
     """
@@ -67,7 +68,7 @@ class Segment(_Strict):
     inputs: tuple[Input, ...] = Field(strict=False, min_length=1)
     constants: dict[str, Plain]
     outputs: Annotated[int, Field(ge=1)]
-    single: bool
+    returns: Returns
     kept: tuple[str, ...] = Field(strict=False)
     digests: dict[Annotated[str, Field(pattern=r"^[\w.]+$")], str]
     layers: tuple[Layer, ...] = Field(strict=False)

@@ -25,7 +25,7 @@ from ditq.export.convert import linear_spec
 from ditq.export.manifest import Manifest, Segment
 from ditq.export.program import Program, Shapes
 from ditq.export.report import Report, examine, some
-from ditq.export.segment import chains, write_segment
+from ditq.export.segment import parts, write_segment
 from ditq.layers import QuantizedLinear, TimestepLinear
 
 
@@ -70,10 +70,8 @@ def export(
     try:
         for stack in architecture.stacks:
             first, second = (capture(model, stack, c) for c in variations(call, architecture, model))
-            for numbers in chains(first, second):
-                segment, check = write_segment(
-                    model, stack, numbers, (first, second), specs, reasons, width, folder
-                )  # fmt: skip
+            for part in parts(model, stack, first, second):
+                segment, check = write_segment(part, folder, specs, reasons, width)
                 segments.append(segment)
                 programs.append(files.program(folder, segment, config))
                 in_floats = files.program(folder, segment, compile_config(0), change=unrounded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ditq.engines.openvino.linear import LinearSpec
 from ditq.errors import DitqError
 from ditq.export import files
-from ditq.export.capture import StackCall, leaves, parameters
+from ditq.export.capture import BlockCall, StackCall, leaves, parameters
 from ditq.export.convert import Chain, emulated, graph, traceable
 from ditq.export.manifest import Input, Layer, Plain, Segment
 from ditq.export.program import Program
@@ -61,46 +61,69 @@ class Check:
                     )
 
 
-def chains(first: StackCall, second: StackCall) -> list[range]:
-    """Which blocks become one graph: all, if each one's output goes straight into the next; else each alone."""
-    count = len(first.blocks)
-    if first.chain() is not None and first.chain() == second.chain():
-        return [range(count)]
-    return [range(i, i + 1) for i in range(count)]
+@dataclass(frozen=True)
+class Part:
+    """Modules of a model that become one graph: blocks in a row, or a single module.
+
+    Attributes:
+        place: the module that the graph will stand for.
+        blocks: the modules by their full names.
+        calls: of the first block, of different sizes; what is equal in both is fixed.
+        link: which output of a block is which argument of the next.
+        kept: modules inside the first block that the model itself calls.
+    """
+
+    place: str
+    blocks: Mapping[str, nn.Module]
+    calls: tuple[BlockCall, BlockCall]
+    link: Mapping[str, int] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
+
+
+def parts(model: nn.Module, stack: str, first: StackCall, second: StackCall) -> list[Part]:
+    """A stack as one part, if each block's output goes straight into the next; else as one for each block."""
+    blocks: Any = model.get_submodule(stack)
+    link = first.chain()
+    chained = link is not None and link == second.chain()
+    groups = [range(len(blocks))] if chained else [range(i, i + 1) for i in range(len(blocks))]
+    return [
+        Part(
+            stack if len(numbers) == len(blocks) else f"{stack}.{numbers[0]}",
+            {f"{stack}.{i}": blocks[i] for i in numbers},
+            (first.blocks[numbers[0]], second.blocks[numbers[0]]),
+            link or {} if chained else {},
+            _kept(stack, numbers, (first, second)),
+        )
+        for numbers in groups
+    ]
 
 
 @torch.no_grad()
 def write_segment(
-    model: nn.Module,
-    stack: str,
-    numbers: range,
-    calls: tuple[StackCall, StackCall],
-    specs: Mapping[str, LinearSpec],
-    reasons: Mapping[str, str],
-    group_size: int,
+    part: Part,
     folder: Path,
+    specs: Mapping[str, LinearSpec] | None = None,
+    reasons: Mapping[str, str] | None = None,
+    group_size: int = 0,
 ) -> tuple[Segment, Check]:
-    """Converts blocks ``numbers`` of a stack into one graph and writes it.
+    """Converts a part into one graph and writes it.
 
     Args:
-        calls: of the whole stack, of different sizes; what is equal in both is fixed.
         specs: the quantized linears of the model, by name.
         reasons: why some of them have 16-bit activations although their plan says 8.
 
     Raises:
         DitqError: the blocks are called in a way that a graph cannot be.
     """
-    all_blocks: Any = model.get_submodule(stack)
-    whole = len(numbers) == len(all_blocks)
-    place = stack if whole else f"{stack}.{numbers[0]}"
-    blocks = {f"{stack}.{i}": all_blocks[i] for i in numbers}
-    call, other = (c.blocks[numbers[0]] for c in calls)
-    link = (calls[0].chain() or {}) if whole else {}
+    specs, reasons, place = specs or {}, reasons or {}, part.place
+    call, other = part.calls
     given, varied = leaves(call.arguments), leaves(other.arguments)
     if given.keys() != varied.keys():
         raise DitqError(f"{place} has other arguments in other calls; only their sizes may change.")
     # What the output replaces comes first: it gives the output its dtype.
-    tensors = sorted((name for name, v in given.items() if isinstance(v, Tensor)), key=lambda name: name not in link)
+    tensors = sorted(
+        (name for name, v in given.items() if isinstance(v, Tensor)), key=lambda name: name not in part.link
+    )
     constants = {name: value for name, value in given.items() if name not in tensors}
     for name, value in constants.items():
         if not isinstance(value, Plain) or varied[name] != value:
@@ -110,9 +133,9 @@ def write_segment(
             )
     shapes = {name: _open_shape(given[name], varied[name]) for name in tensors}
     inputs, check = ({name: _plain(values[name]) for name in tensors} for values in (given, varied))
-    linears = [spec for name, spec in specs.items() if name.startswith(tuple(f"{block}." for block in blocks))]
-    chain = Chain(list(blocks.values()), call, link, tensors)
-    with traceable(blocks, linears):
+    linears = [spec for name, spec in specs.items() if name.startswith(tuple(f"{block}." for block in part.blocks))]
+    chain = Chain(list(part.blocks.values()), call, part.link, tensors)
+    with traceable(part.blocks, linears):
         with emulated(linears, group_size):
             digests = files.write(graph(chain, inputs, shapes, linears, group_size), folder, place)
             rounded = chain(*check.values())
@@ -122,13 +145,13 @@ def write_segment(
         place=place,
         file=next(iter(digests)),
         digests=digests,
-        parameters=parameters(next(iter(blocks.values()))),
+        parameters=parameters(next(iter(part.blocks.values()))),
         inputs=tuple(Input(name=n, dtype=_dtype(inputs[n]), shape=shapes[n]) for n in tensors),
         constants=constants,
         outputs=len(call.outputs),
-        single=call.single,
-        kept=_kept(stack, numbers, calls),
-        layers=tuple(_layers(blocks, specs, reasons)),
+        returns=call.returns,
+        kept=part.kept,
+        layers=tuple(_layers(part.blocks, specs, reasons)),
     )
     return segment, Check(check, exact, tuple(map(relative_error, exact, rounded)))
 
