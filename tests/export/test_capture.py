@@ -9,8 +9,9 @@ import torch
 from helpers import example_inputs, tiny_model
 from torch import Tensor, nn
 
+from ditq.arguments import filled, leaves, parameters
 from ditq.errors import DitqError
-from ditq.export.capture import capture, filled, leaves, parameters
+from ditq.export.capture import capture
 
 
 class Block(nn.Module):

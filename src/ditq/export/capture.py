@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ditq.arguments import bound, leaves, same
 from ditq.errors import DitqError
 
-Leaves = dict[str, Any]
 Returns = Literal["tensor", "tuple", "BaseModelOutput"]
 
 
@@ -56,7 +55,7 @@ class StackCall:
                 return None
             link = {name: outputs[id(value)] for name, value in arguments.items() if id(value) in outputs}
             rest = arguments.keys() - link.keys()
-            if any(not _same(arguments[name], first[name]) for name in rest):
+            if any(not same(arguments[name], first[name]) for name in rest):
                 return None
             links.append(link)
         if any(not link or link != links[0] for link in links):
@@ -82,7 +81,7 @@ def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
                 raise DitqError(
                     f"The model calls block {stack}.{i} twice; only plain stacks of blocks can be exported."
                 )
-            calls[i] = BlockCall(_bound(block, f"Block {stack}.{i}", args, kwargs))
+            calls[i] = BlockCall(bound(block, f"Block {stack}.{i}", args, kwargs))
             inside[0] += 1
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
@@ -121,7 +120,7 @@ def capture_module(module: nn.Module, name: str, run: Callable[[], Any]) -> Bloc
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not calls:
-            calls.append(BlockCall(_bound(module, name, args, kwargs), *returned(output, name)))
+            calls.append(BlockCall(bound(module, name, args, kwargs), *returned(output, name)))
 
     hook = module.register_forward_hook(after, with_kwargs=True)
     try:
@@ -131,17 +130,6 @@ def capture_module(module: nn.Module, name: str, run: Callable[[], Any]) -> Bloc
     if not calls:
         raise DitqError(f"{name} was not called on the example inputs.")
     return calls[0]
-
-
-def _bound(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by the names of the module's forward, defaults included."""
-    names = parameters(module)
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    variadic = {key: bound.arguments.pop(key) for key in list(bound.arguments) if key not in names}
-    if any(isinstance(extra, tuple) and extra for extra in variadic.values()):
-        raise DitqError(f"{name} is called with arguments that have no name and cannot be exported.")
-    return {**bound.arguments, **{key: value for extra in variadic.values() for key, value in dict(extra).items()}}
 
 
 def returned(output: Any, name: str) -> tuple[tuple[Tensor, ...], Returns]:
@@ -159,43 +147,9 @@ def returned(output: Any, name: str) -> tuple[tuple[Tensor, ...], Returns]:
     return outputs, returns
 
 
-def parameters(block: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of a block's forward, without ``*args`` and ``**kwargs``."""
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return tuple(n for n, p in inspect.signature(block.forward).parameters.items() if p.kind not in variadic)
-
-
 def _note(outside: set[str], name: str, inside: list[int]) -> Any:
     def note(module: nn.Module, args: Any) -> None:
         if not inside[0]:
             outside.add(name)
 
     return note
-
-
-def leaves(value: Any, name: str = "") -> Leaves:
-    """Tensors and plain values of nested arguments, by dotted names: ``{"rotary.0": ..., "timestep": ...}``."""
-    if isinstance(value, Mapping):
-        items: Any = value.items()
-    elif isinstance(value, (tuple, list)):
-        items = enumerate(value)
-    else:
-        return {name: value}
-    found: Leaves = {}
-    for key, inner in items:
-        found |= leaves(inner, f"{name}.{key}" if name else str(key))
-    return found
-
-
-def filled(value: Any, new: Mapping[str, Any], name: str = "") -> Any:
-    """``value`` with the leaves that ``new`` names replaced."""
-    if isinstance(value, Mapping):
-        return {key: filled(inner, new, f"{name}.{key}" if name else str(key)) for key, inner in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(filled(inner, new, f"{name}.{i}" if name else str(i)) for i, inner in enumerate(value))
-    return new.get(name, value)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two leaves are one tensor, or equal plain values."""
-    return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else bool(a == b)

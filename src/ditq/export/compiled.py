@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditq.arguments import leaves
 from ditq.errors import UsageError
-from ditq.export.capture import leaves
 from ditq.export.manifest import Input, Segment
 from ditq.export.program import Program
 
@@ -20,7 +20,7 @@ class CompiledStack(nn.Module):
     """Stands in a model for a list of blocks, or for one.
 
     Tensors of any float dtype are computed in float32 and come back in the dtype of the argument that the
-    output replaces. A sample with NaN in any argument is NaN in every output, as in torch: the integer
+    output replaces (float32 where that is a text's tokens). A sample with NaN in any argument is NaN in every output, as in torch: the integer
     kernels of OpenVINO would turn it into plausible numbers.
 
     Copies of a model share the program and its weights, which nobody can change.
@@ -50,7 +50,7 @@ class CompiledStack(nn.Module):
             output = torch.from_numpy(results[i])
             if lost is not None and len(lost) == len(output):
                 output[lost] = torch.nan
-            outputs.append(output.to(first.dtype))
+            outputs.append(output.to(first.dtype) if first.is_floating_point() else output)
         return self._returned(outputs)
 
     def _returned(self, outputs: list[Tensor]) -> Any:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditq.arguments import filled
 from ditq.engines.openvino.graph import Builder
 from ditq.engines.openvino.linear import LinearSpec, emulate
 from ditq.engines.openvino.settings import GROUP_SIZE
-from ditq.export.capture import BlockCall, filled, returned
+from ditq.export.capture import BlockCall, returned
 from ditq.layers import QuantizedLinear
 
 # The linears that ``ditq::openvino_linear`` may name, G, and whether their inputs are rounded.

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ditq.architectures import Architecture
+from ditq.arguments import parameters
 from ditq.engines.openvino import ENGINE
 from ditq.engines.openvino.graph import unrounded
 from ditq.engines.openvino.linear import LinearSpec, why_inexact
@@ -19,7 +20,7 @@ from ditq.engines.openvino.settings import PRECISION, compile_config, group_size
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.export import files
 from ditq.export.calls import variations
-from ditq.export.capture import capture, parameters
+from ditq.export.capture import capture
 from ditq.export.compiled import CompiledStack
 from ditq.export.convert import linear_spec
 from ditq.export.manifest import Manifest, Segment

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditq.arguments import leaves, parameters
 from ditq.engines.openvino.linear import LinearSpec
 from ditq.errors import DitqError
 from ditq.export import files
-from ditq.export.capture import BlockCall, StackCall, leaves, parameters
+from ditq.export.capture import BlockCall, StackCall
 from ditq.export.convert import Chain, emulated, graph, traceable
 from ditq.export.manifest import Input, Layer, Plain, Segment
 from ditq.export.program import Program

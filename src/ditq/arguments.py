@@ -1,0 +1,63 @@
+"""Arguments of a module's call: by name, as flat leaves, and with some leaves replaced."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ditq.errors import DitqError
+
+Leaves = dict[str, Any]
+
+
+def parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, without ``*args`` and ``**kwargs``."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return tuple(n for n, p in inspect.signature(module.forward).parameters.items() if p.kind not in variadic)
+
+
+def bound(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by the names of the module's forward, defaults included.
+
+    Raises:
+        DitqError: some have no name.
+    """
+    names = parameters(module)
+    arguments = inspect.signature(module.forward).bind(*args, **kwargs)
+    arguments.apply_defaults()
+    variadic = {key: arguments.arguments.pop(key) for key in list(arguments.arguments) if key not in names}
+    if any(isinstance(extra, tuple) and extra for extra in variadic.values()):
+        raise DitqError(f"{name} is called with arguments that have no name: it cannot be called again.")
+    more = {key: value for extra in variadic.values() for key, value in dict(extra).items()}
+    return {**arguments.arguments, **more}
+
+
+def leaves(value: Any, name: str = "") -> Leaves:
+    """Tensors and plain values of nested arguments, by dotted names: ``{"rotary.0": ..., "timestep": ...}``."""
+    if isinstance(value, Mapping):
+        items: Any = value.items()
+    elif isinstance(value, (tuple, list)):
+        items = enumerate(value)
+    else:
+        return {name: value}
+    found: Leaves = {}
+    for key, inner in items:
+        found |= leaves(inner, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def filled(value: Any, new: Mapping[str, Any], name: str = "") -> Any:
+    """``value`` with the leaves that ``new`` names replaced."""
+    if isinstance(value, Mapping):
+        return {key: filled(inner, new, f"{name}.{key}" if name else str(key)) for key, inner in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(filled(inner, new, f"{name}.{i}" if name else str(i)) for i, inner in enumerate(value))
+    return new.get(name, value)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two leaves are one tensor, or equal plain values."""
+    return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else bool(a == b)
