@@ -20,7 +20,7 @@ def test_bundled_recipe_loads_and_says_what_its_name_says(name: str) -> None:
     assert r.activations is not None
     assert (r.weights.bits, r.activations.bits) == (int(weight_bits), int(activation_bits))
     assert r.activations.dynamic == ("static" not in name)
-    assert r.needs_calibration == (name.startswith(("viditq", "smoothquant", "rtn-static")))
+    assert r.needs_calibration == (name.startswith(("viditq", "smoothquant", "rtn-static", "gptq", "qdit")))
 
 
 def test_recipe_survives_its_own_json() -> None:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ditq.errors import UsageError, unknown
-from ditq.plan import TensorFormat, first_error
+from ditq.plan import Gptq, TensorFormat, first_error
 
 
 class _Strict(BaseModel):
@@ -49,13 +49,18 @@ class Balance(_Strict):
 
 
 class Calibration(_Strict):
-    """How much of the sampling trajectory is looked at."""
+    """How much of the sampling trajectory is looked at.
+
+    ``rows`` bounds the sample of every layer's input, ``calls`` is how many timesteps, chosen at random, of each
+    prompt's trajectory are kept whole, both halves of the guidance included, for what must run blocks again.
+    """
 
     prompts: Annotated[int, Field(ge=1)] = 32
     batch_size: Annotated[int, Field(ge=1)] = 8
     steps: Annotated[int, Field(ge=1)] = 20
     guidance_scale: float | None = None
     rows: Annotated[int, Field(ge=16)] = 2048
+    calls: Annotated[int, Field(ge=1)] = 1
 
 
 class Recipe(_Strict):
@@ -69,6 +74,10 @@ class Recipe(_Strict):
         roles: formats that differ for some roles, e.g. ``ffn.down``.
         balance: transforms of the inputs; calibration: what the method looks at.
         clip: range of the weights, ``minmax`` or ``mse`` (searched by squared error).
+        rounding: of the weights, ``nearest`` or ``gptq`` (block by block, on inputs from the quantized blocks
+            before; ``gptq`` holds its settings). It goes with any method and balance.
+        fit_groups: where ``group_size`` does not divide the inputs of a layer, the largest divisor below it
+            is taken; otherwise it is an error.
     """
 
     version: Literal[1] = 1
@@ -83,6 +92,9 @@ class Recipe(_Strict):
     balance: Balance = Balance()
     calibration: Calibration = Calibration()
     clip: Literal["minmax", "mse"] = "minmax"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    gptq: Gptq = Gptq()
+    fit_groups: bool = False
 
     @field_validator("keep_layers")
     @classmethod
@@ -101,6 +113,7 @@ class Recipe(_Strict):
         return (
             self.balance.smooth
             or self.balance.choose == "error"
+            or self.rounding == "gptq"
             or any(a is not None and not a.dynamic for a in static)
         )
 

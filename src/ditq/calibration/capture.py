@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ditq.architectures import Architecture, InputGroup
+from ditq.arguments import bound
+from ditq.calibration.calls import Recorder, attended, call_time
 from ditq.calibration.statistics import GroupStatistics, Statistics
 from ditq.errors import DitqError
 
@@ -19,13 +21,17 @@ class Capture:
 
     Args:
         rows: how many rows of each input to keep from one call of the transformer and one condition.
-        seed: chooses those rows; the same seed sees the same rows.
+        seed: chooses those rows, and the calls that are kept whole; the same seed sees the same ones.
+        calls: how many calls of each sample of a batch are kept whole.
     """
 
-    def __init__(self, architecture: Architecture, groups: list[InputGroup], rows: int, seed: int) -> None:
+    def __init__(
+        self, architecture: Architecture, groups: list[InputGroup], rows: int, seed: int, calls: int = 8
+    ) -> None:
         self.architecture, self.groups, self.rows, self.seed = architecture, groups, rows, seed
         self.timesteps: list[float] = []
         self.calls = 0
+        self._recorder = Recorder(architecture, calls, seed)
         self._mask: Tensor | None = None
         self._absmax: dict[str, dict[tuple[int, int], Tensor]] = {g.name: {} for g in groups}
         self._rows: dict[str, list[Tensor]] = {g.name: [] for g in groups}
@@ -44,14 +50,15 @@ class Capture:
             for handle in handles:
                 handle.remove()
 
-    def _begin_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = kwargs.get(self.architecture.forward.time)
-        time = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value if value is not None else -1)
+    def _begin_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = bound(model, type(model).__name__, args, kwargs)
+        time = call_time(self.architecture, call)
         if not self.timesteps or self.timesteps[-1] != time:
             self.timesteps.append(time)
         self.calls += 1
+        self._recorder.note(call, time)
         mask = self.architecture.forward.text_mask
-        self._mask = kwargs.get(mask) if mask else None
+        self._mask = call.get(mask) if mask else None
 
     def _observer(self, group: InputGroup) -> Any:
         def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -73,9 +80,7 @@ class Capture:
         return [halves["conditional"], halves["unconditional"]]
 
     def _record(self, name: str, condition: int, x: Tensor, mask: Tensor | None) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        if mask is not None and mask.numel() == len(rows):
-            rows = rows[mask.reshape(-1) > 0]  # padded text is never attended to
+        rows = attended(x, mask)
         largest = rows.abs().amax(0).float().cpu()
         if not torch.isfinite(largest).all():
             raise DitqError(f"The input of layer {name!r} contains NaN or Inf at timestep {self.timesteps[-1]:g}.")
@@ -105,4 +110,4 @@ class Capture:
             groups[group.name] = GroupStatistics(
                 absmax, torch.cat(self._rows[group.name]), torch.tensor(self._times[group.name])
             )
-        return Statistics(torch.tensor(self.timesteps), groups)
+        return Statistics(torch.tensor(self.timesteps), groups, self._recorder.calls())

@@ -38,7 +38,7 @@ def calibrate(
     """Statistics of every input group over the sampling trajectories of ``prompts``.
 
     Deterministic under ``seed``. Memory is bounded: maxima are [timesteps, conditions, channels], samples
-    at most about ``settings.rows`` rows a group.
+    at most about ``settings.rows`` rows a group, whole calls ``settings.calls`` a prompt.
 
     Args:
         cache: where finished batches are kept, below a name of everything that matters; by default
@@ -61,7 +61,7 @@ def calibrate(
         if path.exists():
             parts.append(Statistics.load(path))
         else:
-            capture = Capture(architecture, groups, rows, seed + i)
+            capture = Capture(architecture, groups, rows, seed + i, settings.calls)
             with capture.watching(pipe.transformer):
                 sample(
                     pipe, architecture, batch, seed=seed + i * settings.batch_size, steps=settings.steps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,7 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ditq.calibration.calls import Call, from_plain, to_plain
 from ditq.errors import CheckpointError
+
+# Before the names of tensors of calls; no layer is called so.
+_CALLS = "calls/"
 
 
 @dataclass
@@ -50,10 +54,14 @@ class GroupStatistics:
 
 @dataclass
 class Statistics:
-    """All groups of one model, by the group's name; ``timesteps`` float32 [T] in sampling order."""
+    """All groups of one model, by the group's name; ``timesteps`` float32 [T] in sampling order.
+
+    ``calls`` of the transformer that were kept whole: its arguments by name, tensors on the CPU.
+    """
 
     timesteps: Tensor
     groups: dict[str, GroupStatistics]
+    calls: list[Call] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file, under another name first: a killed run leaves no half of one."""
@@ -62,9 +70,17 @@ class Statistics:
             tensors[f"{name}/absmax"] = group.absmax
             tensors[f"{name}/sample"] = group.sample
             tensors[f"{name}/sample_time"] = group.sample_time
+        calls = []
+        for i, call in enumerate(self.calls):
+            content, own = to_plain(call, f"{_CALLS}{i}")
+            calls.append(content)
+            tensors |= own
         temporary = path.with_suffix(".tmp")
+        # Cloned, since calls of one moment may share tensors.
         save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"ditq": json.dumps({"version": 1})}
+            {k: v.clone().contiguous() for k, v in tensors.items()},
+            temporary,
+            metadata={"ditq": json.dumps({"version": 1, "calls": calls})},
         )
         os.replace(temporary, path)
 
@@ -78,12 +94,15 @@ class Statistics:
         try:
             with safe_open(path, framework="pt") as stored:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+                content = json.loads((stored.metadata() or {}).get("ditq", "{}"))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"The calibration file {path} cannot be read ({error}). Delete it and run again."
             ) from error
         try:
+            calls = [from_plain(call, tensors) for call in content.get("calls", [])]
             timesteps = tensors.pop("timesteps")
+            tensors = {key: value for key, value in tensors.items() if not key.startswith(_CALLS)}
             names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
             groups = {
                 n: GroupStatistics(*(tensors[f"{n}/{part}"] for part in ("absmax", "sample", "sample_time")))
@@ -100,11 +119,11 @@ class Statistics:
                 raise CheckpointError(
                     f"The calibration file {path} has wrong shapes for {name!r}. Delete it and run again."
                 )
-        return cls(timesteps, groups)
+        return cls(timesteps, groups, calls)
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of several batches of prompts as one: maxima of maxima, samples side by side."""
+    """Statistics of several batches of prompts as one: maxima of maxima, samples and calls side by side."""
     first = parts[0]
     groups = {}
     for name in first.groups:
@@ -114,4 +133,4 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
             torch.cat([g.sample for g in all_of]),
             torch.cat([g.sample_time for g in all_of]),
         )
-    return Statistics(first.timesteps, groups)
+    return Statistics(first.timesteps, groups, [call for part in parts for call in part.calls])

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from ditq import engines
 from ditq.engines import QuantizedWeight
-from ditq.numerics import Rotation, pack, packed_bytes, quantize, rotate, search_clip_ratio, unrotate
+from ditq.numerics import Quantized, Rotation, pack, packed_bytes, quantize, rotate, search_clip_ratio, unrotate
 from ditq.plan import LayerPlan
 
 # Buffers that keep float32 whatever dtype the model is cast to: scales of int8 weights become
@@ -30,7 +30,7 @@ class QuantizedLinear(nn.Linear):
 
     Buffers: ``qweight`` uint8 [N, ceil(K bits / 8)]; ``weight_scale`` float32 [N, G] or [1, 1];
     ``weight_zero_point`` int8 likewise (asymmetric only); ``smooth_scale`` float32 [K] (online
-    smoothing only); ``input_scale`` float32 [1, 1] (static activations only).
+    smoothing only); ``input_scale`` float32 [1, 1], or [1, G] for groups (static activations only).
     """
 
     qweight: Tensor
@@ -68,27 +68,29 @@ class QuantizedLinear(nn.Linear):
         *,
         smooth_scale: Tensor | None = None,
         input_scale: Tensor | None = None,
+        quantized: Quantized | None = None,
     ) -> QuantizedLinear:
         """Quantizes the weights of ``linear`` once, as planned.
 
         Args:
             smooth_scale: s [K] of the plan's smoothing, folded or not: the weight's columns are multiplied by it.
-            input_scale: scalar, the static activation scale (of the balanced input).
+            input_scale: static activation scales (of the balanced input), a scalar, or [1, G] for groups.
+            quantized: the balanced weight, where it was rounded already; None: it is rounded to nearest.
+
+        Raises:
+            ValueError: the plan needs a scale that is not given, or rounds in another way than to nearest and
+                the rounded weight is not given.
         """
         layer = cls(plan, dtype=linear.weight.dtype, device=linear.weight.device)
-        weight = linear.weight.float()
-        if smooth_scale is not None:
-            weight = weight * smooth_scale
-        if layer.rotation is not None:
-            weight = rotate(weight, layer.rotation)
         fmt = plan.weight
         assert fmt is not None
-        kwargs: dict[str, Any] = {
-            "symmetric": fmt.symmetric, "granularity": fmt.rows, "group_size": fmt.group_size
-        }  # fmt: skip
-        if plan.clip == "mse":
-            kwargs["clip_ratio"] = search_clip_ratio(weight, fmt.bits, **kwargs)
-        quantized = quantize(weight, fmt.bits, **kwargs)
+        if quantized is None:
+            if plan.rounding != "nearest":
+                raise ValueError(f"layer {plan.name!r} rounds its weight by {plan.rounding}, and needs it rounded")
+            weight = linear.weight.float()
+            if smooth_scale is not None:
+                weight = weight * smooth_scale
+            quantized = nearest(weight if layer.rotation is None else rotate(weight, layer.rotation), plan)
         layer.qweight.copy_(pack(quantized.codes, fmt.bits))
         layer.weight_scale.copy_(quantized.scale)
         if quantized.zero_point is not None:
@@ -100,7 +102,7 @@ class QuantizedLinear(nn.Linear):
         if "input_scale" in layer._buffers:
             if input_scale is None:
                 raise ValueError(f"layer {plan.name!r} has static activations and needs an input_scale")
-            layer.input_scale.fill_(float(input_scale))
+            layer.input_scale.copy_(input_scale)
         if linear.bias is not None and layer.bias is not None:
             layer.bias.copy_(linear.bias)
         return layer
@@ -190,6 +192,16 @@ class _StraightThrough(torch.autograd.Function):
         return gradient @ ctx.layer.weight.to(gradient.dtype), None
 
 
+def nearest(weight: Tensor, plan: LayerPlan) -> Quantized:
+    """The balanced ``weight`` [N, K] in the plan's format, each number at the nearest code."""
+    fmt = plan.weight
+    assert fmt is not None
+    kwargs: dict[str, Any] = {"symmetric": fmt.symmetric, "granularity": fmt.rows, "group_size": fmt.group_size}
+    if plan.clip == "mse":
+        kwargs["clip_ratio"] = search_clip_ratio(weight, fmt.bits, **kwargs)
+    return quantize(weight, fmt.bits, **kwargs)
+
+
 def buffers(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names, shapes and dtypes of the buffers of a planned layer; what a checkpoint is checked against."""
     fmt = plan.weight
@@ -204,5 +216,5 @@ def buffers(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     if plan.smooth is not None and plan.smooth.folded is None:
         out["smooth_scale"] = ((plan.in_features,), torch.float32)
     if plan.activation is not None and not plan.activation.dynamic:
-        out["input_scale"] = ((1, 1), torch.float32)
+        out["input_scale"] = ((1, plan.activation.groups(plan.in_features)), torch.float32)
     return out

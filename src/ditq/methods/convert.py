@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ditq.architectures import Architecture, InputGroup
+from ditq.architectures import Architecture, InputGroup, Linear
 from ditq.architectures.folding import fold
 from ditq.calibration import GroupStatistics, Statistics
+from ditq.calibration.calls import Call, call_time
 from ditq.errors import NothingQuantizedError, UsageError
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
 from ditq.methods.error import balanced, group_scale
-from ditq.numerics import incoherence
-from ditq.plan import Fold, Incoherence, LayerPlan, Plan
+from ditq.methods.gptq import round_weight, walk_blocks
+from ditq.numerics import code_range, incoherence
+from ditq.plan import MIN_GROUP_SIZE, Fold, Incoherence, LayerPlan, Plan, TensorFormat
 from ditq.recipe import Recipe
 
 Progress = Callable[[int, int], None]
@@ -31,23 +33,43 @@ def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[
     layers = []
     for linear in architecture.linears(model):
         weight, activation, reason = recipe.formats(linear.name, linear.role)
-        for fmt in (weight, activation):
-            if fmt is not None:
-                fmt.groups(linear.module.in_features)
+        weight, activation = (_fitted(fmt, linear, recipe.fit_groups) for fmt in (weight, activation))
         if weight is not None and linear.name not in quantizable:
             # Not in a stack: nothing is known about its input, so only its weight can be quantized.
             activation = None
+        rounding = recipe.rounding if weight and linear.name in quantizable else "nearest"
         layers.append(
             LayerPlan(
                 name=linear.name, role=linear.role, in_features=linear.module.in_features,
                 out_features=linear.module.out_features, bias=linear.module.bias is not None,
                 weight=weight, activation=activation, clip=recipe.clip if weight else "minmax",
+                rounding=rounding, gptq=recipe.gptq if rounding == "gptq" else None,
                 timesteps=recipe.balance.timesteps if weight and activation else None, reason=reason,
             )
         )  # fmt: skip
     if not any(layer.weight for layer in layers):
         raise NothingQuantizedError(f"Recipe {recipe.name!r} keeps all {len(layers)} linear layers in 16 bit.")
     return layers
+
+
+def _fitted(fmt: TensorFormat | None, linear: Linear, fit: bool) -> TensorFormat | None:
+    """The format with a group size that divides the inputs of the layer: the recipe's, or the largest one below.
+
+    Raises:
+        UsageError: it does not divide them, and there is none below or the recipe does not allow another.
+    """
+    if fmt is None or fmt.group_size is None:
+        return fmt
+    columns, size = linear.module.in_features, fmt.group_size
+    smaller = [g for g in range(size, MIN_GROUP_SIZE - 1, -1) if columns % g == 0]
+    if smaller and (fit or smaller[0] == size):
+        return fmt.model_copy(update={"group_size": smaller[0]})
+    try:
+        fmt.groups(columns)
+    except UsageError as error:
+        hint = "" if fit else " Or let ditq choose: fit_groups: true (--set fit_groups=true)."
+        raise UsageError(f"Layer {linear.name!r}: {error}{hint}") from error
+    return fmt
 
 
 @torch.no_grad()
@@ -82,12 +104,14 @@ def convert(
     storage = _round_to_storage(model)
 
     in_stacks = {linear.name for group in groups for linear in group.linears}
-    rest = [linear for linear in architecture.linears(model) if linear.name not in in_stacks]
+    linears = architecture.linears(model)
+    rest = [linear for linear in linears if linear.name not in in_stacks]
     clock = Clock()
+    if any(plan.timesteps for plan in plans.values()):
+        clock.attach(model, architecture.forward.time)
     done, total = 0, sum(plan.weight is not None for plan in plans.values())
     final: dict[str, LayerPlan] = {}
-    jobs = [(group, linear) for group in groups for linear in group.linears]
-    for group_or_none, linear in [*jobs, *((None, linear) for linear in rest)]:
+    for group_or_none, linear, hessian in _jobs(model, architecture, groups, plans, scales, statistics, rest, clock):
         plan = plans[linear.name]
         if plan.weight is None:
             final[plan.name] = plan
@@ -98,10 +122,13 @@ def convert(
             assert statistics is not None
             layer: nn.Module = _timestep_layer(plan, linear.module, group_or_none, statistics, clock)
         else:
-            input_scale = _static_scale(plan, seen, scale)
+            quantized = None
+            if hessian is not None:
+                plan, quantized = round_weight(linear.module, plan, scale if plan.smooth else None, hessian)
             layer = QuantizedLinear.from_linear(
-                linear.module, plan, smooth_scale=scale if plan.smooth else None, input_scale=input_scale
-            )
+                linear.module, plan, smooth_scale=scale if plan.smooth else None,
+                input_scale=_static_scale(plan, seen, scale), quantized=quantized,
+            )  # fmt: skip
         final[plan.name] = plan.model_copy(
             update={"incoherence": _incoherence(plan, linear.module, scale if plan.smooth else None, seen)}
         )
@@ -109,16 +136,44 @@ def convert(
         done += 1
         if progress:
             progress(done, total)
-    if any(plan.timesteps for plan in final.values()):
-        clock.attach(model, architecture.forward.time)
     linear_parameters = sum(plan.parameters for plan in final.values())
     return Plan(
         method=method, recipe=recipe, architecture=architecture.name, seed=seed,
         nominal_weight_bits=nominal[0], nominal_activation_bits=nominal[1],
-        layers=tuple(final.values()), folds=tuple(folds), storage_dtype=storage,
+        layers=tuple(final[linear.name] for linear in linears), folds=tuple(folds), storage_dtype=storage,
         time_argument=architecture.forward.time,
         other_parameters=_count(model, final) - linear_parameters,
     )  # fmt: skip
+
+
+def _jobs(
+    model: nn.Module,
+    architecture: Architecture,
+    groups: Sequence[InputGroup],
+    plans: Mapping[str, LayerPlan],
+    scales: Mapping[str, Tensor | None],
+    statistics: Statistics | None,
+    rest: Sequence[Linear],
+    clock: Clock,
+) -> Iterator[tuple[InputGroup | None, Linear, Tensor | None]]:
+    """Every linear with its group, if any, and the Hessian of its balanced input where GPTQ rounds it.
+
+    One is to be replaced before the next is asked for: the inputs of a block come from the quantized ones before it.
+    """
+
+    def tell(call: Call) -> None:
+        clock.now = call_time(architecture, call)
+
+    blocks: Iterable[tuple[str, dict[str, Tensor]]] = ((name, {}) for name in dict.fromkeys(g.block for g in groups))
+    if any(plan.rounding == "gptq" for plan in plans.values()):
+        assert statistics is not None  # _check_statistics has seen to it
+        blocks = walk_blocks(model, architecture, groups, plans, scales, statistics.calls, tell)
+    for block, hessians in blocks:
+        for group in groups:
+            for linear in group.linears if group.block == block else ():
+                yield group, linear, hessians.get(linear.name)
+    for linear in rest:
+        yield None, linear, None
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -158,6 +213,11 @@ def _check_statistics(
         needs = "smooths its input" if plan.smooth else "has its own integers per timestep" if plan.timesteps else ""
         if plan.activation is not None and not plan.activation.dynamic:
             needs = "has static activation scales"
+        if plan.rounding == "gptq" and (statistics is None or not statistics.calls or group is None):
+            raise UsageError(
+                f"Layer {name!r} is rounded by GPTQ: "
+                + ("calls of the transformer are needed, pass prompts." if group else "its input is not known.")
+            )
         if needs and (statistics is None or group is None or group.name not in statistics.groups):
             raise UsageError(f"Layer {name!r} {needs}: calibration of its input is needed, pass prompts.")
         folded = plan.smooth.folded if plan.smooth else None
@@ -200,18 +260,19 @@ def _fold(
 def _static_scale(
     plan: LayerPlan, seen: GroupStatistics | None, scale: Tensor | None, between: tuple[int, int] | None = None
 ) -> Tensor | None:
-    """Scale of a static per-tensor activation format: the largest balanced input seen over 2^(b-1) - 1."""
+    """Scales [1, G] of a static activation format: the largest balanced input seen over its largest code."""
     if plan.activation is None or plan.activation.dynamic:
         return None
     if seen is None:
         raise UsageError(f"Layer {plan.name!r} has static activation scales: calibration is needed, pass prompts.")
     if plan.rotate is None:
         largest = seen.absmax.amax((0, 1)) / (scale.cpu() if scale is not None and plan.smooth else 1.0)
-        top = largest.max()
     else:
         x = balanced(seen.rows(between), scale.cpu() if scale is not None else None, plan.rotate, weight=False)
-        top = x.abs().max()
-    return top.clamp_min(1e-12) / (2 ** (plan.activation.bits - 1) - 1)
+        largest = x.abs().amax(0)
+    _, top = code_range(plan.activation.bits, plan.activation.symmetric)
+    groups = largest.reshape(1, plan.activation.groups(plan.in_features), -1)  # [1, G, g]
+    return groups.amax(-1).clamp_min(1e-12) / top
 
 
 def _timestep_layer(

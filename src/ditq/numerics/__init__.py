@@ -2,6 +2,7 @@
 
 from ditq.numerics.clipping import search_clip_ratio
 from ditq.numerics.error import relative_error, sqnr_db
+from ditq.numerics.gptq import add_inputs, gptq, output_errors
 from ditq.numerics.hadamard import (
     Rotation,
     hadamard_matrix,
@@ -31,16 +32,19 @@ __all__ = [
     "Granularity",
     "Quantized",
     "Rotation",
+    "add_inputs",
     "channel_imbalance",
     "check_finite",
     "code_range",
     "dequantize",
     "fake_quantize",
+    "gptq",
     "group_view",
     "hadamard_matrix",
     "incoherence",
     "is_supported",
     "largest_block",
+    "output_errors",
     "pack",
     "packed_bytes",
     "quantize",

@@ -1,0 +1,171 @@
+"""GPTQ on a transformer: block by block, each on the inputs that the already quantized blocks before it give.
+
+The Hessian of a linear is that of its balanced input (smoothed, rotated), which is what its integer weight is
+multiplied with; all Hessians of one block are found in one pass over the kept calls, as in the GPTQ and Q-DiT
+code. Rounding is independent of how the balance was chosen: any recipe may say ``rounding: gptq``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditq.architectures import Architecture, InputGroup
+from ditq.calibration.blocks import BlockWalk
+from ditq.calibration.calls import Call, attended
+from ditq.layers.quantized_linear import nearest
+from ditq.methods.error import balanced
+from ditq.methods.rtn import RoundToNearest
+from ditq.numerics import Quantized, add_inputs, dequantize, gptq, output_errors
+from ditq.plan import Gptq, LayerPlan
+
+Hessians = dict[str, Tensor]
+
+
+class GPTQ(RoundToNearest):
+    """No balance: what GPTQ does by itself is in the recipe's ``rounding``."""
+
+    name = "gptq"
+
+
+METHOD = GPTQ()
+
+
+def walk_blocks(
+    model: nn.Module,
+    architecture: Architecture,
+    groups: Sequence[InputGroup],
+    plans: Mapping[str, LayerPlan],
+    scales: Mapping[str, Tensor | None],
+    calls: Sequence[Call],
+    tell: Callable[[Call], None],
+) -> Iterator[tuple[str, Hessians]]:
+    """Each block in the order of its call, with the Hessians of its layers that GPTQ rounds.
+
+    The caller quantizes a block before it asks for the next one.
+
+    Args:
+        groups: of the model, whose norms and value projections are folded already.
+        scales: smoothing scale of each group, by its name.
+        calls: kept calls of the transformer, see :class:`ditq.calibration.Statistics`.
+        tell: see :class:`BlockWalk`.
+    """
+    names = list(dict.fromkeys(group.block for group in groups))
+    walk = BlockWalk(model, names, calls, tell)
+    last = max(
+        (i for i, name in enumerate(walk.order) for layer in _rounded(groups, plans, name) if layer), default=-1
+    )
+    for i, name in enumerate(walk.order):
+        hessians: Hessians = {}
+        if i <= last:
+            walk.enter(name)
+            if _rounded(groups, plans, name):
+                hessians = _hessians(walk, model, architecture, [g for g in groups if g.block == name], plans, scales)
+        yield name, hessians
+
+
+def _rounded(groups: Iterable[InputGroup], plans: Mapping[str, LayerPlan], block: str) -> list[LayerPlan]:
+    layers = (plans[linear.name] for group in groups if group.block == block for linear in group.linears)
+    return [layer for layer in layers if layer.rounding == "gptq"]
+
+
+def _hessians(
+    walk: BlockWalk,
+    model: nn.Module,
+    architecture: Architecture,
+    groups: Sequence[InputGroup],
+    plans: Mapping[str, LayerPlan],
+    scales: Mapping[str, Tensor | None],
+) -> Hessians:
+    """Hessians of the balanced inputs of the layers of one block; layers of the same input and balance share one."""
+    found: Hessians = {}
+    mask: list[Tensor | None] = [None]
+    with _observed(groups, plans, scales, found, mask):
+        for call in walk.run():
+            argument = architecture.forward.text_mask
+            mask[0] = call.get(argument) if argument else None
+    return found
+
+
+@contextmanager
+def _observed(
+    groups: Sequence[InputGroup],
+    plans: Mapping[str, LayerPlan],
+    scales: Mapping[str, Tensor | None],
+    found: Hessians,
+    mask: list[Tensor | None],
+) -> Iterator[None]:
+    """Inside, inputs of linears add to their Hessians, and linears behind a folded norm compute what they should."""
+    handles = []
+    try:
+        for group in groups:
+            scale = scales[group.name]
+            shared: dict[Any, Tensor] = {}
+            for linear in group.linears:
+                plan = plans[linear.name]
+                if plan.rounding == "gptq":
+                    key = (plan.smooth, plan.rotate)
+                    if key not in shared:
+                        width = plan.in_features
+                        shared[key] = torch.zeros(width, width, device=linear.module.weight.device)
+                        online = scale if plan.smooth and plan.smooth.folded is None else None
+                        text = group.input.online == "text"
+                        hook = _observer(shared[key], plan, online, mask if text else [None])
+                        handles.append(linear.module.register_forward_pre_hook(hook))
+                    found[linear.name] = shared[key]
+                if plan.smooth and plan.smooth.folded and scale is not None:
+                    handles.append(linear.module.register_forward_pre_hook(_unfolded(scale)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _observer(hessian: Tensor, plan: LayerPlan, scale: Tensor | None, mask: list[Tensor | None]) -> Any:
+    def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = attended(args[0], None if mask[0] is None else mask[0].to(args[0].device))
+        add_inputs(hessian, balanced(rows, scale, plan.rotate, weight=False))
+
+    return observe
+
+
+def _unfolded(scale: Tensor) -> Any:
+    """The input as it was: the weight is multiplied by the scale only when it is quantized."""
+
+    def multiply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] * scale.to(args[0].dtype), *args[1:])
+
+    return multiply
+
+
+def round_weight(
+    linear: nn.Linear, plan: LayerPlan, scale: Tensor | None, hessian: Tensor
+) -> tuple[LayerPlan, Quantized]:
+    """The integers of a layer, and its plan with what GPTQ gained; or rounded to nearest, where it gained nothing.
+
+    Args:
+        scale: smoothing scale [K] of the plan's smoothing, folded or not.
+        hessian: of the balanced input.
+    """
+    fmt, settings = plan.weight, plan.gptq or Gptq()
+    assert fmt is not None
+    weight = balanced(linear.weight.detach(), scale, plan.rotate, weight=True)
+    simple = nearest(weight, plan)
+    rounded = gptq(
+        weight, hessian, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size,
+        clip=plan.clip == "mse", damping=settings.damping, order=settings.order, block=settings.block,
+    )  # fmt: skip
+    before, after = (
+        float(output_errors(weight - dequantize(q, fmt.rows, fmt.group_size), hessian).sum())
+        for q in (simple, rounded)
+    )
+    if not after < before:
+        reason = "rounded to nearest: GPTQ did not lower the output error on the calibration inputs"
+        return plan.model_copy(update={"rounding": "nearest", "gptq": None, "reason": reason}), simple
+    gain = round(10 * math.log10(before / max(after, 1e-30)), 2)
+    return plan.model_copy(update={"rounding_gain": gain}), rounded

@@ -1,0 +1,187 @@
+"""GPTQ (Frantar et al. 2023, arXiv 2210.17323): columns are rounded in turn, later ones make up for the error."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ditq.numerics.clipping import search_clip_ratio
+from ditq.numerics.uniform import (
+    Granularity,
+    Quantized,
+    check_finite,
+    code_range,
+    dequantize,
+    quantize,
+    scale_and_zero_point,
+)
+
+Order = Literal["natural", "activation"]
+
+# Rows of inputs that are converted to float32 at once.
+_CHUNK = 8192
+
+# Float32 sums of squared errors differ in the sixth digit; a gain below this is none.
+_MARGIN = 1e-4
+
+
+def add_inputs(hessian: Tensor, x: Tensor) -> None:
+    """Adds 2 X^T X to ``hessian`` in place: that of ||X (W - Q)^T||^2 for one row of W.
+
+    Args:
+        hessian: float32 or float64 [K, K].
+        x: inputs [R, K], any float dtype; R may be 0.
+    """
+    for rows in x.split(_CHUNK):
+        rows = rows.to(hessian.dtype)
+        hessian.addmm_(rows.T, rows, alpha=2)
+
+
+def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    """||X d^T||^2 of each row d of ``difference`` [N, K] by the Hessian of X; float64 [N]."""
+    d = difference.to(hessian.dtype)
+    return ((d @ hessian) * d).sum(1, dtype=torch.float64) / 2
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    *,
+    symmetric: bool = True,
+    granularity: Granularity = "row",
+    group_size: int | None = None,
+    clip: bool = False,
+    damping: float = 0.01,
+    order: Order = "natural",
+    block: int = 128,
+) -> Quantized:
+    """Rounds so that ||X (W - Q)^T||^2 becomes small rather than ||W - Q||^2.
+
+    Scales per tensor and per row come from the weights as they were. Those of a group come from the weights
+    as they are when the first of its columns is next, errors of earlier columns made up for; with the order
+    "activation", which takes the columns of one group at different times, from the weights as they were. The
+    layout of codes and scales is that of ``quantize``, whatever the order.
+
+    A row that ends up no better than rounded to nearest is rounded to nearest, so that the output error on
+    the inputs of ``hessian`` is never above that of ``quantize``, for any row.
+
+    Args:
+        weight: [N, K], any real dtype; computed in float32.
+        hessian: 2 X^T X, float32 or float64 [K, K], see :func:`add_inputs`.
+        clip: whether ranges are narrowed by ``search_clip_ratio``.
+        damping: what is added to the diagonal of the Hessian, in parts of its mean. Inputs that were never
+            seen other than zero cause no feedback, their columns are rounded to nearest.
+        order: "natural", or "activation": columns of large inputs first.
+        block: how many columns are compensated at once; a matter of speed.
+
+    Raises:
+        ValueError: as ``quantize``; or a Hessian of another shape, or with NaN or Inf; or a ``damping`` or a
+            ``block`` that is not positive.
+    """
+    rows, columns = weight.shape
+    if hessian.shape != (columns, columns):
+        raise ValueError(f"hessian must be [{columns}, {columns}], got {list(hessian.shape)}")
+    if not damping > 0 or block < 1:
+        raise ValueError(f"damping and block must be positive, got {damping} and {block}")
+    check_finite(hessian, "hessian")
+    weight = weight.float()
+
+    def grid(x: Tensor, granularity: Granularity, group_size: int | None) -> tuple[Tensor, Tensor | None]:
+        ratio: Tensor | float = 1.0
+        if clip:
+            ratio = search_clip_ratio(
+                x, bits, symmetric=symmetric, granularity=granularity, group_size=group_size
+            )  # fmt: skip
+        return scale_and_zero_point(
+            x, bits, symmetric=symmetric, granularity=granularity, group_size=group_size, clip_ratio=ratio
+        )
+
+    static = grid(weight, granularity, group_size)
+    nearest = quantize(
+        weight, bits, symmetric=symmetric, granularity=granularity, group_size=group_size,
+        scale=static[0], zero_point=static[1],
+    )  # fmt: skip
+    nearest = Quantized(nearest.codes, *static)
+    if not bool(hessian.diagonal().sum() > 0):
+        return nearest
+    size = group_size or columns
+    found_late = granularity == "group" and order == "natural"
+    taken = hessian.diagonal().argsort(descending=True) if order == "activation" else None
+    permuted = hessian if taken is None else hessian[taken][:, taken]
+    factor = _inverse_factor(permuted, damping)
+    # Transposed, since columns are what is worked on.
+    left = (weight if taken is None else weight[:, taken]).T.contiguous()  # [K, N]
+    scale = static[0].expand(rows, -1).T.clone()  # [G, N]
+    zero = torch.zeros_like(scale) if static[1] is None else static[1].expand(rows, -1).T.float()
+    codes = torch.empty_like(left)
+    bottom, top = code_range(bits, symmetric)
+    group_of = (torch.arange(columns) if taken is None else taken.cpu()).div(size, rounding_mode="floor").tolist()
+    # A group whose scale is found late must not reach beyond the columns that are up to date.
+    step = max(block // size * size, size) if found_late else block
+    for begin in range(0, columns, step):
+        end = min(begin + step, columns)
+        errors = torch.empty_like(left[begin:end])
+        for i in range(begin, end):
+            group = group_of[i]
+            if found_late and i % size == 0:
+                found = grid(left[i : i + size].T, "row", None)
+                scale[group] = found[0][:, 0]
+                if found[1] is not None:
+                    zero[group] = found[1][:, 0].float()
+            w, s, z = left[i], scale[group], zero[group]
+            code = torch.clamp((w / s).round_().add_(z), bottom, top, out=codes[i])
+            error = torch.div(w - (code - z) * s, factor[i, i], out=errors[i - begin])
+            left[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
+        left[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    back = codes.T.to(torch.int8)
+    if taken is not None:
+        back = torch.empty_like(back).index_copy_(1, taken, back)
+    found_scale, found_zero = scale.T.contiguous(), zero.T.contiguous().to(torch.int16)
+    if granularity == "tensor":
+        found_scale, found_zero = found_scale[:1], found_zero[:1]
+    compensated = Quantized(back, found_scale, None if symmetric else found_zero)
+    return _better_rows(weight, hessian, nearest, compensated, granularity, group_size)
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper triangular U with H^-1 = U^T U for the damped H, float32 [K, K]; row i holds the feedback of column i.
+
+    By one decomposition of H itself: H = M M^T with M upper triangular (Cholesky from the last row up), U = M^-1.
+    """
+    h = hessian.double().flip(0, 1)
+    diagonal = h.diagonal()
+    added = damping * float(diagonal.mean())
+    diagonal.add_(added)
+    lower, failed = torch.linalg.cholesky_ex(h)
+    while bool(failed):  # inputs of low rank need more than the least damping
+        diagonal.add_(9 * added)
+        added *= 10
+        lower, failed = torch.linalg.cholesky_ex(h)
+    upper = lower.flip(0, 1)
+    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True).float()
+
+
+def _better_rows(
+    weight: Tensor,
+    hessian: Tensor,
+    nearest: Quantized,
+    compensated: Quantized,
+    granularity: Granularity,
+    group_size: int | None,
+) -> Quantized:
+    """Row by row the one with the smaller output error, ``nearest`` where they hardly differ."""
+    before, after = (
+        output_errors(weight - dequantize(q, granularity, group_size), hessian) for q in (nearest, compensated)
+    )
+    better = (after < before * (1 - _MARGIN))[:, None]
+    codes = torch.where(better, compensated.codes, nearest.codes)
+    if granularity == "tensor":  # one scale, the same in both
+        return Quantized(codes, nearest.scale, nearest.zero_point)
+    zero = None
+    if nearest.zero_point is not None and compensated.zero_point is not None:
+        zero = torch.where(better, compensated.zero_point, nearest.zero_point)
+    return Quantized(codes, torch.where(better, compensated.scale, nearest.scale), zero)
