@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ditq.checkpoint.registration import register as _register
 
 if TYPE_CHECKING:
-    from ditq.api import Result, load, quantize, save
+    from ditq.api import Result, load, quantize, save, search
     from ditq.checkpoint.backend import DitqConfig
     from ditq.comparison import Comparison, compare
     from ditq.engines import use_engine
@@ -32,6 +32,7 @@ _HOME = {
     "quantize": "ditq.api",
     "load": "ditq.api",
     "save": "ditq.api",
+    "search": "ditq.api",
     "compare": "ditq.comparison",
     "Result": "ditq.api",
     "Comparison": "ditq.comparison",
@@ -62,6 +63,7 @@ __all__ = [
     "load",
     "quantize",
     "save",
+    "search",
     "use_engine",
 ]
 

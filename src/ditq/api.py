@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq import architectures, engines
+from ditq import allocation, architectures, engines
+from ditq.allocation import SearchResult
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate
 from ditq.calibration.capture import Capture
@@ -59,6 +60,7 @@ def quantize(
     prompts: Sequence[str] | None = None,
     calibrate_with: Callable[[nn.Module], None] | None = None,
     statistics: Statistics | None = None,
+    calibration: Calibration | None = None,
     overrides: Sequence[str] = (),
     seed: int = 0,
     architecture: str | Path | Architecture | None = None,
@@ -74,6 +76,7 @@ def quantize(
         prompts: what calibration draws: prompts, or class names or numbers for a class-conditional pipeline.
         calibrate_with: for a bare transformer: a function that runs it on representative inputs.
         statistics: finished statistics, instead of calibrating here.
+        calibration: how to calibrate for a Plan that needs it; a recipe says so itself.
         overrides: ``key=value`` assignments to recipe fields.
         architecture: name or YAML file, where the transformer's class is not known to ditq.
         cache, resume: see :func:`ditq.calibration.calibrate`.
@@ -102,9 +105,10 @@ def quantize(
     seconds: dict[str, float] = {}
     model.eval()
 
-    if statistics is None and (wanted.needs_calibration if wanted else _needs_statistics(plan_given)):
+    asked = wanted or plan_given
+    if statistics is None and asked is not None and asked.needs_calibration:
         begin = time.perf_counter()
-        settings = wanted.calibration if wanted else Calibration()
+        settings = wanted.calibration if wanted else calibration or Calibration()
         if pipe is not model and prompts is not None:
             if not [p for p in prompts if str(p).strip()]:
                 raise UsageError("There are no calibration prompts: the list is empty.")
@@ -139,6 +143,36 @@ def quantize(
     return Result(model, plan, seconds, engine_of(model, plan))
 
 
+def search(
+    pipe: Any,
+    recipe: str | Path | Recipe = "qdit-w4a8",
+    prompts: Sequence[str] = (),
+    *,
+    overrides: Sequence[str] = (),
+    architecture: str | Path | Architecture | None = None,
+    **options: Any,
+) -> SearchResult:
+    """Finds a group size for every linear layer; carry ``result.plan`` out on a fresh pipeline with :func:`quantize`.
+
+    Args:
+        pipe: a 16-bit pipeline. It is used up: its transformer is left as the best candidate, rounded to nearest.
+        recipe, overrides: formats and balance of the layers, see :func:`quantize`.
+        prompts: what every candidate draws: prompts, or class names or numbers.
+        options: of :func:`ditq.allocation.search`: strategy, trials, sizes, budget, fitness, storage, seed ...
+
+    Raises:
+        UsageError, DitqError: see :func:`ditq.allocation.search`.
+    """
+    if getattr(pipe.transformer, "is_quantized", False):
+        raise UsageError("This pipeline is quantized already; load the 16-bit one.")
+    arch = architectures.load(architecture) if architecture else architectures.match(pipe.transformer)
+    check_weights(pipe.transformer)
+    pipe.transformer.eval()
+    result = allocation.search(pipe, arch, load_recipe(recipe).override(list(overrides)), prompts, **options)
+    attach(pipe.transformer, result.candidate)
+    return result
+
+
 def _keep_labels(pipe: Any) -> None:
     """Class names would be lost on saving: DiTPipeline reads them from its index, but does not write them."""
     labels: dict[str, int] = getattr(pipe, "labels", None) or {}
@@ -154,13 +188,6 @@ def check_weights(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         if p.is_floating_point() and not bool(torch.isfinite(p).all()):
             raise DitqError(f"Weight {name!r} of {type(model).__name__} contains NaN or Inf; nothing was quantized.")
-
-
-def _needs_statistics(plan: Plan | None) -> bool:
-    return plan is not None and any(
-        layer.smooth is not None or (layer.activation is not None and not layer.activation.dynamic)
-        for layer in plan.quantized
-    )
 
 
 def engine_of(model: nn.Module, plan: Plan) -> str:

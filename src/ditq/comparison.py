@@ -247,7 +247,7 @@ def compare(
         del pipe
         gc.collect()
     if network == "auto" and isinstance(reference, str) and reference.startswith("bundled:"):
-        network, real = BUNDLED_NETWORK, real or _bundled_real()
+        network, real = BUNDLED_NETWORK, real or bundled_real()
     if isinstance(real, Path):
         picture = first.samples.images[0]
         real = from_folder(real, (picture[0] if first.samples.is_video else picture).size)
@@ -285,7 +285,7 @@ def _model_report(
     )
 
 
-def _bundled_real() -> Real | None:
+def bundled_real() -> Real | None:
     """The artwork that the bundled models learned, as their network sees it."""
     import ditq_bundled
 

@@ -268,6 +268,16 @@ class Plan(_Frozen):
         return tuple(layer for layer in self.layers if layer.weight is None)
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether carrying it out takes statistics of the inputs."""
+        return any(
+            layer.smooth is not None
+            or layer.rounding == "gptq"
+            or (layer.activation is not None and not layer.activation.dynamic)
+            for layer in self.quantized
+        )
+
+    @property
     def average_bits(self) -> float:
         """Bits of a weight, averaged over all parameters of the transformer, 16-bit ones included."""
         linear = sum(layer.parameters for layer in self.layers)

@@ -128,21 +128,22 @@ def pick_prompts(
 
 
 @contextmanager
-def progress_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A callback (stage, done, total) that shows one bar a stage on stderr; None if quiet."""
+def progress_bars(quiet: bool) -> Iterator[Callable[..., None] | None]:
+    """A callback (stage, done, total, note="") that shows one bar a stage on stderr; None if quiet."""
     if quiet:
         yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     bars: dict[str, Any] = {}
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("{task.fields[note]}"))  # fmt: skip
     with Progress(*columns, console=err) as progress:
 
-        def show(stage: str, done: int, total: int) -> None:
+        def show(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=total)
-            progress.update(bars[stage], completed=done, total=total)
+                bars[stage] = progress.add_task(stage, total=total, note=note)
+            progress.update(bars[stage], completed=done, total=total, note=note)
 
         yield show
 

@@ -154,7 +154,7 @@ def measure(
             elsewhere = next((f"It is for a {m.medium}." for m in MEASURES if m.description.name == name), "")
             raise unknown("metric", name, known, elsewhere)
     chosen = list(known.values()) if metrics == "all" else [known[name] for name in metrics]
-    look = _network(network)
+    look = feature_network(network)
     views = {name: View(samples, look, _clip) for name, samples in {"": reference, **models}.items()}
     found = Measurement({name: {} for name in views}, {name: {} for name in models}, [], {}, [], {})
     estimates: dict[str, dict[str, distribution.Estimate]] = {name: {} for name in views}
@@ -176,7 +176,12 @@ def measure(
     return found
 
 
-def _network(name: str) -> Callable[[], Extractor]:
+def feature_network(name: str) -> Callable[[], Extractor]:
+    """Finds a network when it is needed; ``auto`` is the first of ``NETWORKS`` whose weights are here.
+
+    Raises:
+        UsageError: there is none of this name (at once).
+    """
     if name != "auto" and name not in extractors.names():
         raise unknown("feature network", name, extractors.names())
 

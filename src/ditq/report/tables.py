@@ -38,6 +38,10 @@ def layer_json(layer: LayerPlan) -> dict[str, Any]:
             "weights": layer.weight.granularity if layer.weight else None,
             "activations": layer.activation.granularity if layer.activation else None,
         },
+        "group_size": {
+            "weights": layer.weight.group_size if layer.weight else None,
+            "activations": layer.activation.group_size if layer.activation else None,
+        },
         "balance": layer.balance,
         "rounding": layer.rounding if layer.weight else None,
         "incoherence": layer.incoherence.model_dump() if layer.incoherence else None,
@@ -60,9 +64,16 @@ def plan_table(plan: Plan, *, full: bool = True) -> Table:
     for role, layers in by_role.items():
         balances = [x.balance.split(" ")[0] + ("+rotate" if x.smooth and x.rotate else "") for x in layers]
         counts = ", ".join(f"{balances.count(b)} {b}" for b in dict.fromkeys(balances)) if layers[0].weight else ""
-        cells = _cells(layers[0])
-        table.add_row(f"{role} ({len(layers)})", cells[0], cells[1], counts, _mean_incoherence(layers), cells[4])
+        weights, activations = (_counted([_cells(layer)[i] for layer in layers]) for i in (0, 1))
+        reason = _cells(layers[0])[4]
+        table.add_row(f"{role} ({len(layers)})", weights, activations, counts, _mean_incoherence(layers), reason)
     return table
+
+
+def _counted(texts: list[str]) -> str:
+    """One text if all are equal, else each with how often it is there."""
+    distinct = sorted(set(texts))
+    return distinct[0] if len(distinct) == 1 else "\n".join(f"{texts.count(text)} {text}" for text in distinct)
 
 
 def _cells(layer: LayerPlan) -> tuple[str, str, str, str, str]:

@@ -1,0 +1,14 @@
+"""Which layer gets which group size: the space, its cost, the searches, and the study they run in."""
+
+from ditq.allocation.candidates import Candidates
+from ditq.allocation.evolution import Evolution
+from ditq.allocation.fitness import LATENT, Fitness, latent_error_db
+from ditq.allocation.rivals import Fixed, integer_program, layer_errors, uniform_genomes
+from ditq.allocation.search import SearchResult, search
+from ditq.allocation.space import SIZES, Space
+from ditq.allocation.study import Trials, run
+
+__all__ = [
+    "LATENT", "SIZES", "Candidates", "Evolution", "Fitness", "Fixed", "SearchResult", "Space", "Trials",
+    "integer_program", "latent_error_db", "layer_errors", "run", "search", "uniform_genomes",
+]  # fmt: skip

@@ -1,0 +1,363 @@
+"""A search in an Optuna study: resumable, and shared by any number of processes without a coordinator.
+
+Optuna's storage hands out trial numbers, one to one process. The number of a trial is its *slot* in the search, and
+which individual a slot stands for follows from the seed and from the results of earlier generations alone. So every
+process knows what to do from what it took, nothing is evaluated twice, and the result depends neither on the number
+of processes nor on when they were killed.
+
+A process shows that it is alive by a counter on its trials. Others that see a counter stand still for ``patience``
+seconds of their own clock give the slot out again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ditq.allocation.evolution import Scored
+from ditq.allocation.space import Genome, Space
+from ditq.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import optuna
+
+NAME = "ditq-search"
+PATIENCE = 30.0  # seconds without a sign of life
+POLL = 0.2  # seconds between looks at a storage while there is nothing to do
+
+# Keys of user attributes: of the study its identity; of a trial the slot it repeats, and its counter.
+IDENTITY, REPEATS, ALIVE = "identity", "repeats", "alive"
+
+
+class Strategy(Protocol):
+    """How individuals are found."""
+
+    def generation(
+        self, number: int, space: Space, scored: Sequence[Scored], seen: Collection[Genome], random: Random
+    ) -> list[Genome]:
+        """New individuals from all earlier ones, by a pure function; an empty list where there are no more."""
+
+
+class NotYet(Exception):  # noqa: N818
+    """A slot whose individual depends on results that are still missing."""
+
+
+@dataclass
+class Schedule:
+    """Which individual each slot of a search stands for."""
+
+    strategy: Strategy
+    space: Space
+    seed: int
+    generations: list[list[Genome]] = field(default_factory=list)
+
+    def genome(self, slot: int, values: Mapping[int, float]) -> Genome | None:
+        """The individual of a slot; None where the space has fewer.
+
+        Args:
+            values: fitness by slot, as far as it is known.
+
+        Raises:
+            NotYet: an earlier generation is not complete.
+        """
+        start, number = 0, 0
+        while True:
+            if number == len(self.generations):
+                if any(s not in values for s in range(start)):
+                    raise NotYet
+                seen = [genome for members in self.generations for genome in members]
+                scored = [(genome, values[s]) for s, genome in enumerate(seen)]
+                random = Random(f"{self.seed}/{number}")
+                self.generations.append(self.strategy.generation(number, self.space, scored, seen, random))
+            members = self.generations[number]
+            if slot < start + len(members):
+                return members[slot - start]
+            if not members:
+                return None
+            start, number = start + len(members), number + 1
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What a search has found.
+
+    Attributes:
+        scored: every individual with its fitness, in the order of slots.
+        evaluated: how many of them this process evaluated.
+    """
+
+    scored: tuple[Scored, ...]
+    evaluated: int
+
+    @property
+    def best(self) -> Scored:
+        """The individual with the smallest fitness, the earliest of equals."""
+        return min(self.scored, key=lambda individual: individual[1])
+
+
+def run(
+    space: Space,
+    strategy: Strategy,
+    evaluate: Callable[[Genome], float],
+    *,
+    trials: int,
+    seed: int = 0,
+    storage: str | Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    patience: float = PATIENCE,
+    on_trial: Callable[[int, int, float], None] | None = None,
+) -> Trials:
+    """Evaluates ``trials`` individuals, or all there are, together with all other processes on the storage.
+
+    Returns when all are evaluated, here or elsewhere. Called again with more ``trials`` it goes on.
+
+    Args:
+        evaluate: fitness, smaller is better; must not depend on anything but the genome and ``identity``.
+        storage: a file, made if it is missing (on a folder that machines share, it is for all of them); or the URL
+            of a database. None: memory.
+        identity: what the fitness depends on. A storage with another identity is refused.
+        patience: seconds after which a process that shows no sign of life counts as dead.
+        on_trial: called with (evaluated by all processes, trials, best fitness so far).
+
+    Raises:
+        UsageError: Optuna is not installed; the storage belongs to another search, or is no storage.
+    """
+    study = open_study(storage, json.loads(json.dumps(identity or {})))
+    schedule = Schedule(strategy, space, seed)
+    watch = _Watch(study, patience)
+    done, reported = 0, -1
+    with watch.beating():
+        while True:
+            slots = watch.slots()
+            values = {slot: t.value for slot, found in slots.items() for t in found if t.state.name == "COMPLETE"}
+            asked = [value for slot, value in values.items() if slot < trials]
+            if on_trial and asked and len(asked) != reported:
+                reported = len(asked)
+                on_trial(reported, trials, min(asked))
+            job = watch.ready(schedule, values, trials)
+            if job is not None:
+                trial, genome = job
+                _record(trial, space, genome)
+                value = evaluate(genome)
+                # A NaN would count as a failure of the machine, and be tried again for ever.
+                study.tell(trial, math.inf if math.isnan(value) else value, skip_if_finished=True)
+                watch.held.remove(trial)
+                done += 1
+            elif watch.can_take(schedule, slots, values, trials):
+                watch.held.append(study.ask())
+            elif _finished(schedule, values, trials):
+                break
+            else:
+                time.sleep(POLL)
+    individuals = ((schedule.genome(slot, values), slot) for slot in range(trials))
+    return Trials(tuple((genome, values[slot]) for genome, slot in individuals if genome is not None), done)
+
+
+def open_study(storage: str | Path | None, identity: dict[str, Any]) -> optuna.Study:
+    """The study in a storage, made if there is none.
+
+    Raises:
+        UsageError: as :func:`run`.
+    """
+    try:
+        import optuna
+        from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise UsageError("Searches need Optuna: pip install 'ditq[search]'.") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        if storage is None:
+            where: Any = InMemoryStorage()
+        elif "://" in str(storage):
+            where = RDBStorage(str(storage))
+        else:
+            Path(storage).parent.mkdir(parents=True, exist_ok=True)
+            where = JournalStorage(JournalFileBackend(str(storage)))
+        others = [name for name in optuna.get_all_study_names(where) if name != NAME]
+        study = (
+            None
+            if others
+            else optuna.create_study(storage=where, study_name=NAME, load_if_exists=True, sampler=_Given())
+        )
+    except OSError as error:
+        raise UsageError(f"The storage {storage} cannot be opened: {error}.") from error
+    except Exception as error:  # a journal that is none fails in many ways, a database in those of its driver
+        raise UsageError(
+            f"{storage} is no storage of a search ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Choose another --storage."
+        ) from error
+    if study is None:
+        raise UsageError(f"The storage {storage} belongs to another study, {others[0]!r}. Choose another --storage.")
+    if IDENTITY not in study.user_attrs:
+        study.set_user_attr(IDENTITY, identity)
+    kept = study.user_attrs[IDENTITY]  # another process may have been faster
+    differing = [key for key in {**kept, **identity} if kept.get(key) != identity.get(key)]
+    if differing:
+        raise UsageError(
+            f"The storage {storage} belongs to another study: "
+            + "; ".join(
+                f"{key} is {_short(kept.get(key))} there, {_short(identity.get(key))} here" for key in differing
+            )
+            + ". Choose another --storage, or repeat the settings of that study to go on with it."
+        )
+    return study
+
+
+class _Watch:
+    """One process's view of a study: the trials it holds, and those of others that stand still."""
+
+    def __init__(self, study: optuna.Study, patience: float) -> None:
+        self.study, self.patience = study, patience
+        self.held: list[optuna.Trial] = []
+        self._seen: dict[int, tuple[Any, float]] = {}
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Shows that the trials held are alive; gives them back where something fails."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            count = 0
+            while not stop.wait(self.patience / 5):
+                count += 1
+                for trial in list(self.held):
+                    try:
+                        trial.set_user_attr(ALIVE, count)
+                    except Exception:  # finished a moment ago; a storage that is gone will be noticed by the search
+                        continue
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            for trial in self.held:
+                self._fail(trial.number)
+
+    def slots(self) -> dict[int, list[Any]]:
+        """All trials by slot, in order; slots whose trials have all failed are given out again."""
+        trials = self.study.get_trials(deepcopy=False)
+        mine = {trial.number for trial in self.held}
+        slots: dict[int, list[Any]] = {}
+        fresh = 0
+        for trial in trials:
+            slot = trial.user_attrs.get(REPEATS)
+            if slot is None:
+                slot, fresh = fresh, fresh + 1
+            slots.setdefault(slot, []).append(trial)
+            if trial.state.name == "RUNNING" and trial.number not in mine and self._stands_still(trial):
+                self._fail(trial.number)
+        self.fresh = fresh
+        return slots
+
+    def ready(
+        self, schedule: Schedule, values: Mapping[int, float], trials: int
+    ) -> tuple[optuna.Trial, Genome] | None:
+        """A trial that is held and can be evaluated now; those that nobody needs are given back."""
+        slots = self.slots() if self.held else {}
+        slot_of = {trial.number: slot for slot, found in slots.items() for trial in found}
+        for trial in list(self.held):
+            slot = slot_of[trial.number]
+            if any(t.number == trial.number and t.state.name == "FAIL" for t in slots[slot]):
+                self.held.remove(trial)  # others took this process for dead
+                continue
+            earlier = [t for t in slots[slot] if t.number < trial.number and t.state.name != "FAIL"]
+            try:
+                genome = None if earlier or slot >= trials else schedule.genome(slot, values)
+            except NotYet:
+                continue
+            if genome is not None:
+                return trial, genome
+            self.held.remove(trial)
+            self._fail(trial.number)
+        return None
+
+    def can_take(
+        self, schedule: Schedule, slots: Mapping[int, Sequence[Any]], values: Mapping[int, float], trials: int
+    ) -> bool:
+        """Whether there is a slot to take; gives failed ones out again."""
+        for slot, found in slots.items():
+            if slot < trials and all(t.state.name == "FAIL" for t in found) and _exists(schedule, slot, values):
+                self._repeat(slot)
+                return True
+        if any(t.state.name == "WAITING" for found in slots.values() for t in found):
+            return True
+        return not self.held and self.fresh < trials and _exists(schedule, self.fresh, values)
+
+    def _repeat(self, slot: int) -> None:
+        import optuna
+
+        # Two processes may do this at once: of trials for one slot, the earliest counts (see ready).
+        waiting = optuna.trial.TrialState.WAITING
+        self.study.add_trial(optuna.create_trial(state=waiting, user_attrs={REPEATS: slot}))
+
+    def _stands_still(self, trial: Any) -> bool:
+        count, now = trial.user_attrs.get(ALIVE), time.monotonic()
+        before, since = self._seen.setdefault(trial.number, (count, now))
+        if before != count:
+            self._seen[trial.number] = (count, now)
+            return False
+        return now - since > self.patience
+
+    def _fail(self, number: int) -> None:
+        import optuna
+
+        self.study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+
+
+def _exists(schedule: Schedule, slot: int, values: Mapping[int, float]) -> bool:
+    """Whether a slot may have an individual, as far as one can know now."""
+    try:
+        return schedule.genome(slot, values) is not None
+    except NotYet:
+        return True
+
+
+def _finished(schedule: Schedule, values: Mapping[int, float], trials: int) -> bool:
+    return all(slot in values or not _exists(schedule, slot, values) for slot in range(trials))
+
+
+def _record(trial: optuna.Trial, space: Space, genome: Genome) -> None:
+    """Group sizes as Optuna's parameters, so that its own tools show and plot a search."""
+    sampler: Any = trial.study.sampler
+    for layer, possible, size in zip(space.layers, space.choices, genome, strict=True):
+        sampler.value = size
+        trial.suggest_categorical(layer.name, possible)
+    trial.set_user_attr("bit_operations", space.cost(genome))
+
+
+def _Given() -> Any:  # noqa: N802
+    """A sampler that gives what it was told."""
+    from optuna.samplers import BaseSampler
+
+    class Given(BaseSampler):
+        value: Any = None
+
+        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+            return {}
+
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+            return {}
+
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            return self.value
+
+    return Given()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

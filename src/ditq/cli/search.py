@@ -1,0 +1,156 @@
+"""``ditq search``: a pipeline in, a plan with a group size for every layer out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ditq.cli.common import (
+    ArchitectureOption,
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Guidance,
+    Pipeline,
+    PromptFile,
+    Quiet,
+    Seed,
+    open_pipeline,
+    out,
+    pick_architecture,
+    pick_prompts,
+    print_json,
+    progress_bars,
+)
+
+if TYPE_CHECKING:
+    from ditq.allocation import Fitness
+    from ditq.metrics.real import Real
+
+
+def search(
+    pipeline: Pipeline,
+    out_file: Annotated[Path, typer.Option("--out", help="Plan file to write, for ditq quantize --plan.")],
+    recipe: Annotated[str, typer.Option(help="A recipe name (see ditq recipes) or a YAML file.")] = "qdit-w4a8",
+    strategy: Annotated[
+        str, typer.Option(help="evolution (Q-DiT), or a rival: random, program (integer program), uniform.")
+    ] = "evolution",
+    trials: Annotated[int, typer.Option(help="Allocations to evaluate, over all processes.", min=1)] = 500,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Group sizes, each layer takes those that divide it; default: of 32,64,128,192,288."),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="BitOps a picture at most: a number, or uniform:G for group size G everywhere.")
+    ] = "uniform:128",
+    fitness: Annotated[
+        str, typer.Option(help="latent (error against 16 bit, same noise), or fid, kid, sfid to real pictures.")
+    ] = "latent",
+    real: Annotated[Path | None, typer.Option(help="Folder of real pictures, for fid, kid and sfid.")] = None,
+    network: Annotated[str, typer.Option(help="Feature network, for fid, kid and sfid.")] = "auto",
+    prompts: PromptFile = None,
+    pictures: Annotated[int, typer.Option(help="Pictures that each allocation draws.", min=1)] = 16,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps of each picture.", min=1)] = 10,
+    guidance_scale: Guidance = None,
+    batch_size: BatchSize = 16,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="File (or URL of a database) that the search goes on from and that processes share; "
+            "default: beside --out, ending in .search."
+        ),
+    ] = None,  # fmt: skip
+    population: Annotated[int, typer.Option(help="Individuals in a generation.")] = 50,
+    top_k: Annotated[int, typer.Option(help="Best individuals that have children.")] = 10,
+    crossover: Annotated[int, typer.Option(help="Children of two parents in a generation.")] = 25,
+    mutation: Annotated[int, typer.Option(help="Mutated children in a generation.")] = 25,
+    mutation_probability: Annotated[float, typer.Option(help="For each layer of a mutated child.")] = 0.1,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a recipe field, e.g. balance.fold=false.")
+    ] = None,
+    architecture: ArchitectureOption = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search a group size for every linear layer, within a budget of bit operations.
+
+    Run it again to go on after an interruption, or in several processes at once to share the work.
+
+    Example: ditq search bundled:emoji-class --recipe qdit-w4a4 --sizes 32,64,128,256 --out plan.json
+    """
+    from ditq import api
+    from ditq.allocation import Evolution
+    from ditq.errors import DitqError, UsageError
+
+    if out_file.is_dir():
+        raise UsageError(f"--out {out_file} is a folder; name the plan file.")
+    try:
+        chosen_sizes = [int(size) for size in sizes.split(",")] if sizes else None
+    except ValueError:
+        raise UsageError(f"--sizes takes numbers with commas between, e.g. 32,64,128; got {sizes!r}.") from None
+    numbers = Evolution(population, top_k, crossover, mutation, mutation_probability)
+    pipe = open_pipeline(pipeline, device, dtype)
+    arch = pick_architecture(pipe, architecture)
+    given = pick_prompts(pipeline, pipe, arch, prompts, "calibration")
+    chosen = _fitness(fitness, pipeline, real, network)
+    with progress_bars(quiet or as_json) as progress:
+
+        def on_trial(done: int, total: int, best: float) -> None:
+            if progress:
+                progress("search", done, total, f"best {best:.4g}")
+
+        result = api.search(
+            pipe, recipe, [given[i % len(given)] for i in range(pictures)], overrides=overrides or [],
+            architecture=arch, strategy=numbers if strategy == "evolution" else strategy, trials=trials,
+            sizes=chosen_sizes, budget=budget, fitness=chosen, steps=steps, guidance_scale=guidance_scale,
+            batch_size=batch_size, calibration=given, storage=storage or out_file.with_suffix(".search"), seed=seed,
+            progress=progress, on_trial=on_trial,
+        )  # fmt: skip
+    try:
+        out_file.write_text(result.plan.to_json() + "\n")
+    except OSError as error:
+        raise DitqError(f"Cannot write {out_file}: {error.strerror or error}.") from error
+    if as_json:
+        print_json(
+            {
+                "out": str(out_file), "hash": result.plan.hash(), "strategy": result.strategy,
+                "fitness": {"name": result.fitness_name, "value": result.fitness},
+                "bit_operations": result.bit_operations, "budget": result.budget,
+                "scale_overhead_bits": result.scale_overhead_bits,
+                "trials": len(result.scored), "evaluated": result.evaluated,
+                "group_sizes": {
+                    layer.name: layer.weight.group_size for layer in result.plan.quantized if layer.weight
+                },
+            }
+        )  # fmt: skip
+    elif not quiet:
+        out.print(result.summary(), markup=False)
+        out.print(f"saved to {out_file}; next: ditq quantize {pipeline} --plan {out_file} --out DIR", markup=False)
+
+
+def _fitness(name: str, pipeline: str, real: Path | None, network: str) -> Fitness:
+    from ditq.allocation import LATENT
+    from ditq.comparison import BUNDLED_NETWORK, bundled_real
+    from ditq.errors import UsageError, unknown
+    from ditq.metrics.fitness import METRICS, distance_to_real
+    from ditq.metrics.measure import feature_network
+
+    if name == "latent":
+        return LATENT
+    if name not in METRICS:
+        raise unknown("fitness", name, ["latent", *METRICS])
+    pictures: Real | Path | None = real
+    if pictures is None and pipeline.startswith("bundled:"):
+        network, pictures = BUNDLED_NETWORK, bundled_real()
+    if pictures is None:
+        raise UsageError(f"--fitness {name} compares with real pictures: --real FOLDER names some.")
+    return distance_to_real(name, pictures, feature_network(network)())
+
+
+VERB = search
