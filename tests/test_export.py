@@ -68,6 +68,86 @@ def test_compiled_blocks_cannot_be_saved_or_dequantized(folders: tuple[str, Path
         pipe.transformer.dequantize()
 
 
+@pytest.fixture(scope="module")
+def whole(folders: tuple[str, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path, Path]:
+    """As ``folders``, with what was printed, and the rest of the pipeline exported too."""
+    name, source, _ = folders
+    out = tmp_path_factory.mktemp(name) / "whole"
+    return name, api.export(source, out, whole_pipeline=True), source, out
+
+
+def test_the_rest_of_the_pipeline_is_graphs_too(whole: tuple[str, str, Path, Path]) -> None:
+    name, text, source, exported = whole
+    parts = ("vae.decoder", "text_encoder.encoder") if name == "pixart" else ("vae.decoder",)
+    assert text.endswith("\n".join(f"{part.partition('.')[0]}: in floats." for part in parts))
+    plain, pipe = (DiffusionPipeline.from_pretrained(folder) for folder in (source, exported))
+    for part in parts:
+        component, _, inner = part.partition(".")
+        assert type(getattr(getattr(pipe, component), inner)).__name__ == "CompiledStack"
+    latents = torch.randn(3, plain.vae.config.latent_channels, 6, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            pipe.vae.decode(latents).sample, plain.vae.decode(latents).sample, rtol=0, atol=1e-4
+        )
+        if name == "pixart":
+            ids, mask = (
+                torch.randint(1, plain.text_encoder.config.vocab_size, (2, 9)),
+                torch.ones(2, 9, dtype=torch.long),
+            )
+            mask[1, 4:] = 0
+            a, b = (p.text_encoder(ids, attention_mask=mask)[0] for p in (plain, pipe))
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    assert fingerprint(plain) != fingerprint(pipe)
+    arch = architectures.load(name)
+    a, b = (sample(p, arch, CONDITIONS[name], **OPTIONS) for p in (plain, pipe))
+    assert min(psnr_db(x, y) for x, y in zip(a.images, b.images, strict=True)) > 30
+
+
+def test_the_rest_of_the_pipeline_stays_whole(whole: tuple[str, str, Path, Path], tmp_path: Path) -> None:
+    name, _, source, exported = whole
+    compiled = DiffusionPipeline.from_pretrained(exported)
+    with pytest.raises(UsageError, match="cannot be saved again"):
+        compiled.vae.save_pretrained(tmp_path / "vae")
+    if name == "pixart":
+        with pytest.raises(ValueError, match="not serializable"):
+            compiled.text_encoder.save_pretrained(tmp_path / "text_encoder")
+    with ditq.use_engine("torch"):
+        plain, back = (DiffusionPipeline.from_pretrained(folder) for folder in (source, exported))
+    back.save_pretrained(tmp_path / "back")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "back")
+    a, b, c = (sample(p, architectures.load(name), CONDITIONS[name], **OPTIONS) for p in (plain, back, again))
+    assert torch.equal(a.trajectory, b.trajectory)
+    assert torch.equal(a.trajectory, c.trajectory)
+
+
+def test_components_that_stay_in_torch_are_named(folders: tuple[str, Path, Path], tmp_path: Path) -> None:
+    from ditq.export import components
+
+    class Odd(torch.nn.Module):
+        pass
+
+    class AutoencoderKL(torch.nn.Module):  # one that is called in a way that no graph can be
+        config = type("Config", (), {"latent_channels": 4})
+        dtype = torch.float32
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = torch.nn.Identity()
+
+        def decode(self, z: torch.Tensor) -> None:
+            return None
+
+    pipe = type("Pipe", (), {"vae": AutoencoderKL(), "text_encoder": Odd(), "text_encoder_2": None})
+    (tmp_path / "vae").mkdir()
+    found = components.export_components(pipe, tmp_path, {"name": "openvino"})
+    assert found == {
+        "vae": "decoder was not called on the example inputs.",
+        "text_encoder": "a Odd (known are AutoencoderKL, T5EncoderModel, UMT5EncoderModel)",
+    }
+    assert not list((tmp_path / "vae").iterdir())
+
+
 def test_comparison_times_graphs_but_does_not_look_into_them(folders: tuple[str, Path, Path]) -> None:
     name, source, exported = folders
     found = ditq.compare(

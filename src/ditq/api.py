@@ -309,6 +309,7 @@ def export(
     shapes: str = "dynamic",
     options: Mapping[str, str | int] | None = None,
     condition: str | None = None,
+    whole_pipeline: bool = False,
     architecture: str | Path | Architecture | None = None,
     allow_float: bool = False,
 ) -> str:
@@ -323,6 +324,7 @@ def export(
             which takes seconds and is faster from then on.
         options: of the runtime by its own names, e.g. ``{"INFERENCE_NUM_THREADS": 4}``; kept in the config.
         condition: what an example call draws; any prompt or class will do.
+        whole_pipeline: the decoder of the VAE and T5 text encoders become graphs too, in floats.
         allow_float: takes layers that the runtime cannot execute on integers.
 
     Returns:
@@ -336,7 +338,7 @@ def export(
 
     from ditq.checkpoint.backend import DitqConfig
     from ditq.engines import use_engine
-    from ditq.export import calls, openvino
+    from ditq.export import calls, components, openvino
 
     if engine != "openvino":
         raise unknown("engine to export to", engine, ["openvino"])
@@ -363,7 +365,9 @@ def export(
         content = json.loads(path.read_text())
         content["quantization_config"] = config.to_dict()
         path.write_text(json.dumps(content, indent=2) + "\n")
-    return report.summary()
+        rest = components.export_components(pipe, temporary, config.engine or {}) if whole_pipeline else {}
+    lines = [f"{name}: {f'stays in torch: {why}' if why else 'in floats'}." for name, why in rest.items()]
+    return "\n".join([report.summary(), *lines])
 
 
 def check_output(out: str | Path) -> None:

@@ -399,14 +399,24 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 from ditq.checkpoint.backend import DitqConfig, DitqQuantizer
 assert AUTO_QUANTIZER_MAPPING["ditq"] is DitqQuantizer
 assert AUTO_QUANTIZATION_CONFIG_MAPPING["ditq"] is DitqConfig
+from transformers.quantizers import auto
+from ditq.checkpoint import text_encoder
+assert auto.AUTO_QUANTIZER_MAPPING["ditq"] is text_encoder.DitqQuantizer
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["ditq"] is text_encoder.DitqConfig
 assert not [f for f in sys.meta_path if type(f).__module__.startswith("ditq")]
 """
 
 
 @pytest.mark.parametrize(
     "imports",
-    ["import ditq", "import diffusers.quantizers.auto\nimport ditq", "import diffusers\nimport ditq\nimport ditq.api"],
-    ids=["ditq-first", "diffusers-first", "lazy-diffusers-first"],
+    [
+        "import ditq",
+        "import diffusers.quantizers.auto\nimport ditq",
+        "import diffusers\nimport ditq\nimport ditq.api",
+        "import transformers.quantizers.auto\nimport ditq",
+        "import ditq\nimport transformers.quantizers.auto\nassert 'diffusers' not in sys.modules",
+    ],
+    ids=["ditq-first", "diffusers-first", "lazy-diffusers-first", "transformers-first", "transformers-alone"],
 )
 def test_backend_is_registered_in_any_order_of_imports(imports: str) -> None:
     code = CHECK.format(imports=imports)

@@ -16,17 +16,14 @@ from torch import Tensor, nn
 from ditq.architectures import load as load_architecture
 from ditq.architectures import match
 from ditq.architectures.folding import BUFFER, prepare, unfold
+from ditq.checkpoint.engine import checked, compile_graphs
 from ditq.checkpoint.registration import register
 from ditq.checkpoint.verify import DIGESTS, digest, verify
-from ditq.engines.registry import forced
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
 from ditq.methods import quantize_model, replace
 from ditq.plan import Plan
 from ditq.recipe import load as load_recipe
-from ditq.sampling import cache_root
-
-OPENVINO = "openvino"
 
 
 class Method(str, Enum):  # noqa: UP042 - diffusers reads `.value` of a str-valued enum member
@@ -37,6 +34,7 @@ class DitqConfig(QuantizationConfigMixin):
     """``quantization_config`` of a transformer: a plan, flattened, beside ``quant_method``.
 
     ``DitqConfig(recipe="rtn-w8a8")`` quantizes while loading, for recipes that need no calibration.
+    A config without plan and recipe is that of a component in floats which an engine executes (a VAE, a text encoder).
     ``engine`` names a runtime whose graphs lie in a folder of that name beside the weights (``ditq export``), and its
     options: ``{"name": "openvino", "shapes": "dynamic", "options": {"INFERENCE_NUM_THREADS": 4}}``.
     """
@@ -49,16 +47,18 @@ class DitqConfig(QuantizationConfigMixin):
         **fields: Any,
     ) -> None:
         self.quant_method = Method.DITQ
-        self.engine = None if engine is None else _checked(engine)
+        self.engine = None if engine is None else checked(engine)
         fields.pop("quant_method", None)
         if plan is None and "layers" in fields:
             plan = Plan.from_dict({**fields, "recipe": recipe})
-        if plan is None and recipe is None:
+        if plan is None and recipe is None and engine is None:
             raise CheckpointError("A ditq quantization_config needs the fields of a plan, or the name of a recipe.")
         self.plan, self.recipe = plan, recipe
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {"recipe": self.recipe} if self.plan is None else self.plan.model_dump(mode="json", exclude_none=True)
+        fields: dict[str, Any] = {} if self.recipe is None else {"recipe": self.recipe}
+        if self.plan is not None:
+            fields = self.plan.model_dump(mode="json", exclude_none=True)
         engine = {} if self.engine is None else {"engine": self.engine}
         return {"quant_method": self.quant_method.value, **engine, **fields}
 
@@ -66,29 +66,12 @@ class DitqConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def __repr__(self) -> str:
-        return f"DitqConfig({self.plan.hash() if self.plan else self.recipe})"
+        return f"DitqConfig({self.plan.hash() if self.plan else self.recipe or self.engine})"
 
-
-def _checked(engine: Any) -> dict[str, Any]:
-    """The ``engine`` field of a config that somebody else may have written.
-
-    Raises:
-        CheckpointError: it is not ``{"name": "openvino", "shapes": "dynamic", "options": {NAME: text or number}}``.
-    """
-    options = engine.get("options", {}) if isinstance(engine, dict) else None
-    shapes = engine.get("shapes", "dynamic") if isinstance(engine, dict) else None
-    if (
-        not isinstance(options, dict)
-        or engine.keys() - {"name", "shapes", "options"}
-        or engine.get("name") != OPENVINO
-        or shapes not in ("dynamic", "static")
-        or not all(isinstance(k, str) and isinstance(v, str | int) for k, v in options.items())
-    ):
-        raise CheckpointError(
-            f"The config names the engine {engine!r}; known is {{'name': '{OPENVINO}', "
-            "'shapes': 'dynamic' or 'static', 'options': {NAME: value}}."
-        )
-    return {"name": OPENVINO, "shapes": shapes, "options": options}
+    @property
+    def is_plain(self) -> bool:
+        """Whether the component has no integers of ditq."""
+        return self.plan is None and self.recipe is None
 
 
 class DitqQuantizer(DiffusersQuantizer):
@@ -119,14 +102,14 @@ class DitqQuantizer(DiffusersQuantizer):
         return torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        if self.pre_quantized:
+        self._folder = Path(checkpoint_files[0]).parent
+        if self.pre_quantized and not self.quantization_config.is_plain:
             verify(checkpoint_files, self.plan)
-            self._folder = Path(checkpoint_files[0]).parent
             self._stored = frozenset(loaded_keys)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        if self.pre_quantized:
+        if self.pre_quantized and not self.quantization_config.is_plain:
             build(model, self.plan, self.dtype)
             # diffusers would ignore these, and a model that lacks a fold draws something else.
             surplus = sorted(self._stored - model.state_dict().keys())
@@ -145,23 +128,19 @@ class DitqQuantizer(DiffusersQuantizer):
                 )
             self.quantization_config.plan = quantize_model(model, match(model), recipe, None)
             self.pre_quantized = True
+        config = self.quantization_config
         self.remember(model)
-        cast(Any, model).register_to_config(quantization_config=self.quantization_config)
-        if self.quantization_config.engine is not None and forced() in (None, OPENVINO):
-            self._compile(model)
-        return model
-
-    def _compile(self, model: nn.Module) -> None:
-        """Puts the exported graphs in the place of the blocks."""
-        from ditq.export import openvino
-
         assert self._folder is not None
-        cache = cache_root() / OPENVINO
-        cache.mkdir(parents=True, exist_ok=True)
-        engine = self.quantization_config.engine
-        options = {"CACHE_DIR": str(cache), **engine["options"]}
-        openvino.load(self._folder / OPENVINO, model, properties=options, shapes=engine["shapes"])
-        self.compiled = True
+        self.compiled = compile_graphs(model, config.engine, self._folder)
+        if not self.compiled:
+            config.engine = None  # what is saved from here has no graphs
+        target = cast(Any, model)
+        if config.is_plain and not self.compiled:
+            rest = {key: value for key, value in target.config.items() if key != "quantization_config"}
+            target._internal_dict = type(target.config)(rest)
+        else:
+            target.register_to_config(quantization_config=config)
+        return model
 
     def remember(self, model: nn.Module) -> None:
         """Notes which tensors are parameters: a state dict does not tell, and only they are stored in 16 bit."""
@@ -202,11 +181,13 @@ class DitqQuantizer(DiffusersQuantizer):
         """Unquantized parameters in their 16-bit storage dtype, and a checksum of every tensor."""
         if self.compiled:
             raise UsageError(
-                "The blocks of this transformer are compiled graphs and cannot be saved again. Copy its folder, or "
+                "Parts of this model are compiled graphs and cannot be saved again. Copy its folder, or "
                 "load it inside ditq.use_engine('torch')."
             )
         if not safe_serialization:
             raise UsageError("ditq writes safetensors only; leave safe_serialization=True.")
+        if self.quantization_config.is_plain:
+            return state_dict, {}
         storage = getattr(torch, self.plan.storage_dtype)
         out = {}
         for name, tensor in state_dict.items():

@@ -1,7 +1,7 @@
-"""Registers ditq as a quantization backend of diffusers, as late as possible.
+"""Registers ditq as a quantization backend of diffusers and transformers, as late as possible.
 
-diffusers has no entry point for backends: it looks names up in two module dictionaries, which have to be
-extended. Importing diffusers takes seconds, so where it is not imported yet, a one-shot import hook waits
+Neither has an entry point for backends: they look names up in two module dictionaries, which have to be
+extended. Importing them takes seconds, so where one is not imported yet, a one-shot import hook waits
 for the module that holds the dictionaries.
 """
 
@@ -14,30 +14,36 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-TARGET = "diffusers.quantizers.auto"
+# The module that holds the dictionaries, and the one with what goes there.
+TARGETS = {
+    "diffusers.quantizers.auto": "ditq.checkpoint.backend",
+    "transformers.quantizers.auto": "ditq.checkpoint.text_encoder",
+}
 
 
 def register() -> None:
     """Makes ``DiffusionPipeline.from_pretrained`` understand ditq checkpoints. Safe to call twice."""
-    module = sys.modules.get(TARGET)
-    if module is not None:
-        _extend(module)
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    for name in TARGETS:
+        module = sys.modules.get(name)
+        if module is not None:
+            _extend(module)
+        elif not any(isinstance(finder, _Waiting) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Waiting(name))
 
 
 def _extend(module: ModuleType) -> None:
-    backend = importlib.import_module("ditq.checkpoint.backend")
+    backend = importlib.import_module(TARGETS[module.__name__])
     if not hasattr(backend, "DitqQuantizer"):
-        return  # importing the backend is what imported diffusers: it registers itself when it is complete
+        return  # importing the backend is what imported the module: it registers itself when it is complete
     try:
         module.AUTO_QUANTIZER_MAPPING["ditq"] = backend.DitqQuantizer
         module.AUTO_QUANTIZATION_CONFIG_MAPPING["ditq"] = backend.DitqConfig
     except AttributeError as error:
         import warnings
 
+        library = module.__name__.partition(".")[0]
         warnings.warn(
-            f"This diffusers keeps its quantizers elsewhere ({error}): it cannot load ditq checkpoints.",
+            f"This {library} keeps its quantizers elsewhere ({error}): it cannot load ditq checkpoints.",
             stacklevel=2,
         )
 
@@ -45,10 +51,13 @@ def _extend(module: ModuleType) -> None:
 class _Waiting:
     """A meta path finder that finds nothing itself; it extends the target module once that has been run."""
 
+    def __init__(self, name: str) -> None:
+        self.name = name
+
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != TARGET:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

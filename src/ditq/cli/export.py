@@ -20,6 +20,9 @@ def export(
     options: Annotated[
         list[str] | None, typer.Option("--option", help="NAME=VALUE of the runtime, e.g. INFERENCE_NUM_THREADS=4.")
     ] = None,
+    whole_pipeline: Annotated[
+        bool, typer.Option("--whole-pipeline", help="The VAE's decoder and T5 text encoders too, in floats.")
+    ] = False,
     allow_float: Annotated[
         bool, typer.Option("--allow-float", help="Take layers that the runtime cannot multiply in integers.")
     ] = False,
@@ -41,7 +44,7 @@ def export(
         settings[name] = value
     text = api.export(
         pipeline, out_dir, engine=engine, shapes=shapes, options=settings, architecture=architecture,
-        allow_float=allow_float,
+        allow_float=allow_float, whole_pipeline=whole_pipeline,
     )  # fmt: skip
     if not quiet:
         out.print(text, markup=False)

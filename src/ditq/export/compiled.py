@@ -20,8 +20,8 @@ class CompiledStack(nn.Module):
     """Stands in a model for a list of blocks, or for one.
 
     Tensors of any float dtype are computed in float32 and come back in the dtype of the argument that the
-    output replaces (float32 where that is a text's tokens). A sample with NaN in any argument is NaN in every output, as in torch: the integer
-    kernels of OpenVINO would turn it into plausible numbers.
+    output replaces (float32 where that is a text's tokens). A sample with NaN in any argument is NaN in every
+    output, as in torch: the integer kernels of OpenVINO would turn it into plausible numbers.
 
     Copies of a model share the program and its weights, which nobody can change.
     """

@@ -1,0 +1,53 @@
+"""The ``engine`` field of a component's config: a runtime whose graphs lie beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ditq.engines.registry import forced
+from ditq.errors import CheckpointError
+
+OPENVINO = "openvino"
+
+
+def checked(engine: Any) -> dict[str, Any]:
+    """The ``engine`` field of a config that somebody else may have written.
+
+    Raises:
+        CheckpointError: it is not ``{"name": "openvino", "shapes": "dynamic", "options": {NAME: text or number}}``.
+    """
+    options = engine.get("options", {}) if isinstance(engine, dict) else None
+    shapes = engine.get("shapes", "dynamic") if isinstance(engine, dict) else None
+    if (
+        not isinstance(options, dict)
+        or engine.keys() - {"name", "shapes", "options"}
+        or engine.get("name") != OPENVINO
+        or shapes not in ("dynamic", "static")
+        or not all(isinstance(k, str) and isinstance(v, str | int) for k, v in options.items())
+    ):
+        raise CheckpointError(
+            f"The config names the engine {engine!r}; known is {{'name': '{OPENVINO}', "
+            "'shapes': 'dynamic' or 'static', 'options': {NAME: value}}."
+        )
+    return {"name": OPENVINO, "shapes": shapes, "options": options}
+
+
+def compile_graphs(model: nn.Module, engine: dict[str, Any] | None, folder: Path) -> bool:
+    """Puts the exported graphs of a component's folder in the place of its modules.
+
+    Returns:
+        Whether it did: not where there are none, or another engine is forced.
+    """
+    if engine is None or forced() not in (None, OPENVINO):
+        return False
+    from ditq.export import openvino
+    from ditq.sampling import cache_root
+
+    cache = cache_root() / OPENVINO
+    cache.mkdir(parents=True, exist_ok=True)
+    options = {"CACHE_DIR": str(cache), **engine["options"]}
+    openvino.load(folder / OPENVINO, model, properties=options, shapes=engine["shapes"])
+    return True
