@@ -51,9 +51,15 @@ def squared_errors(x: Tensor, weight: Tensor, q: Quantized, granularity: Any, gr
 
 
 def reference(
-    weight: Tensor, hessian: Tensor, bits: int, symmetric: bool, granularity: Any, group_size: int | None, damping: float,
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    symmetric: bool,
+    granularity: Any,
+    group_size: int | None,
+    damping: float,
     order: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The dequantized weight, by the equations of optimal brain quantization in float64 (GPTQ paper, eq. 2 and 3).
 
     One column at a time, every following column updated at once, and the inverse Hessian of those left by

@@ -1,0 +1,146 @@
+"""Whole calls that are kept: which, of whom, exactly as they were, and as files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CONDITIONS, PIPELINES, example_inputs, tiny_model
+from torch import Tensor
+
+from ditq import architectures
+from ditq.arguments import leaves
+from ditq.calibration import Statistics, calibrate
+from ditq.calibration.calls import Recorder, attended
+from ditq.errors import DitqError
+from ditq.recipe import Calibration
+
+
+@pytest.fixture(params=PIPELINES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def recorder(keep: int = 1, seed: int = 0, architecture: str = "dit") -> Recorder:
+    return Recorder(architectures.load(architecture), keep, seed)
+
+
+def call(time: float, samples: int = 2, **more: Any) -> dict[str, Any]:
+    """Under guidance: conditional rows first. Row i of the sample holds the numbers 100 i + time."""
+    rows = torch.arange(2 * samples)[:, None] * 100 + torch.full((2 * samples, 3), time)
+    return {"hidden_states": rows, "timestep": torch.full((2 * samples,), time), **more}
+
+
+def equal(a: Any, b: Any) -> bool:
+    x, y = leaves(a), leaves(b)
+    return x.keys() == y.keys() and all(
+        torch.equal(x[key], y[key]) and x[key].dtype == y[key].dtype
+        if isinstance(x[key], Tensor)
+        else x[key] == y[key]
+        for key in x
+    )
+
+
+def test_both_conditions_of_a_sample_are_kept_and_nothing_of_others() -> None:
+    kept = recorder(keep=5)
+    shared = torch.randn(7)
+    for time in (900.0, 500.0, 10.0):
+        kept.note(call(time, table=shared, flag=True, return_dict=False), time)
+    calls = kept.calls()
+    assert len(calls) == 6  # all three timesteps of both samples
+    for i, (slot, time) in enumerate((s, t) for s in (0, 1) for t in (900.0, 500.0, 10.0)):
+        expected = torch.tensor([[100.0 * slot], [100.0 * (slot + 2)]]) + time
+        assert torch.equal(calls[i]["hidden_states"], expected.expand(2, 3))
+        assert calls[i]["timestep"].tolist() == [time, time]
+        assert torch.equal(calls[i]["table"], shared)
+        assert calls[i]["flag"] is True
+        assert "return_dict" not in calls[i]
+
+
+def test_every_timestep_is_as_likely() -> None:
+    times = [float(t) for t in range(8)]
+    counts: Counter[float] = Counter()
+    for seed in range(200):
+        kept = recorder(keep=2, seed=seed)
+        for time in times:
+            kept.note(call(time), time)
+        for slot in (0, 1):
+            chosen = [float(c["timestep"][0]) for c in kept.calls()[2 * slot : 2 * slot + 2]]
+            assert len(set(chosen)) == 2
+            counts.update(chosen)
+    assert all(60 < counts[time] < 140 for time in times)  # 100 each, six standard deviations are 50
+
+
+def test_two_calls_of_one_moment_stay_together() -> None:
+    calls_apart = architectures.load("dit").model_copy(
+        update={"guidance": architectures.load("dit").guidance.model_copy(update={"style": "calls"})}
+    )
+    kept = Recorder(calls_apart, 1, seed=0)
+    for time in (9.0, 8.0, 7.0):
+        for condition in (0.0, 0.5):
+            kept.note(call(time + condition, samples=1), time)
+    calls = kept.calls()
+    assert len(calls) == 4  # two samples (rows), each with both calls of one moment
+    for first, second in (calls[:2], calls[2:]):
+        assert torch.equal(first["hidden_states"] + 0.5, second["hidden_states"])
+
+
+def test_pipeline_gives_calls_that_the_model_takes(name: str, tmp_path: Path) -> None:
+    pipe, arch = PIPELINES[name](), architectures.load(name)
+    settings = Calibration(prompts=3, batch_size=2, steps=4, guidance_scale=3.0, rows=96, calls=2)
+    seen: list[Tensor] = []
+    handle = pipe.transformer.register_forward_hook(lambda _, args, output: seen.append(output[0]))
+    statistics = calibrate(pipe, arch, CONDITIONS[name], settings, cache=tmp_path)
+    handle.remove()
+    assert len(statistics.calls) == 3 * 2
+    with torch.no_grad():
+        for kept in statistics.calls:
+            output = pipe.transformer(**kept, return_dict=False)[0]
+            rows = [row for batch in seen for row in batch]
+            assert all(min(float((row - mine).abs().max()) for row in rows) < 1e-4 for mine in output)
+    again = calibrate(pipe, arch, CONDITIONS[name], settings, cache=tmp_path, resume=True)
+    assert all(equal(a, b) for a, b in zip(statistics.calls, again.calls, strict=True))
+    other = calibrate(pipe, arch, CONDITIONS[name], settings, seed=1, cache=tmp_path)
+    assert not all(equal(a, b) for a, b in zip(statistics.calls, other.calls, strict=True))
+
+
+def test_calls_survive_a_file(tmp_path: Path) -> None:
+    arch = architectures.load("dit")
+    nested = {"rotary": (torch.randn(3), torch.arange(4)), "options": {"a": None, "b": [1, 2.5, "c", False]}}
+    statistics = Statistics(torch.tensor([1.0]), {}, [{**call(1.0), **nested}, {**call(2.0), **nested}])
+    statistics.save(tmp_path / "s.safetensors")
+    loaded = Statistics.load(tmp_path / "s.safetensors")
+    assert arch.forward.sample in loaded.calls[0]
+    assert all(equal(a, b) for a, b in zip(statistics.calls, loaded.calls, strict=True))
+    assert isinstance(loaded.calls[0]["rotary"], tuple)
+    assert loaded.groups == {}
+
+
+def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
+    statistics = Statistics(torch.tensor([1.0]), {}, [call(1.0, processor=object())])
+    with pytest.raises(DitqError, match=r"'processor' of the transformer cannot be kept"):
+        statistics.save(tmp_path / "s.safetensors")
+    with pytest.raises(DitqError, match="without its argument 'hidden_states'"):
+        recorder().note({"timestep": 3}, 3.0)
+
+
+def test_padded_text_is_left_out() -> None:
+    x = torch.randn(2, 3, 4)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert torch.equal(attended(x, mask), torch.stack([x[0, 0], x[0, 1], x[1, 0]]))
+    assert torch.equal(attended(x, None), x.reshape(6, 4))
+
+
+def test_positional_arguments_get_their_names() -> None:
+    from ditq.calibration.capture import Capture
+
+    model, arch = tiny_model("dit"), architectures.load("dit")
+    inputs = example_inputs("dit")
+    capture = Capture(arch, arch.groups(model), rows=8, seed=0)
+    with capture.watching(model), torch.no_grad():
+        model(inputs["hidden_states"], **{k: v for k, v in inputs.items() if k != "hidden_states"})
+    (kept,) = capture.statistics().calls
+    assert torch.equal(kept["hidden_states"], inputs["hidden_states"])
