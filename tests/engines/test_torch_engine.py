@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hypothesis.extra.numpy as hnp
-import numpy as np
 import pytest
 import torch
 from helpers import token_format, weight_format
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from ditq.engines import QuantizedWeight
-from ditq.engines.torch.engine import MAX_COLUMNS, TorchEngine, integer_product, quantize_tokens
+from ditq.engines.torch.engine import MAX_COLUMNS, TorchEngine, integer_product
 from ditq.numerics import Quantized, pack, quantize
 from ditq.plan import TensorFormat
 
@@ -179,30 +175,3 @@ def test_asymmetric_sums_at_the_widest_layer_stay_exact() -> None:
     weight = QuantizedWeight(pack(codes, 8), torch.ones(1, 1), torch.full((1, 1), -128, dtype=torch.int8), k, fmt)
     y = ENGINE.linear(x, token_format(symmetric=False), weight, None, torch.float32)
     assert y.item() == pytest.approx(k * 255 * 255, rel=1e-6)
-
-
-# ----------------------------------------------------------------------------------- quantize_tokens
-
-FINITE = st.floats(-(2.0**127), 2.0**127, width=32, allow_nan=False, allow_subnormal=True)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=FINITE), st.integers(2, 8)
-)
-def test_quantize_tokens_equals_numerics_bit_by_bit(array: np.ndarray, bits: int) -> None:
-    x = torch.from_numpy(array)
-    fast, slow = quantize_tokens(x, bits), quantize(x, bits)
-    assert torch.equal(fast.codes, slow.codes)
-    assert torch.equal(fast.scale, slow.scale)
-    assert fast.zero_point is slow.zero_point is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_quantize_tokens_equals_numerics_in_16_bit(bits: int, dtype: torch.dtype) -> None:
-    x = (torch.randn(50, 64) * torch.logspace(-7, 4, 50)[:, None]).to(dtype)
-    x[3] = 0
-    fast, slow = quantize_tokens(x, bits), quantize(x, bits)
-    assert torch.equal(fast.codes, slow.codes)
-    assert torch.equal(fast.scale, slow.scale)

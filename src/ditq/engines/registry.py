@@ -51,12 +51,26 @@ def forced() -> str | None:
 
 
 def choose(weight: TensorFormat, activation: TensorFormat | None, device: torch.device) -> Engine:
-    """The preferred engine that can run these formats on this device.
+    """The preferred engine that can run these formats on this device. Compiled code keeps the one it was traced with.
 
     Raises:
         DitqError: none can; the reason of each is given.
     """
-    return _choose(weight, activation, device, _forced.get())
+    return _chosen[_name(weight, activation, device)]
+
+
+_chosen: dict[str, Engine] = {}
+
+
+def _name(weight: TensorFormat, activation: TensorFormat | None, device: torch.device) -> str:
+    engine = _choose(weight, activation, device, _forced.get())
+    _chosen[engine.name] = engine
+    return engine.name
+
+
+# torch.compile takes the answer as a constant; tracing the search would break the graph at each layer.
+# The decorator torch.compiler.assume_constant_result sets this too, and imports the whole compiler.
+_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

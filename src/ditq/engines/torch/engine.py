@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ditq.engines.base import Engine, QuantizedWeight
-from ditq.numerics import Quantized, code_range, dequantize, quantize, unpack
+from ditq.engines.torch.fused import quantize_tokens, rescale_, weight_codes
+from ditq.numerics import Quantized, dequantize, quantize, unpack
 from ditq.plan import TensorFormat
 
 # int32 accumulators hold K products of 8-bit codes with 8-bit codes, minus their zero points
@@ -58,24 +59,19 @@ class TorchEngine(Engine):
         bias: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        codes = unpack(weight.packed, weight.format.bits, weight.columns)  # int8 [N, K]
+        codes, w_zero = weight_codes(weight)
         x_groups, w_groups = x.scale.shape[1], weight.scale.shape[1]
         parts = math.lcm(x_groups, w_groups)
         step = weight.columns // parts
-        total: Tensor | None = None
+        total = None if bias is None else bias.float()
         for part in range(parts):
             columns = slice(part * step, (part + 1) * step)
             i, j = part * x_groups // parts, part * w_groups // parts
-            product = _rescaled_product(
-                x.codes[:, columns],
-                x.scale[:, i],
-                None if x.zero_point is None else x.zero_point[:, i],
-                codes[:, columns],
-                weight.scale[:, j],
-                None if weight.zero_point is None else weight.zero_point[:, j],
-                bias if part == 0 else None,
-            )
-            total = product if total is None else total.add_(product)
+            x_part, w_part = x.codes[:, columns], codes[:, columns]
+            x_zero = None if x.zero_point is None else x.zero_point[:, i : i + 1].int()
+            corrections = zero_corrections(x_part, x_zero, w_part, None if w_zero is None else w_zero[:, j].int())
+            acc = integer_product(x_part, w_part)
+            total = rescale_(acc, x.scale[:, i : i + 1], weight.scale[:, j], corrections, total)
         assert total is not None
         return total.to(dtype)
 
@@ -85,43 +81,25 @@ class TorchEngine(Engine):
         return dequantize(quantized, weight.format.rows, weight.format.group_size)
 
 
-def quantize_tokens(x: Tensor, bits: int) -> Quantized:
-    """Symmetric codes per token, in fewer passes over memory than ``numerics.quantize``, equal to it bit by bit."""
-    top = code_range(bits, True)[1]
-    x = x.float()
-    # Two reductions beat abs() or an infinity norm by a factor of four on a CPU.
-    largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
-    # A row of zeros (padding) has no range: any positive scale will do, its codes are zero.
-    scale = torch.where(largest > 0, (largest / top).clamp_min(torch.finfo(torch.float32).tiny), 1.0 / top)
-    codes = (x / scale).round_().clamp_(-top, top).to(torch.int8)
-    return Quantized(codes, scale, None)
+def zero_corrections(
+    x: Tensor, x_zero: Tensor | None, w: Tensor, w_zero: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """What zero points subtract from ``x @ w.T`` [M, N], as outer products of int32 vectors.
 
-
-def _rescaled_product(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor | None,
-    w: Tensor,
-    w_scale: Tensor,
-    w_zero: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """One group's share of the output, float32 [M, N].
-
-    sum_k s_x (x - z_x) s_w (w - z_w) = s_x s_w (sum x w - z_w sum x - z_x sum w + K z_x z_w); the
-    bracket stays in int32, where it is exact.
+    sum_k (x - z_x) (w - z_w) = sum x w - (sum x - K z_x) z_w - z_x sum w
     """
-    acc = integer_product(x, w)
+    found = []
     if w_zero is not None:
-        row_sum = x.sum(-1, dtype=torch.int32)
-        if x_zero is not None:
-            row_sum = row_sum - x.shape[1] * x_zero.int()
-        acc.addr_(row_sum.expand(len(x)), w_zero.int().expand(len(w)), alpha=-1)
+        row_sum = code_sums(x)[:, None]
+        found.append((row_sum if x_zero is None else row_sum - x.shape[1] * x_zero, w_zero))
     if x_zero is not None:
-        acc.addr_(x_zero.int().expand(len(x)), w.sum(-1, dtype=torch.int32), alpha=-1)
-    # In place from here: fresh memory of this size costs as much as the arithmetic.
-    y = acc.float().mul_(x_scale[:, None])
-    return y.mul_(w_scale) if bias is None else torch.addcmul(bias.float(), y, w_scale, out=y)
+        found.append((x_zero, code_sums(w)))
+    return found
+
+
+def code_sums(codes: Tensor) -> Tensor:
+    """Sums of rows, int32, by a product with ones: ten times faster than ``sum`` on a CPU."""
+    return integer_product(codes, torch.ones(1, codes.shape[1], dtype=torch.int8, device=codes.device))[:, 0]
 
 
 def integer_product(x: Tensor, w: Tensor) -> Tensor:
