@@ -1,0 +1,126 @@
+"""The search on a tiny pipeline: what it returns is what a fresh pipeline draws with its plan."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import CLASSES, draw, tiny_dit, tiny_pixart
+
+import ditq
+from ditq import api, architectures
+from ditq.allocation import Evolution, Fitness, SearchResult, latent_error_db
+from ditq.allocation.fitness import undecoded
+from ditq.allocation.search import NOISE_OFFSET
+from ditq.errors import DitqError, UsageError
+from ditq.sampling import sample
+
+SMALL = Evolution(population=3, top_k=2, crossover=1, mutation=1)
+GROUPS = (16, 32, 64, 128)
+
+
+def search(pipe: Any = None, recipe: str = "rtn-w4a4", **options: Any) -> SearchResult:
+    defaults: dict[str, Any] = {
+        "strategy": SMALL, "trials": 5, "sizes": GROUPS, "budget": "uniform:32", "steps": 2, "guidance_scale": 3.0
+    }  # fmt: skip
+    return ditq.search(pipe or tiny_dit(), recipe, CLASSES[:2], **{**defaults, **options})
+
+
+def test_the_plan_draws_on_a_fresh_pipeline_what_the_candidate_drew() -> None:
+    pipe = tiny_dit()
+    result = search(pipe)
+    sizes = {layer.weight.group_size for layer in result.plan.quantized}
+    assert len(sizes) > 1
+    assert all(layer.activation.group_size == layer.weight.group_size for layer in result.plan.quantized)
+    assert result.bit_operations <= result.budget * (1 + 1e-6)
+    assert result.fitness == min(value for _, value in result.scored)
+    fresh = tiny_dit()
+    done = api.quantize(fresh, result.plan)
+    assert [x.weight for x in done.plan] == [x.weight for x in result.plan]
+    assert torch.equal(draw(pipe), draw(fresh))
+    # Its fitness, measured again from the outside.
+    settings: dict[str, Any] = {"seed": NOISE_OFFSET, "steps": 2, "guidance_scale": 3.0}
+    arch = architectures.load("dit")
+    reference, drawn = (sample(p, arch, CLASSES[:2], **settings) for p in (tiny_dit(), fresh))
+    assert latent_error_db(reference, drawn) == pytest.approx(result.fitness, abs=1e-6)
+
+
+def test_searches_repeat_themselves_by_seed() -> None:
+    assert search().scored == search().scored
+    assert search().scored != search(seed=1).scored
+
+
+def test_bit_operations_are_those_of_one_picture() -> None:
+    # 16 tokens (an 8 x 8 latent in patches of 2), both halves of the guidance, 2 steps; 2 blocks of width 128.
+    uniform = search(strategy="uniform", budget="uniform:64", sizes=(64, 128))
+    assert uniform.genome == (64,) * 12
+    products = 2 * (4 * 128 * 128 + 2 * 128 * 512)
+    assert uniform.bit_operations == 16 * 2 * 2 * products * (4 * 4 + 32 / 64)
+
+
+@pytest.mark.parametrize(("strategy", "count"), [("random", 5), ("uniform", 3), ("program", 1)])
+def test_rivals_search_the_same_space(strategy: str, count: int) -> None:
+    options = {"calibration": CLASSES, "overrides": ["calibration.steps=2", "calibration.rows=64"]}
+    result = search(strategy=strategy, **(options if strategy == "program" else {}))
+    assert len(result.scored) == count
+    assert result.strategy == strategy
+    assert result.bit_operations <= result.budget * (1 + 1e-6)
+
+
+def test_rounding_of_the_recipe_is_for_the_final_plan_only() -> None:
+    result = search(recipe="qdit-w4a8")  # GPTQ: needs calibration, but the search does not
+    assert {layer.rounding for layer in result.plan.quantized} == {"gptq"}
+    assert {layer.rounding for layer in result.candidate.quantized} == {"nearest"}
+    assert result.plan.needs_calibration
+    assert not result.candidate.needs_calibration
+
+
+def test_a_text_model_with_balance() -> None:
+    pipe = tiny_pixart()
+    result = ditq.search(
+        pipe, "smoothquant-w4a8", ["a red cat"], strategy=SMALL, trials=3, sizes=(16, 32, 64), budget="uniform:32",
+        steps=2, calibration=["a small house"], overrides=["calibration.steps=2", "calibration.rows=64"],
+    )  # fmt: skip
+    assert all(layer.smooth for layer in result.plan.quantized)
+
+
+def test_latent_error_is_minus_the_sqnr_that_compare_reports() -> None:
+    arch = architectures.load("dit")
+    quantized = tiny_dit()
+    api.quantize(quantized, "rtn-w4a8")
+    reference, drawn = (sample(p, arch, CLASSES, steps=2) for p in (tiny_dit(), quantized))
+    compared = ditq.compare(reference, drawn, metrics=["latent_sqnr_db"]).metrics["latent_sqnr_db"]
+    assert latent_error_db(reference, drawn) == pytest.approx(-compared.mean, abs=1e-4)
+    drawn.trajectory[0, -1, 0, 0, 0] = float("nan")
+    assert latent_error_db(reference, drawn) == math.inf
+
+
+def test_nothing_is_decoded_for_a_fitness_of_latents() -> None:
+    pipe = tiny_dit()
+    before = pipe.vae.decode(torch.zeros(1, 4, 8, 8)).sample
+    with undecoded(pipe):
+        latents = torch.randn(1, 4, 8, 8)
+        assert torch.equal(pipe.vae.decode(latents).sample, latents[:, :3])
+    assert torch.equal(pipe.vae.decode(torch.zeros(1, 4, 8, 8)).sample, before)
+
+
+def test_candidates_that_all_draw_nan_are_an_error() -> None:
+    with pytest.raises(DitqError, match="All 5 candidates draw NaN"):
+        search(fitness=Fitness("nan", lambda reference, drawn: math.nan))
+
+
+def test_usage_errors() -> None:
+    with pytest.raises(UsageError, match="Unknown strategy 'annealing'.*evolution, program, random, uniform"):
+        search(strategy="annealing")
+    with pytest.raises(UsageError, match="at least 1 trial"):
+        search(trials=0)
+    with pytest.raises(UsageError, match="needs calibration"):
+        search(strategy="program")
+    with pytest.raises(UsageError, match="nothing to search"):
+        search(sizes=None, budget="uniform:128")
+    quantized = tiny_dit()
+    api.quantize(quantized, "rtn-w4a8")
+    with pytest.raises(UsageError, match="quantized already"):
+        search(quantized)

@@ -1,0 +1,194 @@
+"""Searches in an Optuna study: shared by processes, killed and resumed, refused when they are not the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from toy import EVOLUTION, IDENTITY, toy_fitness, toy_space
+
+from ditq.allocation import Evolution, Fixed, Trials, run
+from ditq.allocation.study import NAME
+from ditq.errors import UsageError
+
+HERE = Path(__file__).parent
+
+
+def search(storage: Path | None = None, trials: int = 24, **options: object) -> Trials:
+    defaults: dict[str, object] = {"identity": IDENTITY, "storage": storage, "patience": 1.0}
+    return run(toy_space(), EVOLUTION, toy_fitness, trials=trials, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def start(storage: Path, log: Path, trials: int, seconds: float, patience: float = 1.0) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    arguments = [str(HERE / "toy.py"), str(storage), str(log), str(trials), str(seconds), str(patience)]
+    return subprocess.Popen([sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path})
+
+
+def lines(log: Path) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def wait_for(log: Path, count: int) -> None:
+    for _ in range(600):
+        if len(lines(log)) >= count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{len(lines(log))} of {count} evaluations after 30 s")
+
+
+def test_a_search_finds_the_best_of_what_it_saw() -> None:
+    found = search()
+    assert len(found.scored) == found.evaluated == 24
+    assert found.best == min(found.scored, key=lambda x: x[1])
+    assert found.best[1] < toy_fitness((64,) * 6)
+
+
+def test_a_finished_search_evaluates_nothing_again_and_a_longer_one_goes_on(tmp_path: Path) -> None:
+    storage = tmp_path / "search"
+    first = search(storage)
+    again = search(storage)
+    assert (again.scored, again.evaluated) == (first.scored, 0)
+    longer = search(storage, trials=30)
+    assert (longer.scored[:24], longer.evaluated) == (first.scored, 6)
+    assert longer.scored == search(trials=30).scored
+
+
+def test_two_processes_share_the_work_without_duplicates(tmp_path: Path) -> None:
+    storage, log = tmp_path / "search", tmp_path / "log"
+    workers = [start(storage, log, 24, 0.1) for _ in range(2)]
+    assert [worker.wait(60) for worker in workers] == [0, 0]
+    assert len(lines(log)) == len(set(lines(log))) == 24
+    # The result is that of one process.
+    found = search(storage)
+    assert (found.scored, found.evaluated) == (search().scored, 0)
+    study = optuna.load_study(study_name=NAME, storage=_journal(storage))
+    complete = [t for t in study.trials if t.state.name == "COMPLETE"]
+    assert len({tuple(t.params.items()) for t in complete}) == len(complete) == 24
+
+
+def test_a_killed_search_goes_on_where_it_was(tmp_path: Path) -> None:
+    storage, log = tmp_path / "search", tmp_path / "log"
+    worker = start(storage, log, 24, 0.1)
+    wait_for(log, 11)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait(10)
+    before = len(lines(log))
+    found = search(storage)
+    assert found.scored == search().scored
+    assert 24 - before <= found.evaluated <= 24 - before + 1  # the one it was killed in is done again
+
+
+def test_an_interrupted_search_gives_its_trial_back(tmp_path: Path) -> None:
+    storage = tmp_path / "search"
+    calls = 0
+
+    def evaluate(genome: tuple[int, ...]) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return toy_fitness(genome)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(toy_space(), EVOLUTION, evaluate, trials=24, storage=storage, identity=IDENTITY)
+    # Nobody has to wait for signs of life: the trial is free at once.
+    found = search(storage, patience=1e9)
+    assert (found.scored, found.evaluated) == (search().scored, 20)
+
+
+def test_others_take_over_from_a_process_that_died(tmp_path: Path) -> None:
+    storage, log = tmp_path / "search", tmp_path / "log"
+    slow = start(storage, log, 8, 1000)
+    wait_for(log, 1)
+    slow.kill()
+    slow.wait(10)
+    found = search(storage, trials=8)
+    assert found.evaluated == 8
+    assert found.scored == search(trials=8).scored
+
+
+def test_a_slow_process_that_is_alive_keeps_its_trial(tmp_path: Path) -> None:
+    storage, log = tmp_path / "search", tmp_path / "log"
+    slow = start(storage, log, 8, 4.0)  # four times the patience
+    wait_for(log, 1)
+    begin = time.monotonic()
+    found = search(storage, trials=8)
+    assert time.monotonic() - begin > 1.5
+    assert found.evaluated == 7
+    assert slow.wait(30) == 0
+    assert len(lines(log)) == 1
+
+
+def test_a_space_with_fewer_individuals_than_trials_ends() -> None:
+    space = toy_space((128, 128))
+    found = run(space, EVOLUTION, toy_fitness, trials=1000)
+    assert len(found.scored) == sum(space.legal((a, b)) for a in space.choices[0] for b in space.choices[1])
+    assert len(run(space, Fixed(((64, 64), (128, 32))), toy_fitness, trials=10).scored) == 2
+
+
+def test_nan_counts_as_the_worst() -> None:
+    found = run(toy_space(), EVOLUTION, lambda g: float("nan") if g == (64,) * 6 else toy_fitness(g), trials=10)
+    assert found.scored[0][1] == float("inf")
+    assert found.best[1] < 1e9
+
+
+def test_progress_tells_the_best_so_far() -> None:
+    seen: list[tuple[int, int, float]] = []
+    found = search(trials=10, on_trial=lambda *state: seen.append(state))
+    assert [done for done, _, _ in seen] == list(range(1, 11))
+    bests = [best for _, _, best in seen]
+    assert bests == sorted(bests, reverse=True)
+    assert bests[-1] == found.best[1]
+
+
+def test_the_storage_of_another_study_is_refused(tmp_path: Path) -> None:
+    storage = tmp_path / "search"
+    search(storage, trials=3)
+    with pytest.raises(UsageError, match="belongs to another study: model is 'toy' there, 'other' here") as error:
+        search(storage, identity={**IDENTITY, "model": "other"})
+    assert "--storage" in str(error.value)
+    assert "seed" not in str(error.value)
+
+
+def test_a_storage_of_somebody_elses_study_is_refused_and_left_alone(tmp_path: Path) -> None:
+    storage = tmp_path / "search"
+    optuna.create_study(study_name="mine", storage=_journal(storage))
+    before = storage.read_bytes()
+    with pytest.raises(UsageError, match="'mine'"):
+        search(storage)
+    assert storage.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"not a journal\n", b'{"a": 1}\n', b"\x00\xff\x00\xff"])
+def test_a_file_that_is_no_storage_is_refused(content: bytes, tmp_path: Path) -> None:
+    storage = tmp_path / "search"
+    storage.write_bytes(content)
+    with pytest.raises(UsageError, match="is no storage of a search"):
+        search(storage)
+    with pytest.raises(UsageError, match="cannot be opened|is no storage"):
+        search(tmp_path)
+
+
+def test_a_database_is_a_storage_too(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'search.db'}"
+    small = Evolution(population=3, top_k=1, crossover=1, mutation=1)
+    first = run(toy_space(), small, toy_fitness, trials=5, storage=storage)
+    assert run(toy_space(), small, toy_fitness, trials=5, storage=storage).evaluated == 0
+    assert first.scored == run(toy_space(), small, toy_fitness, trials=5).scored
+
+
+def test_missing_optuna_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UsageError, match=r"ditq\[search\]"):
+        search()
+
+
+def _journal(path: Path) -> optuna.storages.JournalStorage:
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))

@@ -1,0 +1,131 @@
+"""``ditq search``, ``ditq quantize --plan`` and ``ditq inspect`` on a tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny_dit
+
+from ditq.cli.app import run
+from ditq.plan import Plan
+
+SPACE = ["--sizes", "16,32,64,128", "--budget", "uniform:32", "--pictures", "2", "--steps", "2", "--trials", "4"]
+NUMBERS = ["--population", "3", "--top-k", "2", "--crossover", "1", "--mutation", "1"]
+
+
+def ditq(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of one command line."""
+    status = run([str(a) for a in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_dit().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("plans") / "plan.json"
+    arguments = ["search", str(pipeline), "--recipe", "qdit-w4a8", "--out", str(file), "--quiet"]
+    assert run([*arguments, *SPACE, *NUMBERS]) == 0
+    return file
+
+
+def test_a_searched_plan_is_carried_out_with_gptq_and_inspect_shows_its_groups(
+    pipeline: Path, plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = Plan.from_dict(json.loads(plan.read_text()))
+    out = tmp_path / "quantized"
+    quick = ["--set", "calibration.prompts=2", "--set", "calibration.steps=2", "--set", "calibration.rows=64"]
+    status, _, err = ditq(capsys, "quantize", pipeline, "--plan", plan, "--out", out, "--quiet", *quick)
+    assert status == 0, err
+    layers = {layer["name"]: layer for layer in json.loads(ditq(capsys, "inspect", out, "--json")[1])["layers"]}
+    groups = {name: layer["group_size"] for name, layer in layers.items() if layer["weight_bits"] == 4}
+    assert groups == {
+        layer.name: {"weights": layer.weight.group_size, "activations": layer.weight.group_size}
+        for layer in wanted.quantized
+    }
+    assert len({size["weights"] for size in groups.values()}) > 1
+    assert any(layer["rounding"] == "gptq" for layer in layers.values())
+    assert all(layer["group_size"]["weights"] is None for layer in layers.values() if layer["weight_bits"] == 16)
+    monkeypatch.setattr("ditq.cli.common.out.width", 200)
+    for option in ([], ["--roles"]):
+        _, table, _ = ditq(capsys, "inspect", out, *option)
+        assert all(f"group {size['weights']}" in table for size in groups.values())
+
+
+def test_search_json_and_going_on(pipeline: Path, plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.with_suffix(".search").is_file()
+    before = plan.read_text()
+    status, out, _ = ditq(
+        capsys, "search", pipeline, "--recipe", "qdit-w4a8", "--out", plan, "--json", *SPACE, *NUMBERS
+    )
+    data = json.loads(out)
+    assert status == 0
+    assert (data["trials"], data["evaluated"]) == (4, 0)
+    assert data["bit_operations"] <= data["budget"] * (1 + 1e-6)
+    assert data["fitness"]["name"] == "latent error, dB"
+    assert plan.read_text() == before
+
+
+def test_search_shows_the_best_so_far_and_what_comes_next(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    status, out, err = ditq(
+        capsys, "search", pipeline, "--recipe", "rtn-w4a4", "--strategy", "uniform", "--out", file, *SPACE
+    )
+    assert status == 0
+    assert "best " in err
+    assert f"ditq quantize {pipeline} --plan {file}" in " ".join(out.split()).replace("- ", "-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--sizes", "100", "--budget", "uniform:32"], 2, "100 divides no layer"),
+        (["--sizes", "16,x"], 2, "--sizes takes numbers"),
+        (["--sizes", "16,32", "--budget", "1000"], 2, "No allocation meets the budget"),
+        (["--strategy", "annealing"], 2, "Unknown strategy 'annealing'"),
+        (["--fitness", "beauty"], 2, "Unknown fitness 'beauty'"),
+        (["--fitness", "kid"], 2, "--real FOLDER"),
+        (["--crossover", "40", "--mutation", "40"], 2, "places"),
+        (["--seed", "7", *SPACE, *NUMBERS], 2, "belongs to another study: seed is 0 there, 7 here"),
+    ],
+)
+def test_wrong_usage(
+    arguments: list[str], status: int, words: str, pipeline: Path, plan: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = plan if "--seed" in arguments else tmp_path / "plan.json"
+    before = plan.read_text()
+    code, _, err = ditq(capsys, "search", pipeline, "--recipe", "qdit-w4a8", "--out", out, "--quiet", *arguments)
+    assert code == status
+    assert words in err
+    assert err.count("\n") == 1
+    assert plan.read_text() == before
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_plan_file_that_is_none(
+    pipeline: Path, plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, out = tmp_path / "plan.json", tmp_path / "out"
+    assert "ditq search writes one" in ditq(capsys, "quantize", pipeline, "--plan", broken, "--out", out)[2]
+    broken.write_text("no json")
+    assert "is not JSON" in ditq(capsys, "quantize", pipeline, "--plan", broken, "--out", out)[2]
+    broken.write_text(plan.read_text().replace('"group_size": ', '"group_size": -', 1))
+    status, _, err = ditq(capsys, "quantize", pipeline, "--plan", broken, "--out", out)
+    assert status == 1
+    assert "group_size" in err
+    status, _, err = ditq(capsys, "quantize", pipeline, "--plan", plan, "--set", "weights.bits=3", "--out", out)
+    assert status == 2
+    assert "weights.bits=3" in err
+    assert not out.exists()
