@@ -144,7 +144,7 @@ def test_doctor_names_engines_with_reasons(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    "verb", ["demo", "quantize", "generate", "inspect", "compare", "recipes", "architectures", "doctor"]
+    "verb", ["demo", "quantize", "search", "generate", "inspect", "compare", "recipes", "architectures", "doctor"]
 )
 def test_help_of_every_verb_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = ditq(capsys, verb, "--help")
