@@ -1,0 +1,139 @@
+"""Group sizes found by search against uniform ones and the search's rivals, at one budget of BitOps.
+
+``python benchmarks/quality/granularity_search.py`` searches group sizes for ``bundled:emoji-class`` at W4A8 and W4A4
+within the BitOps of uniform g = 128: by evolution, by random search with as many evaluations, and by an integer
+program on layer errors. Then it draws held-out classes from noise that no search has seen with every plan, and prints
+how near they are to the 16-bit model, as paired differences to uniform g = 128 with 95 % bootstrap intervals. Rows are
+rounded to nearest; ``--gptq`` adds those with GPTQ. The result is ``benchmarks/results/granularity_search.json``.
+
+Everything is kept in ``--folder``: run it again to go on, or in several processes at once to share the searches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import environment, write
+
+import ditq
+from ditq import api, architectures
+from ditq import recipe as recipes
+from ditq.allocation import Evolution, SearchResult
+from ditq.metrics import paired_difference
+from ditq.metrics.measure import measure
+from ditq.sampling import PictureCache, Samples, sample
+
+STRATEGIES = ("uniform", "random", "program", "evolution")
+METRICS = ("latent_sqnr_db", "psnr_db")
+
+
+def search(args: argparse.Namespace, recipe: str, strategy: str, prompts: list[str]) -> SearchResult:
+    pipe = api.load(args.model)
+    numbers = Evolution(args.population, args.top_k, args.population // 2, args.population // 2, args.probability)
+
+    def tell(done: int, total: int, best: float) -> None:
+        print(f"\r{recipe} {strategy} {done}/{total} best {best:.4f}", end="", flush=True, file=sys.stderr)
+
+    # Uniform g as the budget names it is the preset, and the first individual, of the random search.
+    options: dict[str, Any] = {"trials": 1, "strategy": "random"} if strategy == "uniform" else {
+        "trials": args.trials, "strategy": numbers if strategy == "evolution" else strategy
+    }  # fmt: skip
+    result = ditq.search(
+        pipe, recipe, [prompts[i % len(prompts)] for i in range(args.pictures)], sizes=args.sizes, budget=args.budget,
+        steps=args.steps, batch_size=args.pictures, calibration=prompts, seed=args.seed,
+        overrides=["calibration.prompts=32", "calibration.steps=20"] if strategy == "program" else [],
+        storage=args.folder / f"{recipe}-{strategy}.search", on_trial=tell, **options,
+    )  # fmt: skip
+    print(file=sys.stderr)
+    return result
+
+
+def draw(args: argparse.Namespace, pipe: Any, prompts: list[str]) -> Samples:
+    arch = architectures.match(pipe.transformer)
+    cache = PictureCache(args.folder / "pictures")
+    return sample(pipe, arch, prompts, seed=args.seed, steps=args.held_out_steps, batch_size=32, cache=cache)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bundled:emoji-class")
+    parser.add_argument("--recipes", nargs="+", default=["qdit-w4a8", "qdit-w4a4"])
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[32, 64, 128, 256, 512])
+    parser.add_argument("--budget", default="uniform:128")
+    parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("--population", type=int, default=50)
+    parser.add_argument("--top-k", type=int, default=10)
+    parser.add_argument("--probability", type=float, default=0.1)
+    parser.add_argument("--pictures", type=int, default=16, help="of one evaluation")
+    parser.add_argument("--steps", type=int, default=10, help="of one evaluation")
+    parser.add_argument("--held-out", type=int, default=64, help="pictures of the comparison")
+    parser.add_argument("--held-out-steps", type=int, default=20)
+    parser.add_argument("--gptq", action="store_true", help="rows with GPTQ as well")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("granularity_search"))
+    parser.add_argument("--name", default="granularity_search", help="name of the result file")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    import ditq_bundled
+
+    name = args.model.removeprefix("bundled:")
+    calibration, held_out = (ditq_bundled.prompts(name, split) for split in ("calibration", "evaluation"))
+    held_out = [held_out[i % len(held_out)] for i in range(args.held_out)]
+    reference = draw(args, api.load(args.model), held_out)
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    result: dict[str, Any] = {**environment(), "arguments": arguments, "rows": {}}
+    for recipe in args.recipes:
+        drawn: dict[str, Samples] = {}
+        rows: dict[str, Any] = {}
+        for strategy in args.strategies:
+            found = search(args, recipe, strategy, calibration)
+            plans = {strategy: found.candidate} | ({f"{strategy} + GPTQ": found.plan} if args.gptq else {})
+            for row, plan in plans.items():
+                pipe = api.load(args.model)
+                settings = recipes.load(recipe).calibration
+                done = api.quantize(pipe, plan, prompts=calibration, calibration=settings, seed=args.seed, resume=True)
+                drawn[row] = draw(args, pipe, held_out)
+                rows[row] = {
+                    "search_fitness_db": found.fitness,
+                    "evaluations": len(found.scored),
+                    "bit_operations": found.bit_operations,
+                    "budget": found.budget,
+                    "scale_overhead_bits": found.scale_overhead_bits,
+                    "group_sizes": dict(sorted(Counter(found.genome).items())),
+                    "by_role": {
+                        role: dict(sorted(Counter(x.weight.group_size for x in layers if x.weight).items()))
+                        for role in dict.fromkeys(x.role for x in done.plan.quantized)
+                        if (layers := [x for x in done.plan.quantized if x.role == role])
+                    },
+                }
+        measured = measure(reference, drawn, metrics=METRICS)
+        print(f"\n{recipe}: {len(held_out)} held-out pictures, {args.held_out_steps} steps, seed {args.seed}")
+        print(f"{'row':20} {'evals':>5} {'fitness':>8} {'BitOps':>7} {'latent SQNR dB':>22} {'PSNR dB':>22}"
+              f"  difference to {args.strategies[0]}, latent SQNR dB")  # fmt: skip
+        for row, entry in rows.items():
+            entry |= {metric: measured.scores[row][metric].model_dump(mode="json") for metric in METRICS}
+            base = args.strategies[0] + (" + GPTQ" if row.endswith("GPTQ") else "")
+            values = {r: measured.values[r]["latent_sqnr_db"] for r in (row, base)}
+            entry["difference_latent_sqnr_db"] = paired_difference(values[row], values[base]).model_dump(mode="json")
+            s, p, d = (entry[key] for key in (*METRICS, "difference_latent_sqnr_db"))
+            print(
+                f"{row:20} {entry['evaluations']:5} {entry['search_fitness_db']:8.3f} "
+                f"{entry['bit_operations'] / entry['budget']:7.4f} "
+                + " ".join(f"{x['mean']:7.2f} [{x['ci95'][0]:5.2f}, {x['ci95'][1]:5.2f}]" for x in (s, p))
+                + f"  {d['mean']:+.2f} [{d['ci95'][0]:+.2f}, {d['ci95'][1]:+.2f}]  {entry['group_sizes']}"
+            )
+        result["rows"][recipe] = rows
+    print("\nwritten to", write(args.name, result))
+
+
+if __name__ == "__main__":
+    main()
