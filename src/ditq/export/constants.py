@@ -19,29 +19,30 @@ def shrink(model: Any) -> None:
     that ditq keeps in 16 bit are bf16 numbers in float32 tensors when they come here.
     """
     known: dict[tuple[Any, ...], Any] = {}
-    for constant in _constants(model, "f32"):
-        values = constant.data
-        key = (values.shape, hashlib.sha256(values.tobytes()).digest())
+    for constant in _constants(model):
+        values, kind = constant.data, constant.get_element_type().get_type_name()
+        key = (kind, tuple(constant.get_output_shape(0)), hashlib.sha256(values.tobytes()).digest())
         if key in known:
             _replace(constant, known[key])
             continue
         known[key] = constant
-        if _only_weights(constant) and (half := _as_bf16(values)) is not None:
+        if kind == "f32" and _only_weights(constant) and (half := _as_bf16(values)) is not None:
             known[key] = half
             _replace(constant, half)
 
 
 def keep_bf16(model: Any) -> None:
     """Marks the constants that :func:`shrink` has made, or OpenVINO expands them; files do not keep the mark."""
-    for constant in _constants(model, "bf16"):
+    for constant in _constants(model):
+        if constant.get_element_type().get_type_name() != "bf16":
+            continue
         for reader in constant.output(0).get_target_inputs():
             reader.get_node().get_rt_info()["decompression_0"] = True
 
 
-def _constants(model: Any, kind: str) -> Iterator[Any]:
+def _constants(model: Any) -> Iterator[Any]:
     for node in model.get_ordered_ops():
-        large = node.get_type_name() == "Constant" and np.prod(list(node.get_output_shape(0))) >= FEW
-        if large and node.get_element_type().get_type_name() == kind:
+        if node.get_type_name() == "Constant" and np.prod(list(node.get_output_shape(0))) >= FEW:
             yield node
 
 

@@ -16,6 +16,9 @@ from ditq.numerics import code_range, hadamard_matrix, is_supported, pack, signs
 # Below it a float32 scale loses digits.
 _SMALLEST = torch.finfo(torch.float32).tiny
 
+# Outputs of a product of which one is needed: what the plugin computes at once.
+_ROWS = 16
+
 # The plugin multiplies unsigned by signed codes fastest: those of symmetric activations are moved up by this.
 MIDDLE = 128
 
@@ -109,12 +112,19 @@ class Builder:
         import openvino.opset13 as op
 
         def make() -> Any:
-            total = op.reduce_sum(codes.values, _shape(-1), True)
-            if codes.offset is not None:
-                return op.subtract(total, op.multiply(codes.offset, _scalar(linear.weight.columns)))
-            middle = _scalar(MIDDLE * linear.weight.columns)
-            middle.set_friendly_name(linear.name + SUMS + SHIFT)
-            return op.subtract(total, middle)
+            # As a product with ones: a reduction of integers takes up to a tenth of the time of the layer itself.
+            ones = op.multiply(op.convert(_int8(torch.ones(_ROWS, linear.weight.columns, dtype=torch.int8)), "f32"),
+                               _constant(torch.ones(_ROWS, 1)))  # fmt: skip
+            columns = linear.weight.columns
+            # Moved down before it is stored: with a bf16 hint it is stored in eight digits.
+            shift = _constant(torch.full((_ROWS,), -float(MIDDLE * columns)))
+            if codes.offset is None:
+                shift.set_friendly_name(linear.name + SUMS + SHIFT)
+            total = op.add(op.matmul(codes.values, ones, False, True), shift)
+            total = op.slice(total, _shape(0), _shape(1), _shape(1), _shape(-1))
+            if codes.offset is None:
+                return total
+            return op.subtract(total, op.multiply(op.subtract(codes.offset, _scalar(MIDDLE)), _scalar(columns)))
 
         return self._once(codes.values, ("sums",), make)
 
