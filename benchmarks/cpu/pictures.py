@@ -53,7 +53,7 @@ def pipelines(model: str, recipes: list[str], calibration: list[str], seed: int)
 def weights_bytes(pipe: Any) -> int:
     """Of the transformer."""
     stacks = [m for m in pipe.transformer.modules() if type(m).__name__ == "CompiledStack"]
-    return torch_bytes(pipe.transformer) + sum(openvino_bytes(stack._compiled) for stack in stacks)
+    return torch_bytes(pipe.transformer) + sum(openvino_bytes(stack.program.compiled) for stack in stacks)
 
 
 def main() -> None:
