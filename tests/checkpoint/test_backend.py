@@ -38,6 +38,12 @@ CASES = {
         "rtn-w4a8",
         ("weights={bits: 4, granularity: group, group_size: 32}", "keep_layers=['blocks.0.ff']"),
     ),
+    "dit-qdit-w4a8": ("dit", "qdit-w4a8", ("weights.group_size=32", "activations.group_size=32")),
+    "pixart-gptq-static-groups-w4a8": (
+        "pixart",
+        "smoothquant-w4a8",
+        ("rounding=gptq", "activations={bits: 8, granularity: group, group_size: 64}", "balance.fold=false"),
+    ),
     "dit-timesteps-w4a8": (
         "dit",
         "smoothquant-w4a8",

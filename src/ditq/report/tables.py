@@ -44,6 +44,7 @@ def layer_json(layer: LayerPlan) -> dict[str, Any]:
         },
         "balance": layer.balance,
         "rounding": layer.rounding if layer.weight else None,
+        "rounding_gain": layer.rounding_gain,
         "incoherence": layer.incoherence.model_dump() if layer.incoherence else None,
         "reason": layer.reason,
     }
@@ -80,7 +81,7 @@ def _cells(layer: LayerPlan) -> tuple[str, str, str, str, str]:
     if layer.weight is None:
         return "16 bit", "16 bit", "", "", layer.reason
     return (
-        str(layer.weight),
+        str(layer.weight).removesuffix(", static") + (", GPTQ" if layer.rounding == "gptq" else ""),
         str(layer.activation or "16 bit"),
         layer.balance,
         _mean_incoherence([layer]),
