@@ -122,7 +122,7 @@ def test_the_rest_of_the_pipeline_stays_whole(whole: tuple[str, str, Path, Path]
 
 
 def test_components_that_stay_in_torch_are_named(folders: tuple[str, Path, Path], tmp_path: Path) -> None:
-    from ditq.export import components
+    from ditq.deploy import components
 
     class Odd(torch.nn.Module):
         pass

@@ -23,7 +23,7 @@ FLOORS = [
     {"architectures", "sampling", "calibration"},
     {"methods"},
     {"allocation"},
-    {"export"},
+    {"deploy"},
     {"checkpoint"},
     {"metrics", "report"},
     {"api"},

@@ -246,7 +246,7 @@ def ours(
     ditq.quantize(model, recipe, calibrate_with=calibrate, overrides=overrides)
     if engine == "torch":
         return torch_variant(model)
-    from ditq.export.openvino import compile_in_place
+    from ditq.deploy.openvino import compile_in_place
 
     properties = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": hint}
     compile_in_place(model, case.architecture, case.call, properties=properties, shapes=shapes)

@@ -56,7 +56,7 @@ def ours(case: Case, engine: str, bits: int, rotate: bool = False, group: int | 
 
     from ditq.engines.openvino.graph import Builder
     from ditq.engines.openvino.settings import compile_config, group_size
-    from ditq.export.convert import linear_spec
+    from ditq.deploy.convert import linear_spec
 
     spec = linear_spec("linear", layer)
     x = op.parameter(list(case.call["x"].shape), ov.Type.f32)

@@ -20,8 +20,8 @@ from _variants import openvino_bytes
 import ditq
 from ditq import api, architectures
 from ditq.calibration import calibrate
-from ditq.export.calls import record
-from ditq.export.openvino import compile_in_place
+from ditq.deploy.calls import record
+from ditq.deploy.openvino import compile_in_place
 from ditq.metrics.fidelity import psnr_db
 from ditq.recipe import Calibration, load
 from ditq.sampling import Samples, sample

@@ -43,7 +43,7 @@ def compile_graphs(model: nn.Module, engine: dict[str, Any] | None, folder: Path
     """
     if engine is None or forced() not in (None, OPENVINO):
         return False
-    from ditq.export import openvino
+    from ditq.deploy import openvino
     from ditq.sampling import cache_root
 
     cache = cache_root() / OPENVINO

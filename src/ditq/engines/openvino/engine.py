@@ -18,7 +18,7 @@ _WHOLE = "it runs whole transformers, not single linears: export the model (ditq
 
 
 class OpenVINOEngine(Engine):
-    """Compiles the blocks of a transformer for the CPU, see ``ditq.export``."""
+    """Compiles the blocks of a transformer for the CPU, see ``ditq.deploy``."""
 
     name = "openvino"
     priority = -10  # nobody asks this engine before one that runs single linears

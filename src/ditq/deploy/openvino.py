@@ -18,15 +18,15 @@ from ditq.engines.openvino.graph import unrounded
 from ditq.engines.openvino.linear import LinearSpec, why_inexact
 from ditq.engines.openvino.settings import PRECISION, compile_config, group_size, why_float
 from ditq.errors import CheckpointError, DitqError, UsageError
-from ditq.export import files
-from ditq.export.calls import variations
-from ditq.export.capture import capture
-from ditq.export.compiled import CompiledStack
-from ditq.export.convert import linear_spec
-from ditq.export.manifest import Manifest, Segment
-from ditq.export.program import Program, Shapes
-from ditq.export.report import Report, examine, some
-from ditq.export.segment import parts, write_segment
+from ditq.deploy import files
+from ditq.deploy.calls import variations
+from ditq.deploy.capture import capture
+from ditq.deploy.compiled import CompiledStack
+from ditq.deploy.convert import linear_spec
+from ditq.deploy.manifest import Manifest, Segment
+from ditq.deploy.program import Program, Shapes
+from ditq.deploy.report import Report, examine, some
+from ditq.deploy.segment import parts, write_segment
 from ditq.layers import QuantizedLinear, TimestepLinear
 
 
@@ -44,7 +44,7 @@ def export(
     and everything else of a block is computed in float32.
 
     Args:
-        call: keyword arguments of one call of the model, see :func:`ditq.export.calls.record`.
+        call: keyword arguments of one call of the model, see :func:`ditq.deploy.calls.record`.
         folder: an existing folder; gets a graph for every stack and a small JSON file.
         allow_float: takes layers whose shape keeps OpenVINO from multiplying integers, and models without any.
 
@@ -104,7 +104,7 @@ def load(
         properties: of OpenVINO, by its names: ``INFERENCE_NUM_THREADS``, ``NUM_STREAMS``, ``CACHE_DIR``
             (compiled models are kept there), ``INFERENCE_PRECISION_HINT`` (``bf16`` is faster on CPUs that have
             it, and rounds everything between the linears).
-        shapes: "static" compiles anew for the sizes of a call, see :class:`ditq.export.program.Program`.
+        shapes: "static" compiles anew for the sizes of a call, see :class:`ditq.deploy.program.Program`.
         allow_float: takes layers that this machine cannot execute on integers.
 
     Raises:

@@ -42,11 +42,11 @@ import numpy as np
 import openvino.opset13 as op
 
 from ditq.engines.openvino.graph import Builder
-from ditq.export import convert
-from ditq.export.calls import record
-from ditq.export.compiled import CompiledStack
-from ditq.export.manifest import FILE, Manifest
-from ditq.export.openvino import compile_in_place, export, load
+from ditq.deploy import convert
+from ditq.deploy.calls import record
+from ditq.deploy.compiled import CompiledStack
+from ditq.deploy.manifest import FILE, Manifest
+from ditq.deploy.openvino import compile_in_place, export, load
 
 # Mostly the engines agree to 1e-6. Where one code falls on the other side of a rounding boundary, all that follows
 # is rounded differently; rounding itself costs these models 1e-2. The export compares without it, to 1e-4.
@@ -386,7 +386,7 @@ def test_shapes_that_openvino_multiplies_in_floats(tmp_path: Path) -> None:
 def test_kernels_that_this_cpu_does_not_have(
     name: str, torch_model: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ditq.export.report.execution", lambda kernel, width, precision: "float")
+    monkeypatch.setattr("ditq.deploy.report.execution", lambda kernel, width, precision: "float")
     with pytest.raises(DitqError, match=r"layers in floats that should multiply integers: transformer_blocks.0.attn1"):
         load(folder, copy.deepcopy(torch_model))
     report = load(folder, copy.deepcopy(torch_model), allow_float=True)
@@ -622,7 +622,7 @@ TOY_CALLS = tuple({"sample": torch.randn(n, t, 32), "text": torch.randn(n, 4 + n
 
 @pytest.fixture
 def _toy_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ditq.export.openvino.variations", lambda *a: TOY_CALLS)
+    monkeypatch.setattr("ditq.deploy.openvino.variations", lambda *a: TOY_CALLS)
 
 
 @pytest.mark.usefixtures("_toy_calls")

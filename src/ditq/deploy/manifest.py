@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ditq.engines.openvino.linear import Activations, Kernel, Storage
 from ditq.errors import CheckpointError
-from ditq.export.capture import Returns
+from ditq.deploy.capture import Returns
 from ditq.plan import first_error
 
 FORMAT_VERSION = 2
@@ -58,7 +58,7 @@ class Segment(_Strict):
         parameters: names of the arguments of the block's forward, in order.
         constants: arguments that are no tensors; a call must give the same.
         returns: what a call returns the ``outputs`` tensors in.
-        digests: of the graph's files, see :func:`ditq.export.openvino.digest`.
+        digests: of the graph's files, see :func:`ditq.deploy.openvino.digest`.
         kept: modules of the first block that the model calls too; they stay torch modules.
     """
 

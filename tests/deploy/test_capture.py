@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ditq.arguments import filled, leaves, parameters
 from ditq.errors import DitqError
-from ditq.export.capture import capture
+from ditq.deploy.capture import capture
 
 
 class Block(nn.Module):

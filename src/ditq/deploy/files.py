@@ -9,9 +9,9 @@ from typing import Any
 
 from ditq.engines.openvino.probe import core
 from ditq.errors import CheckpointError, UsageError
-from ditq.export.constants import keep_bf16, shrink
-from ditq.export.manifest import FILE, Segment
-from ditq.export.program import Program, Shapes
+from ditq.deploy.constants import keep_bf16, shrink
+from ditq.deploy.manifest import FILE, Segment
+from ditq.deploy.program import Program, Shapes
 
 MMAP = "ENABLE_MMAP"
 

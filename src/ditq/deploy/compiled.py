@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ditq.arguments import leaves
 from ditq.errors import UsageError
-from ditq.export.manifest import Input, Segment
-from ditq.export.program import Program
+from ditq.deploy.manifest import Input, Segment
+from ditq.deploy.program import Program
 
 _TORCH = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 

@@ -17,7 +17,7 @@ import openvino as ov
 import openvino.opset13 as op
 
 from ditq.engines.openvino.probe import core
-from ditq.export.constants import keep_bf16, shrink
+from ditq.deploy.constants import keep_bf16, shrink
 
 K, N = 64, 96
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ditq.engines.openvino.probe import Execution, execution, multiplies
 from ditq.errors import DitqError
-from ditq.export.manifest import Layer, Manifest
-from ditq.export.program import Program
+from ditq.deploy.manifest import Layer, Manifest
+from ditq.deploy.program import Program
 
 
 @dataclass(frozen=True)

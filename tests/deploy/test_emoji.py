@@ -14,8 +14,8 @@ from ditq.sampling import sample
 if (reason := ENGINE.why_unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from ditq.export.calls import record
-from ditq.export.openvino import compile_in_place
+from ditq.deploy.calls import record
+from ditq.deploy.openvino import compile_in_place
 
 # Every layer smoothed and rotated: nothing to search, and the most that this engine has to do.
 SHORT = ("calibration.prompts=4", "calibration.steps=4", "balance.choose=always", "balance.alpha=0.5", "clip=minmax")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ditq import architectures
 from ditq.errors import UsageError
-from ditq.export.calls import record, variations
+from ditq.deploy.calls import record, variations
 
 
 def shapes(call: dict[str, object]) -> dict[str, tuple[int, ...]]:

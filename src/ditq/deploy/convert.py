@@ -15,7 +15,7 @@ from ditq.arguments import filled
 from ditq.engines.openvino.graph import Builder
 from ditq.engines.openvino.linear import LinearSpec, emulate
 from ditq.engines.openvino.settings import GROUP_SIZE
-from ditq.export.capture import BlockCall, returned
+from ditq.deploy.capture import BlockCall, returned
 from ditq.layers import QuantizedLinear
 
 # The linears that ``ditq::openvino_linear`` may name, G, and whether their inputs are rounded.

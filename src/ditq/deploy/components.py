@@ -13,10 +13,10 @@ from torch import nn
 
 from ditq.engines.openvino.settings import compile_config
 from ditq.errors import DitqError
-from ditq.export import files
-from ditq.export.capture import capture_module
-from ditq.export.manifest import Manifest
-from ditq.export.segment import Part, write_segment
+from ditq.deploy import files
+from ditq.deploy.capture import capture_module
+from ditq.deploy.manifest import Manifest
+from ditq.deploy.segment import Part, write_segment
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
