@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ditq.checkpoint.registration import register as _register
 
 if TYPE_CHECKING:
-    from ditq.api import Result, load, quantize, save, search
+    from ditq.api import Result, export, load, quantize, save, search
     from ditq.checkpoint.backend import DitqConfig
     from ditq.comparison import Comparison, compare
     from ditq.engines import use_engine
@@ -32,6 +32,7 @@ _HOME = {
     "quantize": "ditq.api",
     "load": "ditq.api",
     "save": "ditq.api",
+    "export": "ditq.api",
     "search": "ditq.api",
     "compare": "ditq.comparison",
     "Result": "ditq.api",
@@ -60,6 +61,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "compare",
+    "export",
     "load",
     "quantize",
     "save",

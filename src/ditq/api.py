@@ -338,7 +338,7 @@ def export(
 
     from ditq.checkpoint.backend import DitqConfig
     from ditq.engines import use_engine
-    from ditq.export import calls, components, openvino
+    from ditq.deploy import calls, components, openvino
 
     if engine != "openvino":
         raise unknown("engine to export to", engine, ["openvino"])
