@@ -337,8 +337,8 @@ def export(
     import json
 
     from ditq.checkpoint.backend import DitqConfig
-    from ditq.engines import use_engine
     from ditq.deploy import calls, components, openvino
+    from ditq.engines import use_engine
 
     if engine != "openvino":
         raise unknown("engine to export to", engine, ["openvino"])

@@ -16,8 +16,8 @@ from torch import nn
 
 from ditq import api, architectures
 from ditq.architectures import Architecture
-from ditq.errors import DitqError, UsageError
 from ditq.deploy.calls import record
+from ditq.errors import DitqError, UsageError
 from ditq.metrics.interval import Interval
 from ditq.metrics.layer_errors import LayerErrors, StepTime, layer_errors, step_times
 from ditq.metrics.measure import BASIC, Measurement, measure

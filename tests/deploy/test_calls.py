@@ -8,8 +8,8 @@ from helpers import PROMPTS, example_inputs, tiny_dit, tiny_model, tiny_pixart
 from torch import Tensor
 
 from ditq import architectures
-from ditq.errors import UsageError
 from ditq.deploy.calls import record, variations
+from ditq.errors import UsageError
 
 
 def shapes(call: dict[str, object]) -> dict[str, tuple[int, ...]]:

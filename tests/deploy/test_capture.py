@@ -10,8 +10,8 @@ from helpers import example_inputs, tiny_model
 from torch import Tensor, nn
 
 from ditq.arguments import filled, leaves, parameters
-from ditq.errors import DitqError
 from ditq.deploy.capture import capture
+from ditq.errors import DitqError
 
 
 class Block(nn.Module):

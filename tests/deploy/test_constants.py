@@ -16,8 +16,8 @@ if (reason := ENGINE.why_unavailable()) is not None:
 import openvino as ov
 import openvino.opset13 as op
 
-from ditq.engines.openvino.probe import core
 from ditq.deploy.constants import keep_bf16, shrink
+from ditq.engines.openvino.probe import core
 
 K, N = 64, 96
 

@@ -41,12 +41,12 @@ if (reason := ENGINE.why_unavailable()) is not None:
 import numpy as np
 import openvino.opset13 as op
 
-from ditq.engines.openvino.graph import Builder
 from ditq.deploy import convert
 from ditq.deploy.calls import record
 from ditq.deploy.compiled import CompiledStack
 from ditq.deploy.manifest import FILE, Manifest
 from ditq.deploy.openvino import compile_in_place, export, load
+from ditq.engines.openvino.graph import Builder
 
 # Mostly the engines agree to 1e-6. Where one code falls on the other side of a rounding boundary, all that follows
 # is rounded differently; rounding itself costs these models 1e-2. The export compares without it, to 1e-4.

@@ -185,11 +185,8 @@ def open_study(storage: str | Path | None, identity: dict[str, Any]) -> optuna.S
             Path(storage).parent.mkdir(parents=True, exist_ok=True)
             where = JournalStorage(JournalFileBackend(str(storage)))
         others = [name for name in optuna.get_all_study_names(where) if name != NAME]
-        study = (
-            None
-            if others
-            else optuna.create_study(storage=where, study_name=NAME, load_if_exists=True, sampler=_Given())
-        )
+        options: dict[str, Any] = {"study_name": NAME, "load_if_exists": True, "sampler": _Given()}
+        study = None if others else optuna.create_study(storage=where, **options)
     except OSError as error:
         raise UsageError(f"The storage {storage} cannot be opened: {error}.") from error
     except Exception as error:  # a journal that is none fails in many ways, a database in those of its driver
@@ -202,14 +199,15 @@ def open_study(storage: str | Path | None, identity: dict[str, Any]) -> optuna.S
     if IDENTITY not in study.user_attrs:
         study.set_user_attr(IDENTITY, identity)
     kept = study.user_attrs[IDENTITY]  # another process may have been faster
-    differing = [key for key in {**kept, **identity} if kept.get(key) != identity.get(key)]
+    differing = "; ".join(
+        f"{key} is {_short(kept.get(key))} there, {_short(identity.get(key))} here"
+        for key in {**kept, **identity}
+        if kept.get(key) != identity.get(key)
+    )
     if differing:
         raise UsageError(
-            f"The storage {storage} belongs to another study: "
-            + "; ".join(
-                f"{key} is {_short(kept.get(key))} there, {_short(identity.get(key))} here" for key in differing
-            )
-            + ". Choose another --storage, or repeat the settings of that study to go on with it."
+            f"The storage {storage} belongs to another study: {differing}. Choose another --storage, or repeat the "
+            "settings of that study to go on with it."
         )
     return study
 
@@ -248,7 +246,7 @@ class _Watch:
                 self._fail(trial.number)
 
     def slots(self) -> dict[int, list[Any]]:
-        """All trials by slot, in order; slots whose trials have all failed are given out again."""
+        """All trials by slot, in order; those of others that stand still fail."""
         trials = self.study.get_trials(deepcopy=False)
         mine = {trial.number for trial in self.held}
         slots: dict[int, list[Any]] = {}

@@ -40,8 +40,8 @@ def run(arguments: list[str]) -> int:
         build()(args=arguments, standalone_mode=True)
     except SystemExit as done:
         if done.code == _INTERRUPTED:
-            print("\nInterrupted; no output was written. A finished calibration batch is kept: --resume goes on from "
-                  "there.", file=sys.stderr)  # fmt: skip
+            print("\nInterrupted; no output was written. Finished calibration batches are kept (--resume goes on from "
+                  "there), and so are the trials of a search (run it again).", file=sys.stderr)  # fmt: skip
             return 1
         return done.code if isinstance(done.code, int) else 1
     except UsageError as error:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ditq.arguments import leaves
-from ditq.errors import UsageError
 from ditq.deploy.manifest import Input, Segment
 from ditq.deploy.program import Program
+from ditq.errors import UsageError
 
 _TORCH = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq.engines.openvino.settings import compile_config
-from ditq.errors import DitqError
 from ditq.deploy import files
 from ditq.deploy.capture import capture_module
 from ditq.deploy.manifest import Manifest
 from ditq.deploy.segment import Part, write_segment
+from ditq.engines.openvino.settings import compile_config
+from ditq.errors import DitqError
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 

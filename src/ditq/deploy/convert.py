@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ditq.arguments import filled
+from ditq.deploy.capture import BlockCall, returned
 from ditq.engines.openvino.graph import Builder
 from ditq.engines.openvino.linear import LinearSpec, emulate
 from ditq.engines.openvino.settings import GROUP_SIZE
-from ditq.deploy.capture import BlockCall, returned
 from ditq.layers import QuantizedLinear
 
 # The linears that ``ditq::openvino_linear`` may name, G, and whether their inputs are rounded.

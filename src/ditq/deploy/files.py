@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ditq.engines.openvino.probe import core
-from ditq.errors import CheckpointError, UsageError
 from ditq.deploy.constants import keep_bf16, shrink
 from ditq.deploy.manifest import FILE, Segment
 from ditq.deploy.program import Program, Shapes
+from ditq.engines.openvino.probe import core
+from ditq.errors import CheckpointError, UsageError
 
 MMAP = "ENABLE_MMAP"
 

@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ditq.deploy.capture import Returns
 from ditq.engines.openvino.linear import Activations, Kernel, Storage
 from ditq.errors import CheckpointError
-from ditq.deploy.capture import Returns
 from ditq.plan import first_error
 
 FORMAT_VERSION = 2

@@ -13,11 +13,6 @@ from torch import nn
 
 from ditq.architectures import Architecture
 from ditq.arguments import parameters
-from ditq.engines.openvino import ENGINE
-from ditq.engines.openvino.graph import unrounded
-from ditq.engines.openvino.linear import LinearSpec, why_inexact
-from ditq.engines.openvino.settings import PRECISION, compile_config, group_size, why_float
-from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.deploy import files
 from ditq.deploy.calls import variations
 from ditq.deploy.capture import capture
@@ -27,6 +22,11 @@ from ditq.deploy.manifest import Manifest, Segment
 from ditq.deploy.program import Program, Shapes
 from ditq.deploy.report import Report, examine, some
 from ditq.deploy.segment import parts, write_segment
+from ditq.engines.openvino import ENGINE
+from ditq.engines.openvino.graph import unrounded
+from ditq.engines.openvino.linear import LinearSpec, why_inexact
+from ditq.engines.openvino.settings import PRECISION, compile_config, group_size, why_float
+from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.layers import QuantizedLinear, TimestepLinear
 
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ditq.engines.openvino.probe import Execution, execution, multiplies
-from ditq.errors import DitqError
 from ditq.deploy.manifest import Layer, Manifest
 from ditq.deploy.program import Program
+from ditq.engines.openvino.probe import Execution, execution, multiplies
+from ditq.errors import DitqError
 
 
 @dataclass(frozen=True)

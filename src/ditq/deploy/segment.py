@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ditq.arguments import leaves, parameters
-from ditq.engines.openvino.linear import LinearSpec
-from ditq.errors import DitqError
 from ditq.deploy import files
 from ditq.deploy.capture import BlockCall, StackCall
 from ditq.deploy.convert import Chain, emulated, graph, traceable
 from ditq.deploy.manifest import Input, Layer, Plain, Segment
 from ditq.deploy.program import Program
+from ditq.engines.openvino.linear import LinearSpec
+from ditq.errors import DitqError
 from ditq.layers import TimestepLinear
 from ditq.numerics import relative_error
 
