@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import example_inputs, layer_plan, run, tiny_model, tiny_statistics, weight_format
+from helpers import (
+    CONDITIONS,
+    PIPELINES,
+    QUICK,
+    example_inputs,
+    layer_plan,
+    run,
+    tiny_model,
+    tiny_statistics,
+    weight_format,
+)
 from torch import Tensor, nn
 
 import ditq
@@ -21,6 +31,7 @@ from ditq.methods.error import balanced, group_scale
 from ditq.methods.gptq import round_weight
 from ditq.numerics import Quantized, add_inputs, dequantize, output_errors, sqnr_db, unpack
 from ditq.plan import Gptq, Plan
+from ditq.recipe import load as load_recipe
 
 NAMES = architectures.names()
 TIMES = (900, 700, 400, 10)
@@ -297,3 +308,13 @@ def test_bare_transformer_is_calibrated_by_a_function(name: str) -> None:
 
     plan = ditq.quantize(model, "gptq-w4a8", calibrate_with=run_it).plan
     assert all(layer.rounding == "gptq" for layer in plan.quantized)
+
+
+def test_plan_calibrated_as_its_recipe_repeats_the_integers(name: str) -> None:
+    first, second = PIPELINES[name](), PIPELINES[name]()
+    recipe = load_recipe("gptq-w4a8").override(list(QUICK))
+    plan = ditq.quantize(first, recipe, prompts=CONDITIONS[name]).plan
+    again = ditq.quantize(second, plan, prompts=CONDITIONS[name], calibration=recipe.calibration).plan
+    assert again == plan
+    a, b = first.transformer.state_dict(), second.transformer.state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)

@@ -19,7 +19,7 @@ class Recorder:
     """Keeps ``keep`` calls of each sample of a batch, at timesteps drawn without replacement (reservoir sampling).
 
     A sample is one slot of the batch; under guidance a kept call holds both its conditions, as a batch of two
-    or as two calls. Q-DiT calibrates on one random timestep of each of 256 samples (section 4.1, and its code).
+    or as two calls. Q-DiT's code calibrates on one random timestep of each of 256 samples.
     """
 
     def __init__(self, architecture: Architecture, keep: int, seed: int) -> None:

@@ -8,7 +8,7 @@ code. Rounding is independent of how the balance was chosen: any recipe may say 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ Hessians = dict[str, Tensor]
 
 
 class GPTQ(RoundToNearest):
-    """No balance: what GPTQ does by itself is in the recipe's ``rounding``."""
+    """No balance; that GPTQ rounds is in the recipe, as for any other method."""
 
     name = "gptq"
 
@@ -56,27 +56,20 @@ def walk_blocks(
         tell: see :class:`BlockWalk`.
     """
     names = list(dict.fromkeys(group.block for group in groups))
+    rounded = {g.block for g in groups if any(plans[linear.name].rounding == "gptq" for linear in g.linears)}
     walk = BlockWalk(model, names, calls, tell)
-    last = max(
-        (i for i, name in enumerate(walk.order) for layer in _rounded(groups, plans, name) if layer), default=-1
-    )
-    for i, name in enumerate(walk.order):
+    for name in walk.order:
         hessians: Hessians = {}
-        if i <= last:
+        if rounded:  # some block from here on
             walk.enter(name)
-            if _rounded(groups, plans, name):
-                hessians = _hessians(walk, model, architecture, [g for g in groups if g.block == name], plans, scales)
+        if name in rounded:
+            rounded.remove(name)
+            hessians = _hessians(walk, architecture, [g for g in groups if g.block == name], plans, scales)
         yield name, hessians
-
-
-def _rounded(groups: Iterable[InputGroup], plans: Mapping[str, LayerPlan], block: str) -> list[LayerPlan]:
-    layers = (plans[linear.name] for group in groups if group.block == block for linear in group.linears)
-    return [layer for layer in layers if layer.rounding == "gptq"]
 
 
 def _hessians(
     walk: BlockWalk,
-    model: nn.Module,
     architecture: Architecture,
     groups: Sequence[InputGroup],
     plans: Mapping[str, LayerPlan],
