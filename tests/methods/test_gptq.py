@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    CONDITIONS,
-    PIPELINES,
+    CLASSES,
     QUICK,
     example_inputs,
     layer_plan,
     run,
+    tiny_dit,
     tiny_model,
     tiny_statistics,
     weight_format,
