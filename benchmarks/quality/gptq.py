@@ -27,6 +27,7 @@ from torch import Tensor
 import ditq
 from ditq import api, architectures
 from ditq.calibration import Statistics, calibrate
+from ditq.calibration.calls import merged
 from ditq.numerics import Quantized, add_inputs, dequantize, gptq, quantize, search_clip_ratio, sqnr_db
 from ditq.recipe import Calibration
 
@@ -97,7 +98,7 @@ def model(args: argparse.Namespace) -> list[dict[str, Any]]:
     settings = Calibration(prompts=64, batch_size=16, steps=20, rows=2048, calls=args.calls)
     pipe, seen = statistics_of(args.model, "calibration", settings, args.seed)
     _, other = statistics_of(args.model, "evaluation", settings, args.seed + 1)
-    calls = other.calls[::7]
+    calls = merged(other.calls[::2], architectures.match(pipe.transformer))
     exact = outputs(pipe.transformer, calls)
     table = []
     for bits in args.bits:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ditq import architectures
 from ditq.arguments import leaves
 from ditq.calibration import Statistics, calibrate
-from ditq.calibration.calls import Recorder, attended
+from ditq.calibration.calls import Recorder, attended, merged
 from ditq.errors import DitqError
 from ditq.recipe import Calibration
 
@@ -117,6 +117,35 @@ def test_calls_survive_a_file(tmp_path: Path) -> None:
     assert all(equal(a, b) for a, b in zip(statistics.calls, loaded.calls, strict=True))
     assert isinstance(loaded.calls[0]["rotary"], tuple)
     assert loaded.groups == {}
+
+
+def test_merged_calls_hold_every_sample_once_and_mix_no_timesteps() -> None:
+    arch, table = architectures.load("dit"), torch.randn(5)
+    times = [9.0, 9.0, 3.0, 9.0, 3.0, 9.0]
+    calls = [
+        {**call(t, samples=1, table=table), "hidden_states": torch.full((2, 3), 10.0 * i)} for i, t in enumerate(times)
+    ]
+    large = merged(calls, arch, elements=18)
+    assert [(len(c["hidden_states"]), set(c["timestep"].tolist())) for c in large] == [
+        (6, {9.0}),
+        (4, {3.0}),
+        (2, {9.0}),
+    ]
+    assert sorted(x for c in large for x in c["hidden_states"][:, 0].tolist()) == sorted([0.0, 10, 20, 30, 40, 50] * 2)
+    assert all(torch.equal(c["table"], table) for c in large)
+    assert len(merged(calls, arch, elements=1)) == 6
+    for changes in ({"table": table + 1}, {"flag": True}, {"hidden_states": torch.ones(2, 4)}):
+        odd = {**calls[0], **changes}
+        assert len(merged([calls[0], odd], arch)) == 2
+
+
+def test_model_gives_the_same_for_merged_calls(name: str) -> None:
+    model, arch = tiny_model(name), architectures.load(name)
+    calls = [example_inputs(name, seed=i) for i in range(3)]
+    (batch,) = merged(calls, arch)
+    with torch.no_grad():
+        apart = torch.cat([model(**c, return_dict=False)[0] for c in calls])
+        torch.testing.assert_close(model(**batch, return_dict=False)[0], apart, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:

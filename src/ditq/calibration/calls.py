@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,51 @@ def call_time(architecture: Architecture, call: Mapping[str, Any]) -> float:
 
 def _batched(value: Tensor, sample: Tensor) -> bool:
     return value.ndim > 0 and len(value) == len(sample)
+
+
+def merged(calls: Sequence[Call], architecture: Architecture, elements: int = 2**17) -> list[Call]:
+    """The same calls in fewer and larger batches: those of one timestep and of equal sizes side by side.
+
+    Args:
+        elements: how many numbers the sample of a batch may have, which bounds memory.
+    """
+    batches: list[list[Call]] = []
+    for call in calls:
+        size = call[architecture.forward.sample].numel()
+        for batch in batches:
+            if size * (len(batch) + 1) <= elements and _fit(batch[0], call, architecture):
+                batch.append(call)
+                break
+        else:
+            batches.append([call])
+    return [_joined(batch, architecture) for batch in batches]
+
+
+def _fit(a: Call, b: Call, architecture: Architecture) -> bool:
+    if call_time(architecture, a) != call_time(architecture, b):
+        return False
+    mine, others = leaves(a), leaves(b)
+    sample = a[architecture.forward.sample]
+    return mine.keys() == others.keys() and all(
+        _alike(mine[name], others[name], sample, b[architecture.forward.sample]) for name in mine
+    )
+
+
+def _alike(a: Any, b: Any, sample: Tensor, other: Tensor) -> bool:
+    """Whether two leaves can stand side by side in one batch, or are equal."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and bool(a == b)
+    if _batched(a, sample) and _batched(b, other):
+        return a.shape[1:] == b.shape[1:] and a.dtype == b.dtype
+    return torch.equal(a, b)
+
+
+def _joined(batch: list[Call], architecture: Architecture) -> Call:
+    first, sample = batch[0], batch[0][architecture.forward.sample]
+    parts = [leaves(call) for call in batch]
+    batched = [n for n, v in parts[0].items() if isinstance(v, Tensor) and _batched(v, sample)]
+    joined: Call = filled(first, {name: torch.cat([part[name] for part in parts]) for name in batched})
+    return joined
 
 
 def attended(x: Tensor, mask: Tensor | None) -> Tensor:

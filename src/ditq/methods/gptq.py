@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ditq.architectures import Architecture, InputGroup
 from ditq.calibration.blocks import BlockWalk
-from ditq.calibration.calls import Call, attended
+from ditq.calibration.calls import Call, attended, merged
 from ditq.layers.quantized_linear import nearest
 from ditq.methods.error import balanced
 from ditq.methods.rtn import RoundToNearest
@@ -57,7 +57,7 @@ def walk_blocks(
     """
     names = list(dict.fromkeys(group.block for group in groups))
     rounded = {g.block for g in groups if any(plans[linear.name].rounding == "gptq" for linear in g.linears)}
-    walk = BlockWalk(model, names, calls, tell)
+    walk = BlockWalk(model, names, merged(calls, architecture), tell)
     for name in walk.order:
         hessians: Hessians = {}
         if rounded:  # some block from here on
