@@ -25,13 +25,14 @@ from environment import environment, write
 import ditq
 from ditq import api, architectures
 from ditq import recipe as recipes
-from ditq.allocation import Evolution, SearchResult
+from ditq.allocation import LATENT, PREDICTION, Evolution, SearchResult
 from ditq.metrics import paired_difference
 from ditq.metrics.measure import measure
 from ditq.sampling import PictureCache, Samples, sample
 
 STRATEGIES = ("uniform", "random", "program", "evolution")
 METRICS = ("latent_sqnr_db", "psnr_db")
+FITNESS = {"prediction": PREDICTION, "latent": LATENT}
 
 
 def search(args: argparse.Namespace, recipe: str, strategy: str, prompts: list[str]) -> SearchResult:
@@ -49,7 +50,8 @@ def search(args: argparse.Namespace, recipe: str, strategy: str, prompts: list[s
         pipe, recipe, [prompts[i % len(prompts)] for i in range(args.pictures)], sizes=args.sizes, budget=args.budget,
         steps=args.steps, batch_size=args.pictures, calibration=prompts, seed=args.seed,
         overrides=["calibration.prompts=32", "calibration.steps=20"] if strategy == "program" else [],
-        storage=args.folder / f"{recipe}-{strategy}.search", on_trial=tell, **options,
+        storage=args.folder / f"{recipe}-{strategy}-{args.fitness}.search", fitness=FITNESS[args.fitness],
+        on_trial=tell, **options,
     )  # fmt: skip
     print(file=sys.stderr)
     return result
@@ -72,6 +74,7 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=50)
     parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--probability", type=float, default=0.1)
+    parser.add_argument("--fitness", default="prediction", choices=FITNESS)
     parser.add_argument("--pictures", type=int, default=16, help="of one evaluation")
     parser.add_argument("--steps", type=int, default=10, help="of one evaluation")
     parser.add_argument("--held-out", type=int, default=64, help="pictures of the comparison")

@@ -11,7 +11,7 @@ from helpers import CLASSES, draw, tiny_dit, tiny_pixart
 
 import ditq
 from ditq import api, architectures
-from ditq.allocation import Evolution, Fitness, SearchResult, latent_error_db
+from ditq.allocation import LATENT, Evolution, Fitness, SearchResult, latent_error_db
 from ditq.allocation.fitness import undecoded
 from ditq.allocation.search import NOISE_OFFSET
 from ditq.errors import DitqError, UsageError
@@ -30,7 +30,7 @@ def search(pipe: Any = None, recipe: str = "rtn-w4a4", **options: Any) -> Search
 
 def test_the_plan_draws_on_a_fresh_pipeline_what_the_candidate_drew() -> None:
     pipe = tiny_dit()
-    result = search(pipe)
+    result = search(pipe, fitness=LATENT)
     sizes = {layer.weight.group_size for layer in result.plan.quantized}
     assert len(sizes) > 1
     assert all(layer.activation.group_size == layer.weight.group_size for layer in result.plan.quantized)
@@ -40,11 +40,32 @@ def test_the_plan_draws_on_a_fresh_pipeline_what_the_candidate_drew() -> None:
     done = api.quantize(fresh, result.plan)
     assert [x.weight for x in done.plan] == [x.weight for x in result.plan]
     assert torch.equal(draw(pipe), draw(fresh))
-    # Its fitness, measured again from the outside.
+
+
+def test_fitness_of_latents_measured_again_from_the_outside() -> None:
+    result = search(fitness=LATENT)
+    fresh = tiny_dit()
+    api.quantize(fresh, result.plan)
     settings: dict[str, Any] = {"seed": NOISE_OFFSET, "steps": 2, "guidance_scale": 3.0}
     arch = architectures.load("dit")
     reference, drawn = (sample(p, arch, CLASSES[:2], **settings) for p in (tiny_dit(), fresh))
     assert latent_error_db(reference, drawn) == pytest.approx(result.fitness, abs=1e-6)
+
+
+def test_prediction_error_is_measured_on_the_inputs_of_the_16_bit_model() -> None:
+    result = search()
+    calls: list[Any] = []
+    pipe, fresh = tiny_dit(), tiny_dit()
+    pipe.transformer.register_forward_hook(lambda m, a, k, out: calls.append((a, k, out[0])), with_kwargs=True)
+    sample(pipe, architectures.load("dit"), CLASSES[:2], seed=NOISE_OFFSET, steps=2, guidance_scale=3.0)
+    api.quantize(fresh, result.plan)
+    errors = []
+    with torch.no_grad():
+        for args, kwargs, wanted in calls:
+            for a, b in zip(wanted.double(), fresh.transformer(*args, **kwargs)[0].double(), strict=True):
+                errors.append(10 * math.log10((b - a).square().sum() / a.square().sum()))
+    assert len(errors) == 2 * 2 * 2  # steps, pictures, halves of the guidance
+    assert result.fitness == pytest.approx(sum(errors) / len(errors), abs=1e-6)
 
 
 def test_searches_repeat_themselves_by_seed() -> None:

@@ -71,7 +71,7 @@ def test_search_json_and_going_on(pipeline: Path, plan: Path, capsys: pytest.Cap
     assert status == 0
     assert (data["trials"], data["evaluated"]) == (4, 0)
     assert data["bit_operations"] <= data["budget"] * (1 + 1e-6)
-    assert data["fitness"]["name"] == "latent error, dB"
+    assert data["fitness"]["name"] == "prediction error, dB"
     assert plan.read_text() == before
 
 

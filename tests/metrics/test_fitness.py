@@ -55,7 +55,7 @@ def test_fitness_is_the_metric_and_ranks_by_it(metric: str) -> None:
     expected = getattr(distribution, metric)(Corners()(real.images), Corners()(far)).value  # type: ignore[arg-type]
     assert fitness.score(drawn(near), drawn(far)) == pytest.approx(expected)
     assert fitness.score(drawn(near), drawn(near)) < expected
-    assert fitness.pictures
+    assert fitness.sees == "pictures"
 
 
 def test_pictures_from_nan_are_the_worst() -> None:

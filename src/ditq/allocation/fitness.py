@@ -1,31 +1,44 @@
-"""How good a candidate is: by default, how near its latents stay to those of the 16-bit model from the same noise."""
+"""How good a candidate is: by default, how near its predictions are to the 16-bit model's on the same latents."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from ditq.sampling import Samples
 
 
 @dataclass(frozen=True)
 class Fitness:
-    """A number for what a candidate drew; smaller is better.
+    """A number for what a candidate does; smaller is better.
 
     Attributes:
         name: belongs to a study's identity, so it changes with everything that changes the number.
-        score: of (what the 16-bit model drew, what the candidate drew), for the same conditions and seeds.
-        pictures: whether it looks at pictures; if not, nothing is decoded.
+        score: of what the 16-bit model gave and what the candidate gave, for the same conditions and seeds.
+        sees: what is given. ``outputs``: a list with the transformer's output for every call of the 16-bit model's
+            sampling, on the inputs that the 16-bit model had. ``latents``: :class:`ditq.sampling.Samples` without
+            meaningful pictures. ``pictures``: the same with pictures.
     """
 
     name: str
-    score: Callable[[Samples, Samples], float]
-    pictures: bool = True
+    score: Callable[[Any, Any], float]
+    sees: Literal["outputs", "latents", "pictures"] = "pictures"
+
+
+def prediction_error_db(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """Error of what the transformer predicts along the 16-bit model's trajectory, in dB.
+
+    The mean of 10 log10(||e' - e||^2 / ||e||^2) over rows of the batch (both halves of the guidance) and steps.
+    Errors do not travel from step to step here, where a trajectory amplifies them at random; so it takes far fewer
+    pictures than :func:`latent_error_db` to tell two candidates apart. Infinite where a candidate gives NaN or Inf.
+    """
+    return _mean_db([_ratios(a, b) for a, b in zip(reference, outputs, strict=True)])
 
 
 def latent_error_db(reference: Samples, drawn: Samples) -> float:
@@ -34,14 +47,48 @@ def latent_error_db(reference: Samples, drawn: Samples) -> float:
     The negative of the latent SQNR that ``ditq compare`` reports. The mean of logarithms, so that no single picture
     whose trajectory ends elsewhere decides. Infinite where a candidate draws NaN or Inf.
     """
-    a, b = reference.latents.flatten(1).double(), drawn.latents.flatten(1).double()
-    if not bool(torch.isfinite(b).all()):
+    return _mean_db([_ratios(reference.latents, drawn.latents)])
+
+
+def _ratios(a: Tensor, b: Tensor) -> Tensor:
+    """||b - a||^2 / ||a||^2 of every row, float64 [n]."""
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    return (b - a).square().sum(1) / a.square().sum(1).clamp_min(1e-30)
+
+
+def _mean_db(ratios: Sequence[Tensor]) -> float:
+    together = torch.cat(list(ratios))
+    if not bool(torch.isfinite(together).all()):
         return math.inf
-    ratios = (b - a).square().sum(1) / a.square().sum(1).clamp_min(1e-30)
-    return float((10 * ratios.clamp_min(1e-10).log10()).mean())
+    return float((10 * together.clamp_min(1e-10).log10()).mean())
 
 
-LATENT = Fitness("latent error, dB", latent_error_db, pictures=False)
+PREDICTION = Fitness("prediction error, dB", prediction_error_db, "outputs")
+LATENT = Fitness("latent error, dB", latent_error_db, "latents")
+
+Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
+"""Positional and keyword arguments of a transformer, and its output."""
+
+
+@contextmanager
+def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
+    """Every call of the transformer inside."""
+    calls: list[Call] = []
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((args, kwargs, output[0].clone()))
+
+    handle = model.register_forward_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
+    """What the transformer gives now for the inputs of recorded calls."""
+    return [model(*args, **kwargs)[0] for args, kwargs, _ in calls]
 
 
 @contextmanager

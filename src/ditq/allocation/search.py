@@ -18,7 +18,7 @@ from ditq.allocation import study
 from ditq.allocation.budget import scale_overhead_bits
 from ditq.allocation.candidates import Candidates
 from ditq.allocation.evolution import Evolution, Scored
-from ditq.allocation.fitness import LATENT, Fitness, undecoded
+from ditq.allocation.fitness import PREDICTION, Fitness, outputs_of, recorded_calls, undecoded
 from ditq.allocation.rivals import Fixed, integer_program, layer_errors, uniform_genomes
 from ditq.allocation.space import Genome, Space
 from ditq.architectures import Architecture
@@ -86,7 +86,7 @@ def search(
     trials: int = 500,
     sizes: Sequence[int] | None = None,
     budget: float | str = "uniform:128",
-    fitness: Fitness = LATENT,
+    fitness: Fitness = PREDICTION,
     steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int = 16,
@@ -139,11 +139,12 @@ def search(
     whole = fingerprint(pipe)
 
     def draw() -> Samples:
-        with nullcontext() if fitness.pictures else undecoded(pipe):
+        with nullcontext() if fitness.sees == "pictures" else undecoded(pipe):
             return sample(pipe, architecture, conditions, batch_size=batch_size, **drawing)  # type: ignore[arg-type]
 
-    with _counted_rows(model, searched) as rows:
+    with _counted_rows(model, searched) as rows, recorded_calls(model) as calls:
         reference = draw()
+    before = [output for _, _, output in calls]
     if progress:
         progress("reference", 1, 1)
     per_picture = {name: n / len(conditions) for name, n in rows.items()}
@@ -153,6 +154,8 @@ def search(
 
     def evaluate(genome: Genome) -> float:
         candidates.put(genome)
+        if fitness.sees == "outputs":
+            return fitness.score(before, outputs_of(model, calls))
         return fitness.score(reference, draw())
 
     name = strategy if isinstance(strategy, str) else "evolution"

@@ -47,8 +47,12 @@ def search(
         str, typer.Option(help="BitOps a picture at most: a number, or uniform:G for group size G everywhere.")
     ] = "uniform:128",
     fitness: Annotated[
-        str, typer.Option(help="latent (error against 16 bit, same noise), or fid, kid, sfid to real pictures.")
-    ] = "latent",
+        str,
+        typer.Option(
+            help="prediction (of the transformer along the 16-bit trajectory) or latent (where the trajectory ends): "
+            "errors against 16 bit; or fid, kid, sfid to real pictures."
+        ),
+    ] = "prediction",
     real: Annotated[Path | None, typer.Option(help="Folder of real pictures, for fid, kid and sfid.")] = None,
     network: Annotated[str, typer.Option(help="Feature network, for fid, kid and sfid.")] = "auto",
     prompts: PromptFile = None,
@@ -135,16 +139,17 @@ def search(
 
 
 def _fitness(name: str, pipeline: str, real: Path | None, network: str) -> Fitness:
-    from ditq.allocation import LATENT
+    from ditq.allocation import LATENT, PREDICTION
     from ditq.comparison import BUNDLED_NETWORK, bundled_real
     from ditq.errors import UsageError, unknown
     from ditq.metrics.fitness import METRICS, distance_to_real
     from ditq.metrics.measure import feature_network
 
-    if name == "latent":
-        return LATENT
+    own = {"prediction": PREDICTION, "latent": LATENT}
+    if name in own:
+        return own[name]
     if name not in METRICS:
-        raise unknown("fitness", name, ["latent", *METRICS])
+        raise unknown("fitness", name, [*own, *METRICS])
     pictures: Real | Path | None = real
     if pictures is None and pipeline.startswith("bundled:"):
         network, pictures = BUNDLED_NETWORK, bundled_real()
