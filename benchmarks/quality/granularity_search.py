@@ -99,6 +99,7 @@ def main() -> None:
         rows: dict[str, Any] = {}
         for strategy in args.strategies:
             found = search(args, recipe, strategy, calibration)
+            (args.folder / f"{recipe}-{strategy}.plan.json").write_text(found.plan.to_json() + "\n")
             plans = {strategy: found.candidate} | ({f"{strategy} + GPTQ": found.plan} if args.gptq else {})
             for row, plan in plans.items():
                 pipe = api.load(args.model)
