@@ -19,8 +19,9 @@ def test_bundled_recipe_loads_and_says_what_its_name_says(name: str) -> None:
     weight_bits, activation_bits = name.rpartition("-w")[2].split("a")
     assert r.activations is not None
     assert (r.weights.bits, r.activations.bits) == (int(weight_bits), int(activation_bits))
-    assert r.activations.dynamic == ("static" not in name)
-    assert r.needs_calibration == (name.startswith(("viditq", "smoothquant", "rtn-static", "gptq", "qdit")))
+    static = "static" in name or name.startswith("ptq4d")
+    assert r.activations.dynamic == (not static)
+    assert r.needs_calibration == (static or name.startswith(("viditq", "smoothquant", "gptq", "qdit")))
 
 
 def test_recipe_survives_its_own_json() -> None:
@@ -111,6 +112,7 @@ def test_override_builds_a_format_from_nothing() -> None:
         ("weights.bits=four", "weights.bits.*four"),
         ("balance.choose=often", "balance.choose"),
         ("clip=wide", "clip"),
+        ("calibration.timesteps=some", "calibration.timesteps"),
         ("version=2", "version"),
     ],
 )

@@ -136,6 +136,7 @@ def quantize(
         plan = convert(
             model, arch, plan_given.layers, statistics, method=plan_given.method, recipe=plan_given.recipe,
             nominal=(plan_given.nominal_weight_bits, plan_given.nominal_activation_bits), seed=plan_given.seed,
+            timesteps=plan_given.calibration_timesteps,
         )  # fmt: skip
     seconds["quantize"] = time.perf_counter() - begin
     attach(model, plan)

@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 Granularity = Literal["tensor", "channel", "token", "group"]
 MIN_GROUP_SIZE = 8
 Bits = Annotated[int, Field(ge=2, le=8)]
+Timesteps = Literal["all", "normal"]
 
 
 class _Frozen(BaseModel):
@@ -79,10 +80,12 @@ class Smooth(_Frozen):
     """Static channel balancing: inputs divided and weight columns multiplied by one scale per input channel.
 
     ``folded`` names where 1/s went: into the producer of the input (``norm``, ``v``) or, ``None``,
-    into the layer itself, which then divides at run time.
+    into the layer itself, which then divides at run time. ``salience`` is what stands for max|X_j| in the scale:
+    the maximum over all timesteps, or PTQ4DiT's mean of the timesteps' maxima (``ditq.numerics.salience_weights``).
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)]
+    salience: Literal["max", "spearman"] = "max"
     power_of_two: bool = False
     folded: Literal["norm", "v"] | None = None
 
@@ -226,7 +229,10 @@ class Fold(_Frozen):
 
 
 class Plan(_Frozen):
-    """The explicit plan of one transformer, and the single source of truth about a checkpoint."""
+    """The explicit plan of one transformer, and the single source of truth about a checkpoint.
+
+    ``calibration_timesteps``: which timesteps of the calibration its scales come from.
+    """
 
     format_version: Literal[1] = 1
     method: str
@@ -240,6 +246,7 @@ class Plan(_Frozen):
     other_parameters: Annotated[int, Field(ge=0)] = 0
     storage_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     time_argument: str | None = None
+    calibration_timesteps: Timesteps = "all"
 
     @field_validator("layers")
     @classmethod

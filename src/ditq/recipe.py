@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ditq.errors import UsageError, unknown
-from ditq.plan import Gptq, TensorFormat, first_error
+from ditq.plan import Gptq, TensorFormat, Timesteps, first_error
 
 
 class _Strict(BaseModel):
@@ -53,6 +53,8 @@ class Calibration(_Strict):
 
     ``rows`` bounds the sample of every layer's input, ``calls`` is how many timesteps, chosen at random, of each
     prompt's trajectory are kept whole, both halves of the guidance included, for what must run blocks again.
+    ``timesteps`` says which ones count in ranges, scales and the sample: ``all``, or those that PTQ4DM would draw
+    from a skewed normal distribution, ``normal``.
     """
 
     prompts: Annotated[int, Field(ge=1)] = 32
@@ -61,6 +63,7 @@ class Calibration(_Strict):
     guidance_scale: float | None = None
     rows: Annotated[int, Field(ge=16)] = 2048
     calls: Annotated[int, Field(ge=1)] = 1
+    timesteps: Timesteps = "all"
 
 
 class Recipe(_Strict):

@@ -206,5 +206,5 @@ def test_planning_does_not_change_the_model(subject: tuple[str, Statistics]) -> 
 
 
 def test_methods_are_found_by_name() -> None:
-    assert {"gptq", "qdit", "quarot", "rtn", "smoothquant", "viditq"} <= set(methods.names())
+    assert {"gptq", "ptq4dit", "qdit", "quarot", "rtn", "smoothquant", "viditq"} <= set(methods.names())
     assert isinstance(load_recipe("rtn-w8a8"), Recipe)

@@ -80,6 +80,7 @@ def _key(model: nn.Module, architecture: Architecture, prompts: list[str], setti
     # One number a tensor is enough to tell two models apart, and cheap on large ones.
     for name, p in model.named_parameters():
         digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.detach().double().sum().item()!r}".encode())
-    digest.update(json.dumps([architecture.name, prompts, settings.model_dump(mode="json"), seed]).encode())
+    watched = settings.model_dump(mode="json", exclude={"timesteps"})  # all are recorded, whichever count
+    digest.update(json.dumps([architecture.name, prompts, watched, seed]).encode())
     digest.update(torch.__version__.encode())
     return digest.hexdigest()[:16]

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ditq.calibration.calls import Call, from_plain, to_plain
+from ditq.calibration.timesteps import normal_timesteps
 from ditq.errors import CheckpointError
+from ditq.plan import Timesteps
 
 # Before the names of tensors of calls; no layer is called so.
 _CALLS = "calls/"
@@ -35,13 +37,17 @@ class GroupStatistics:
     sample: Tensor
     sample_time: Tensor
 
-    def channel_absmax(self, timesteps: Tensor, between: tuple[int, int] | None = None) -> Tensor:
-        """Largest |x| of each channel, float32 [K], over all conditions and timesteps (``timesteps`` [T])."""
+    def timestep_absmax(self, timesteps: Tensor, between: tuple[int, int] | None = None) -> Tensor:
+        """Largest |x| of each timestep and channel, float32 [T, K], over all conditions (``timesteps`` [T])."""
         chosen = self.absmax
         if between is not None:
             inside = (timesteps >= between[0]) & (timesteps <= between[1])
             chosen = chosen[inside] if inside.any() else chosen
-        return chosen.amax((0, 1))
+        return chosen.amax(1)
+
+    def channel_absmax(self, timesteps: Tensor, between: tuple[int, int] | None = None) -> Tensor:
+        """Largest |x| of each channel, float32 [K], over all conditions and timesteps (``timesteps`` [T])."""
+        return self.timestep_absmax(timesteps, between).amax(0)
 
     def rows(self, between: tuple[int, int] | None = None) -> Tensor:
         """The sample [R, K] as float32, restricted to a range of timesteps if it has any row there."""
@@ -62,6 +68,17 @@ class Statistics:
     timesteps: Tensor
     groups: dict[str, GroupStatistics]
     calls: list[Call] = field(default_factory=list)
+
+    def at(self, timesteps: Timesteps) -> Statistics:
+        """Those of the timesteps that count, see :class:`ditq.recipe.Calibration`; calls are kept as they are."""
+        if timesteps == "all":
+            return self
+        chosen = normal_timesteps(len(self.timesteps))
+        groups = {}
+        for name, group in self.groups.items():
+            rows = torch.isin(group.sample_time, self.timesteps[chosen])
+            groups[name] = GroupStatistics(group.absmax[chosen], group.sample[rows], group.sample_time[rows])
+        return Statistics(self.timesteps[chosen], groups, self.calls)
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file, under another name first: a killed run leaves no half of one."""

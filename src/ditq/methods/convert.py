@@ -17,7 +17,7 @@ from ditq.layers import Clock, QuantizedLinear, TimestepLinear
 from ditq.methods.error import balanced, group_scale
 from ditq.methods.gptq import round_weight, walk_blocks
 from ditq.numerics import code_range, incoherence
-from ditq.plan import MIN_GROUP_SIZE, Fold, Incoherence, LayerPlan, Plan, TensorFormat
+from ditq.plan import MIN_GROUP_SIZE, Fold, Incoherence, LayerPlan, Plan, TensorFormat, Timesteps
 from ditq.recipe import Recipe
 
 Progress = Callable[[int, int], None]
@@ -83,9 +83,13 @@ def convert(
     recipe: str,
     nominal: tuple[int, int],
     seed: int = 0,
+    timesteps: Timesteps = "all",
     progress: Progress | None = None,
 ) -> Plan:
     """Carries out layer plans on ``model``, in place, and returns the complete plan.
+
+    Args:
+        timesteps: those of ``statistics`` that scales come from.
 
     Raises:
         UsageError: a plan names a layer the model does not have, or of another size; or it smooths or
@@ -93,6 +97,7 @@ def convert(
         NothingQuantizedError: no layer has integer weights.
     """
     plans = {layer.name: layer for layer in layers}
+    statistics = statistics.at(timesteps) if statistics else None
     _check_names(model, architecture, plans)
     if not any(plan.weight for plan in plans.values()):
         raise NothingQuantizedError("The plan keeps every layer in 16 bit.")
@@ -141,7 +146,7 @@ def convert(
         method=method, recipe=recipe, architecture=architecture.name, seed=seed,
         nominal_weight_bits=nominal[0], nominal_activation_bits=nominal[1],
         layers=tuple(final[linear.name] for linear in linears), folds=tuple(folds), storage_dtype=storage,
-        time_argument=architecture.forward.time,
+        time_argument=architecture.forward.time, calibration_timesteps=timesteps,
         other_parameters=_count(model, final) - linear_parameters,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ditq.architectures import InputGroup
 from ditq.calibration import GroupStatistics
 from ditq.errors import UsageError
-from ditq.numerics import Rotation, fake_quantize, rotate, smoothing_scale
+from ditq.numerics import Rotation, fake_quantize, rotate, salience_weights, smoothing_scale
 from ditq.plan import LayerPlan, Rotate, Smooth, TensorFormat
 
 Option = tuple[Smooth | None, Rotate | None]
@@ -27,10 +27,13 @@ def group_scale(
     between: tuple[int, int] | None = None,
 ) -> Tensor:
     """The smoothing scale s, float32 [K], that all linears of a group share."""
-    weights = torch.stack([linear.module.weight.detach().float().abs().amax(0).cpu() for linear in group.linears])
-    return smoothing_scale(
-        seen.channel_absmax(timesteps, between), weights.amax(0), smooth.alpha, power_of_two=smooth.power_of_two
-    )
+    of_each = torch.stack([linear.module.weight.detach().float().abs().amax(0).cpu() for linear in group.linears])
+    weights, inputs = of_each.amax(0), seen.timestep_absmax(timesteps, between)
+    if smooth.salience == "spearman":
+        salience = salience_weights(inputs, weights) @ inputs.double()
+    else:
+        salience = inputs.amax(0)
+    return smoothing_scale(salience, weights, smooth.alpha, power_of_two=smooth.power_of_two)
 
 
 def balanced(x: Tensor, scale: Tensor | None, rotate_plan: Rotate | None, *, weight: bool) -> Tensor:

@@ -33,6 +33,7 @@ def plan_layers(
     """
     if recipe.needs_calibration and statistics is None:
         raise UsageError(f"Recipe {recipe.name!r} needs calibration: pass prompts (or a calibration callable).")
+    statistics = statistics.at(recipe.calibration.timesteps) if statistics else None
     method = get(recipe.method)
     plans = {layer.name: layer for layer in draft(model, architecture, recipe)}
     groups = architecture.groups(model)
@@ -63,5 +64,6 @@ def quantize_model(
     return convert(
         model, architecture, layers, statistics, method=recipe.method, recipe=recipe.name,
         nominal=(recipe.weights.bits, recipe.activations.bits if recipe.activations else 16), seed=seed,
+        timesteps=recipe.calibration.timesteps,
         progress=None if progress is None else lambda done, total: progress("quantize", done, total),
     )  # fmt: skip

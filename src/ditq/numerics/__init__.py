@@ -15,6 +15,7 @@ from ditq.numerics.hadamard import (
 )
 from ditq.numerics.incoherence import channel_imbalance, incoherence
 from ditq.numerics.packing import pack, packed_bytes, unpack
+from ditq.numerics.salience import rank_correlation, salience_weights
 from ditq.numerics.smoothing import smoothing_scale
 from ditq.numerics.uniform import (
     Granularity,
@@ -48,9 +49,11 @@ __all__ = [
     "pack",
     "packed_bytes",
     "quantize",
+    "rank_correlation",
     "relative_error",
     "rotate",
     "rotation_matrix",
+    "salience_weights",
     "scale_and_zero_point",
     "search_clip_ratio",
     "signs",

@@ -1,0 +1,58 @@
+"""Which timesteps count in the salience of a channel: those whose order of channels is least like the weights'."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ditq.numerics.uniform import check_finite
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Spearman's rho: Pearson's correlation of ranks, where equal values share the mean of their ranks.
+
+    Args:
+        x: [T, K], each row of which is compared with y [K].
+
+    Returns:
+        float64 [T] in [-1, 1]; 0 where all values of either are equal and nothing is ordered.
+
+    Raises:
+        ValueError: the shapes do not fit, or a value is NaN or Inf.
+    """
+    if x.ndim != 2 or y.shape != x.shape[1:]:
+        raise ValueError(f"x must be [T, K] and y [K], got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    check_finite(x, "x")
+    check_finite(y, "y")
+    a, b = _centred_ranks(x), _centred_ranks(y[None].to(x.device))
+    lengths = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b)
+    # Centred ranks are halves of integers: their norm is 0 or at least 1/2.
+    return ((a @ b[0]) / lengths.clamp_min(0.25)).clamp(-1, 1)
+
+
+def salience_weights(x_absmax: Tensor, w_absmax: Tensor) -> Tensor:
+    """eta_t = softmax_t(-rho(s(X^t), s(W))), the weights of the timesteps in PTQ4DiT's salience calibration.
+
+    s(X) = sum_t eta_t s(X^t) then stands for max|X_j| (Wu et al. 2024, arXiv 2405.16005). Smoothing gains most where
+    large inputs meet small weights; such timesteps weigh more, at most e^2 times.
+
+    Args:
+        x_absmax: [T, K], s(X^t): the largest |x| of each input channel at each timestep.
+        w_absmax: [K], s(W): the largest |w| of each input channel.
+
+    Returns:
+        float64 [T], positive, of sum 1.
+
+    Raises:
+        ValueError: see :func:`rank_correlation`.
+    """
+    return torch.softmax(-rank_correlation(x_absmax, w_absmax), 0)
+
+
+def _centred_ranks(x: Tensor) -> Tensor:
+    """Ranks [T, K] of the values in each row of x, float64 of mean 0."""
+    x = x.contiguous()
+    ordered = x.sort(dim=1).values
+    # As many are smaller as searchsorted finds on the left; a run of equal values ends where it finds on the right.
+    below, until = torch.searchsorted(ordered, x), torch.searchsorted(ordered, x, right=True)
+    return (below + until - x.shape[1]).double() / 2
