@@ -45,7 +45,7 @@ def perturbed(model: nn.Module) -> nn.Module:
             p.mul_(8)
         elif name.endswith("norm1.linear.bias"):
             p.mul_(4)
-        elif ".attn" in name or ".ff." in name:
+        elif any(part in name for part in (".attn", ".ff.", ".ff_context.", ".ffn.", ".proj_mlp.", ".proj_out.")):
             p.mul_(3)
     return model
 
@@ -55,16 +55,21 @@ def example_inputs(architecture: str, seed: int = 0, dtype: torch.dtype = torch.
     example = architectures.load(architecture).example
     assert example is not None
     generator = torch.Generator().manual_seed(seed)
-    out: dict[str, Any] = {}
-    for name, spec in example.inputs.items():
-        ((kind, value),) = spec.items()
-        if kind == "normal":
-            out[name] = torch.randn(value, generator=generator).to(dtype)
-        elif kind == "ones":
-            out[name] = torch.ones(value, dtype=dtype)
-        else:
-            out[name] = torch.tensor(value) if kind == "value" else value
-    return out
+    return {name: _made(spec, generator, dtype) for name, spec in example.inputs.items()}
+
+
+def _made(spec: dict[str, Any], generator: torch.Generator, dtype: torch.dtype) -> Any:
+    ((kind, value),) = spec.items()
+    if kind == "tuple":
+        return tuple(_made(part, generator, dtype) for part in value)
+    if kind == "normal":
+        return torch.randn(value, generator=generator).to(dtype)
+    if kind == "below":  # numbers from 0, of this shape
+        (limit, shape), = value.items()
+        return torch.randint(0, limit, shape, generator=generator)
+    if kind == "ones":
+        return torch.ones(value, dtype=dtype)
+    return {"value": torch.tensor, "keyword": lambda x: x}[kind](value)
 
 
 @torch.no_grad()

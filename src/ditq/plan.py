@@ -79,7 +79,7 @@ class TensorFormat(_Frozen):
 class Smooth(_Frozen):
     """Static channel balancing: inputs divided and weight columns multiplied by one scale per input channel.
 
-    ``folded`` names where 1/s went: into the producer of the input (``norm``, ``v``) or, ``None``,
+    ``folded`` names where 1/s went: into the producer of the input (``norm``, ``v``, ``glu``) or, ``None``,
     into the layer itself, which then divides at run time. ``salience`` is what stands for max|X_j| in the scale:
     the maximum over all timesteps, or PTQ4DiT's mean of the timesteps' maxima (``ditq.numerics.salience_weights``).
     """
@@ -87,7 +87,7 @@ class Smooth(_Frozen):
     alpha: Annotated[float, Field(ge=0, le=1)]
     salience: Literal["max", "spearman"] = "max"
     power_of_two: bool = False
-    folded: Literal["norm", "v"] | None = None
+    folded: Literal["norm", "v", "glu"] | None = None
 
 
 class Rotate(_Frozen):

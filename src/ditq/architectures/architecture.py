@@ -29,7 +29,9 @@ class Input(_Strict):
 
     ``norm``: a norm, modulated by ``linear`` (a module of the block) or by ``argument`` (of the block's
     forward; shared by all blocks) whose ``shift`` chunks of ``chunks`` are shifts; or by nothing.
-    ``v``: attention over these value projections. ``online``: nothing that could carry a scale.
+    ``v``: attention over these value projections; those that a model lacks do not count.
+    ``glu``: the first half of this linear's outputs, times an activation of the second half.
+    ``online``: nothing that could carry a scale. ``joined`` is attention beside an activation.
     """
 
     norm: str | None = None
@@ -38,27 +40,42 @@ class Input(_Strict):
     chunks: int = Field(default=6, ge=1)
     shift: tuple[int, ...] = ()
     v: tuple[str, ...] = ()
-    online: Literal["activation", "residual", "text"] | None = None
+    glu: str | None = None
+    online: Literal["activation", "residual", "text", "joined"] | None = None
 
     @model_validator(mode="after")
     def _one_producer(self) -> Self:
-        if sum((self.norm is not None, bool(self.v), self.online is not None)) != 1:
-            raise ValueError("an input names exactly one of norm, v, online")
+        if sum((self.norm is not None, bool(self.v), self.glu is not None, self.online is not None)) != 1:
+            raise ValueError("an input names exactly one of norm, v, glu, online")
         if self.linear and self.argument:
             raise ValueError("a norm is modulated by a linear of the block or by an argument, not by both")
         return self
 
     @property
-    def foldable(self) -> Literal["norm", "v"] | None:
+    def foldable(self) -> Literal["norm", "v", "glu"] | None:
         """Where a static scale can go for free."""
-        return "norm" if self.norm else "v" if self.v else None
+        return "norm" if self.norm else "v" if self.v else "glu" if self.glu else None
+
+
+    @property
+    def carriers(self) -> tuple[str, ...]:
+        """Linears whose outputs, all or the first half of them, carry the scale of a ``v`` or ``glu`` input."""
+        return self.v or ((self.glu,) if self.glu else ())
 
 
 class Group(_Strict):
-    """Linears of a block that read the same tensor, with the role of each."""
+    """Linears of a block that read the same tensor, with the role of each.
+
+    ``separate``: each reads a tensor of its own, but a scale has to serve them all, since it is folded into
+    something that feeds them all (the values of both streams of a joint attention).
+    ``has``, ``lacks``: the group is there only in blocks that have, or lack, this module.
+    """
 
     input: Input
     linears: dict[str, str]
+    separate: bool = False
+    has: str | None = None
+    lacks: str | None = None
 
 
 class Forward(_Strict):
@@ -78,9 +95,10 @@ class Guidance(_Strict):
 
 
 class Pipeline(_Strict):
-    """Which argument of the pipeline names what to draw."""
+    """The pipeline classes of diffusers that run the transformer, and which of their arguments names what to draw."""
 
     condition: Literal["prompt", "class_labels"]
+    classes: tuple[str, ...] = ()
 
 
 class Example(_Strict):
@@ -106,11 +124,19 @@ class InputGroup:
     block: str
     input: Input
     linears: tuple[Linear, ...]
+    separate: bool = False
 
     @property
     def name(self) -> str:
         """The first linear's name stands for the group."""
         return self.linears[0].name
+
+    @property
+    def tensors(self) -> tuple[InputGroup, ...]:
+        """The group once for each tensor that it reads: itself, unless its linears read separate ones."""
+        if not self.separate:
+            return (self,)
+        return tuple(InputGroup(self.block, self.input, (linear,)) for linear in self.linears)
 
 
 class Architecture(_Strict):
@@ -146,11 +172,13 @@ class Architecture(_Strict):
 
     def _groups(self, model: nn.Module) -> Iterator[InputGroup]:
         for stack, groups in self.stacks.items():
-            for i in range(len(_get(model, stack, self.name))):  # type: ignore[arg-type]
+            for i, block in enumerate(_get(model, stack, self.name)):  # type: ignore[arg-type]
                 for group in groups:
+                    if (group.has and not present(block, group.has)) or (group.lacks and present(block, group.lacks)):
+                        continue
                     names = {f"{stack}.{i}.{path}": role for path, role in group.linears.items()}
                     linears = tuple(Linear(n, role, _linear(model, n, self.name)) for n, role in names.items())
-                    yield InputGroup(f"{stack}.{i}", group.input, linears)
+                    yield InputGroup(f"{stack}.{i}", group.input, linears, group.separate)
 
     def linears(self, model: nn.Module) -> list[Linear]:
         """Every ``nn.Linear`` of the model with its role.
@@ -171,6 +199,15 @@ class Architecture(_Strict):
                 )
             found.append(Linear(name, roles.pop(), module))
         return found
+
+
+def present(model: nn.Module, name: str) -> bool:
+    """Whether the model has this submodule; one that is None does not count."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _get(model: nn.Module, name: str, architecture: str) -> nn.Module:

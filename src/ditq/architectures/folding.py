@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditq.architectures.architecture import Architecture, InputGroup
+from ditq.architectures.architecture import Architecture, InputGroup, present
 from ditq.errors import UsageError
 from ditq.plan import Fold
 
@@ -22,18 +22,21 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
 
     ``norm``: the norm's weight and bias, and the shift rows of what modulates it, are divided. The
     (1 + scale) factor is left alone: (1 + scale) / s - 1 cancels in 16 bit where s is large.
-    ``v``: the rows of the value projections are divided.
+    ``v``, ``glu``: the rows of the value projections, or of the half that is not activated, are divided.
 
     Returns:
-        What a loader must rebuild before it loads weights, or None for ``v``, which changes weights only.
+        What a loader must rebuild before it loads weights, or None for ``v`` and ``glu``, which change weights only.
     """
     source = group.input
-    if source.v:
-        for path in source.v:
-            linear: Any = model.get_submodule(f"{group.block}.{path}")
-            linear.weight.div_(scale[:, None].to(linear.weight.dtype))
+    width = len(scale)
+    block: Any = model.get_submodule(group.block)
+    for path in source.carriers:
+        if present(block, path):
+            linear: Any = block.get_submodule(path)
+            linear.weight[:width].div_(scale[:, None].to(linear.weight.dtype))
             if linear.bias is not None:
-                linear.bias.div_(scale.to(linear.bias.dtype))
+                linear.bias[:width].div_(scale.to(linear.bias.dtype))
+    if source.carriers:
         return None
     if source.norm is None:
         raise UsageError(f"The input of {group.name!r} has no producer that could carry a scale.")
@@ -41,7 +44,7 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
     record = Fold(
         norm=f"{group.block}.{source.norm}",
         created=created,
-        width=len(scale),
+        width=width,
         block=group.block if source.argument else None,
         argument=source.argument,
         chunks=source.chunks,
@@ -51,7 +54,6 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
     norm.weight.div_(scale.to(norm.weight))
     if getattr(norm, "bias", None) is not None:
         norm.bias.div_(scale.to(norm.bias))
-    width = len(scale)
     for chunk in source.shift:
         rows = slice(chunk * width, (chunk + 1) * width)
         if source.linear:
@@ -60,7 +62,6 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
             if modulation.bias is not None:
                 modulation.bias[rows].div_(scale.to(modulation.bias.dtype))
         elif source.argument:
-            block: Any = model.get_submodule(group.block)
             if architecture.table:
                 table = getattr(block, architecture.table)
                 table.view(source.chunks, width)[chunk].div_(scale.to(table.dtype))
@@ -104,13 +105,12 @@ def prepare(model: nn.Module, record: Fold) -> None:
         block: Any = model.get_submodule(record.block) if record.block else None
     except AttributeError as error:
         raise UsageError(f"The plan folds into {record.norm!r}, which this model does not have.") from error
-    if not hasattr(norm, "normalized_shape") and not isinstance(getattr(norm, "weight", None), nn.Parameter):
+    if not hasattr(norm, "eps"):
         raise UsageError(f"{record.norm!r} is a {type(norm).__name__}, not a norm that could carry a weight.")
     reference = next(model.parameters())
     if getattr(norm, "weight", None) is None:
-        shape = norm.normalized_shape
         norm.weight = nn.Parameter(
-            torch.ones(shape, dtype=reference.dtype, device=reference.device), requires_grad=False
+            torch.ones(record.width, dtype=reference.dtype, device=reference.device), requires_grad=False
         )
     if block is not None and BUFFER not in block._buffers:
         block.register_buffer(BUFFER, torch.ones(record.chunks * record.width, device=reference.device))
@@ -119,7 +119,7 @@ def prepare(model: nn.Module, record: Fold) -> None:
 
 
 def _scale_argument(block: nn.Module, argument: str) -> None:
-    """Multiplies one argument [..., chunks * width] of the block's forward by the block's factor."""
+    """Multiplies one argument [..., chunks * width] or [..., chunks, width] of a block's forward by its factor."""
     parameters = list(inspect.signature(block.forward).parameters)
     if argument not in parameters:
         raise UsageError(f"The plan folds into argument {argument!r}, which {type(block).__name__} does not have.")
@@ -129,10 +129,12 @@ def _scale_argument(block: nn.Module, argument: str) -> None:
         factor = module._buffers.get(BUFFER)
         if factor is None:  # unfolded since
             return args, kwargs
+        value = kwargs[argument] if argument in kwargs else args[position]
+        if value.shape[-1] != factor.numel():
+            factor = factor.view(value.shape[-2:])
+        value = value * factor.to(value.dtype)
         if argument in kwargs:
-            value = kwargs[argument]
-            return args, {**kwargs, argument: value * factor.to(value.dtype)}
-        value = args[position]
-        return (*args[:position], value * factor.to(value.dtype), *args[position + 1 :]), kwargs
+            return args, {**kwargs, argument: value}
+        return (*args[:position], value, *args[position + 1 :]), kwargs
 
     block.register_forward_pre_hook(scale, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""Watches a transformer at work: forward pre-hooks on the first linear of every input group."""
+"""Watches a transformer at work: forward pre-hooks on the linears that read the tensors of every input group."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Capture:
         self.calls = 0
         self._recorder = Recorder(architecture, calls, seed)
         self._mask: Tensor | None = None
+        self._batch = 0
         self._absmax: dict[str, dict[tuple[int, int], Tensor]] = {g.name: {} for g in groups}
         self._rows: dict[str, list[Tensor]] = {g.name: [] for g in groups}
         self._times: dict[str, list[float]] = {g.name: [] for g in groups}
@@ -42,8 +43,9 @@ class Capture:
         """Statistics are collected inside."""
         handles = [model.register_forward_pre_hook(self._begin_call, with_kwargs=True)]
         for group in self.groups:
-            module = model.get_submodule(group.name)
-            handles.append(module.register_forward_pre_hook(self._observer(group)))
+            for tensor in group.tensors:
+                module = model.get_submodule(tensor.name)
+                handles.append(module.register_forward_pre_hook(self._observer(group)))
         try:
             yield
         finally:
@@ -57,6 +59,7 @@ class Capture:
             self.timesteps.append(time)
         self.calls += 1
         self._recorder.note(call, time)
+        self._batch = len(call[self.architecture.forward.sample])
         mask = self.architecture.forward.text_mask
         self._mask = call.get(mask) if mask else None
 
@@ -72,9 +75,13 @@ class Capture:
         return observe
 
     def _conditions(self, x: Tensor) -> list[Tensor]:
-        """The conditional and the unconditional half of a batch, in this order; or all of it."""
+        """The conditional and the unconditional half of a batch, in this order; or all of it.
+
+        The first axis of ``x`` may be longer than the batch, which is then its slower part: frames or positions
+        of a video are folded into it. Where it is no multiple of the batch, nothing is known about it.
+        """
         guidance = self.architecture.guidance
-        if guidance.style != "batch" or len(guidance.order) != 2 or x.shape[0] % 2:
+        if guidance.style != "batch" or len(guidance.order) != 2 or self._batch % 2 or x.shape[0] % self._batch:
             return [x]
         halves = dict(zip(guidance.order, x.chunk(2), strict=True))
         return [halves["conditional"], halves["unconditional"]]

@@ -153,12 +153,12 @@ def step_times(
 
 
 def _carriers(architecture: Architecture, model: nn.Module, plan: Plan) -> set[str]:
-    """Value projections that a scale was folded into: their outputs differ by a fixed factor per channel."""
-    folded = {layer.name for layer in plan.quantized if layer.smooth is not None and layer.smooth.folded == "v"}
+    """Linears that a scale was folded into: their outputs differ by a fixed factor per channel."""
+    folded = {layer.name for layer in plan.quantized if layer.smooth is not None and layer.smooth.folded}
     return {
         f"{group.block}.{path}"
         for group in architecture.groups(model)
-        for path in group.input.v
+        for path in group.input.carriers
         if any(linear.name in folded for linear in group.linears)
     }
 

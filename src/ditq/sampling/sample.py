@@ -164,7 +164,12 @@ def call_arguments(
     if "use_resolution_binning" in accepted and pipe.transformer.config.sample_size not in (32, 64, 128):
         # PixArt's pipelines round every size to tables of their published resolutions, by default.
         kwargs["use_resolution_binning"] = False
-    if "max_sequence_length" in accepted and getattr(pipe, "tokenizer", None) is not None:
+    if "video_length" in accepted:  # LattePipeline has sizes of its own, unless it is told not to
+        kwargs |= {"video_length": pipe.transformer.config.video_length, "height": None, "width": None}
+    if getattr(accepted.get("output_type"), "default", "pil") != "pil":  # Wan's gives arrays
+        kwargs["output_type"] = "pil"
+    masked = architecture.forward.text_mask and "prompt_template" not in accepted
+    if "max_sequence_length" in accepted and masked and getattr(pipe, "tokenizer", None) is not None:
         # Masked padding changes no picture, but 120 text tokens cost more than a small picture's own.
         longest = max(len(ids) for ids in pipe.tokenizer([str(c) for c in batch]).input_ids)
         limit = accepted["max_sequence_length"].default
