@@ -53,6 +53,7 @@ class Calibration(_Strict):
 
     ``rows`` bounds the sample of every layer's input, ``calls`` is how many timesteps, chosen at random, of each
     prompt's trajectory are kept whole, both halves of the guidance included, for what must run blocks again.
+    ``arguments`` go to the pipeline's call as they are, e.g. ``{height: 256, width: 256, num_frames: 17}``.
     ``timesteps`` says which ones count in ranges, scales and the sample: ``all``, or those that PTQ4DM would draw
     from a skewed normal distribution, ``normal``.
     """
@@ -63,6 +64,7 @@ class Calibration(_Strict):
     guidance_scale: float | None = None
     rows: Annotated[int, Field(ge=16)] = 2048
     calls: Annotated[int, Field(ge=1)] = 1
+    arguments: dict[str, Any] = {}
     timesteps: Timesteps = "all"
 
 
@@ -142,7 +144,8 @@ class Recipe(_Strict):
             UsageError: an assignment has no ``=`` or names no field of a recipe.
         """
         data = self.model_dump(mode="json")
-        made = {id(data["roles"])}  # mappings that take any key; validation has the last word
+        # Mappings that take any key; validation has the last word.
+        made = {id(data["roles"]), id(data["calibration"]["arguments"])}
         for assignment in assignments:
             key, equals, value = assignment.partition("=")
             if not equals:

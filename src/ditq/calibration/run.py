@@ -65,7 +65,7 @@ def calibrate(
             with capture.watching(pipe.transformer):
                 sample(
                     pipe, architecture, batch, seed=seed + i * settings.batch_size, steps=settings.steps,
-                    guidance_scale=settings.guidance_scale, batch_size=len(batch),
+                    guidance_scale=settings.guidance_scale, batch_size=len(batch), **settings.arguments,
                 )  # fmt: skip
             parts.append(capture.statistics())
             parts[-1].save(path)

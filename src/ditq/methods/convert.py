@@ -172,7 +172,10 @@ def _jobs(
     blocks: Iterable[tuple[str, dict[str, Tensor]]] = ((name, {}) for name in dict.fromkeys(g.block for g in groups))
     if any(plan.rounding == "gptq" for plan in plans.values()):
         assert statistics is not None  # _check_statistics has seen to it
-        blocks = walk_blocks(model, architecture, groups, plans, scales, statistics.calls, tell)
+        # Each tensor has a Hessian of its own, even where one scale serves two.
+        read = [tensor for group in groups for tensor in group.tensors]
+        shared = {tensor.name: scales[group.name] for group in groups for tensor in group.tensors}
+        blocks = walk_blocks(model, architecture, read, plans, shared, statistics.calls, tell)
     for block, hessians in blocks:
         for group in groups:
             for linear in group.linears if group.block == block else ():
