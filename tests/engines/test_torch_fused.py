@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ditq.engines import QuantizedWeight
 from ditq.engines.torch import fused
-from ditq.engines.torch.fused import quantize_tokens, rescale, rescale_, weight_codes
+from ditq.engines.torch.fused import quantize_rows, rescale, rescale_, weight_codes
 from ditq.layers import QuantizedLinear
 from ditq.numerics import Quantized, pack, quantize
 from ditq.plan import TensorFormat
@@ -30,21 +30,49 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def same(fast: Quantized, slow: Quantized) -> bool:
-    return torch.equal(fast.codes, slow.codes) and torch.equal(fast.scale, slow.scale) and fast.zero_point is None
+    zero = (fast.zero_point is None) == (slow.zero_point is None)
+    if fast.zero_point is not None and slow.zero_point is not None:
+        zero = torch.equal(fast.zero_point, slow.zero_point)
+    return torch.equal(fast.codes, slow.codes) and torch.equal(fast.scale, slow.scale) and zero
 
 
-# ----------------------------------------------------------------------------------- quantize_tokens
+def tokens(bits: int, symmetric: bool = True) -> TensorFormat:
+    return TensorFormat(bits=bits, symmetric=symmetric, granularity="token", dynamic=True)
+
+
+def groups(bits: int, symmetric: bool, size: int) -> TensorFormat:
+    return TensorFormat(bits=bits, symmetric=symmetric, granularity="group", group_size=size, dynamic=True)
+
+
+# ------------------------------------------------------------------------------------ quantize_rows
 
 FINITE = st.floats(-(2.0**127), 2.0**127, width=32, allow_nan=False, allow_subnormal=True)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=FINITE), st.integers(2, 8)
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=FINITE),
+    st.integers(2, 8),
+    st.booleans(),
 )
-def test_codes_equal_those_of_numerics(array: np.ndarray, bits: int) -> None:
+def test_codes_equal_those_of_numerics(array: np.ndarray, bits: int, symmetric: bool) -> None:
     x = torch.from_numpy(array)
-    assert same(quantize_tokens(x, bits), quantize(x, bits))
+    assert same(quantize_rows(x, tokens(bits, symmetric)), quantize(x, bits, symmetric=symmetric))
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("size", "columns"), [(8, 8), (16, 64), (24, 72)])
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_codes_of_groups_equal_those_of_numerics(
+    rows: int, size: int, columns: int, bits: int, symmetric: bool
+) -> None:
+    x = torch.randn(rows, columns) * torch.logspace(-7, 4, columns)
+    x[3:5, :size] = 0
+    x[5:6, :size] = x[5:6, :size].abs()
+    slow = quantize(x, bits, symmetric=symmetric, granularity="group", group_size=size)
+    assert same(quantize_rows(x, groups(bits, symmetric, size)), slow)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -55,14 +83,14 @@ def test_codes_of_chunks_equal_those_of_numerics(shape: tuple[int, int], bits: i
     x = (torch.randn(shape) * torch.logspace(-7, 4, shape[0])[:, None]).to(dtype)
     x[3:5] = 0
     before = x.clone()
-    assert same(quantize_tokens(x, bits), quantize(x, bits))
+    assert same(quantize_rows(x, tokens(bits)), quantize(x, bits))
     assert torch.equal(x, before)
 
 
 def test_codes_of_a_matrix_of_many_chunks() -> None:
     x = torch.randn(1100, 1536)
     assert x.nbytes > 2 * fused._CHUNK_BYTES * torch.get_num_threads()
-    assert same(quantize_tokens(x, 8), quantize(x, 8))
+    assert same(quantize_rows(x, tokens(8)), quantize(x, 8))
 
 
 @pytest.mark.usefixtures("chunks")
@@ -70,7 +98,7 @@ def test_codes_of_a_matrix_of_many_chunks() -> None:
 def test_a_row_that_is_not_finite_leaves_the_others_alone(bad: float) -> None:
     x = torch.randn(20, 48)
     x[7, 5] = bad
-    fast, slow = quantize_tokens(x, 8), quantize(x, 8)
+    fast, slow = quantize_rows(x, tokens(8)), quantize(x, 8)
     others = torch.arange(20) != 7
     assert torch.equal(fast.codes[others], slow.codes[others])
     assert torch.equal(fast.scale, slow.scale)

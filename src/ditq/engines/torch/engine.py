@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditq.engines.base import Engine, QuantizedWeight
-from ditq.engines.torch.fused import quantize_tokens, rescale_, weight_codes
+from ditq.engines.torch.fused import quantize_rows, rescale_, row_slices, weight_codes
 from ditq.numerics import Quantized, dequantize, quantize, unpack
 from ditq.plan import TensorFormat
 
@@ -39,9 +39,8 @@ class TorchEngine(Engine):
         return None
 
     def quantize_activations(self, x: Tensor, format: TensorFormat, scale: Tensor | None) -> Quantized:
-        fast = format.granularity == "token" and format.symmetric and scale is None
-        if fast:
-            return quantize_tokens(x, format.bits)
+        if scale is None and format.granularity != "tensor":
+            return quantize_rows(x, format)
         return quantize(
             x,
             format.bits,
@@ -60,25 +59,57 @@ class TorchEngine(Engine):
         dtype: torch.dtype,
     ) -> Tensor:
         codes, w_zero = weight_codes(weight)
-        x_groups, w_groups = x.scale.shape[1], weight.scale.shape[1]
-        parts = math.lcm(x_groups, w_groups)
-        step = weight.columns // parts
-        total = None if bias is None else bias.float()
-        for part in range(parts):
-            columns = slice(part * step, (part + 1) * step)
-            i, j = part * x_groups // parts, part * w_groups // parts
-            x_part, w_part = x.codes[:, columns], codes[:, columns]
-            x_zero = None if x.zero_point is None else x.zero_point[:, i : i + 1].int()
-            corrections = zero_corrections(x_part, x_zero, w_part, None if w_zero is None else w_zero[:, j].int())
-            acc = integer_product(x_part, w_part)
-            total = rescale_(acc, x.scale[:, i : i + 1], weight.scale[:, j], corrections, total)
-        assert total is not None
-        return total.to(dtype)
+        return grouped_products(x, codes, weight.scale, w_zero, bias).to(dtype)
 
     def dequantize_weight(self, weight: QuantizedWeight) -> Tensor:
         codes = unpack(weight.packed, weight.format.bits, weight.columns)
         quantized = Quantized(codes, weight.scale, weight.zero_point)
         return dequantize(quantized, weight.format.rows, weight.format.group_size)
+
+
+def grouped_products(
+    x: Quantized, codes: Tensor, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """``x @ w.T + bias``, float32 [M, N], by one integer product for each run of columns that shares its scales.
+
+    The products of a few rows are rescaled and added up while they are in the cache, group after group.
+
+    Args:
+        codes: of the weight, int8 [N, K]; w_scale: float32 [N, G] or [1, 1]; w_zero: int8 likewise, or None.
+    """
+    m, n = len(x.codes), len(codes)
+    parts = math.lcm(x.scale.shape[1], w_scale.shape[1])
+    # [G, rows, columns of a group]: every operand of a product lies together.
+    x_parts, w_parts = (t.unflatten(1, (parts, -1)).transpose(0, 1).contiguous() for t in (x.codes, codes))
+    x_scales, w_scales = _of_parts(x.scale, parts), _of_parts(w_scale, parts)
+    x_zeros = None if x.zero_point is None else _of_parts(x.zero_point.int(), parts)
+    w_zeros = None if w_zero is None else _of_parts(w_zero.int(), parts)
+    corrections = [
+        zero_corrections(
+            x_parts[i], None if x_zeros is None else x_zeros[i][:, None],
+            w_parts[i], None if w_zeros is None else w_zeros[i],
+        )
+        for i in range(parts)
+    ]  # fmt: skip
+    if parts == 1:
+        acc = integer_product(x_parts[0], w_parts[0])
+        return rescale_(acc, x.scale, w_scales[0], corrections[0], None if bias is None else bias.float())
+    total = codes.new_zeros(m, n, dtype=torch.float32) if bias is None else bias.float().repeat(m, 1)
+    for rows in row_slices(total):
+        some = total[rows]
+        for i in range(parts):
+            acc = integer_product(x_parts[i, rows], w_parts[i])
+            for row, column in corrections[i]:
+                acc.addcmul_(row[rows] if len(row) == m else row, column, value=-1)
+            x_scale = x_scales[i, rows, None] if x_scales.shape[1] == m else x_scales[i, :, None]
+            # Into floats in the memory of the integers, which are as wide.
+            some.addcmul_(acc.view(torch.float32).copy_(acc).mul_(x_scale), w_scales[i])
+    return total
+
+
+def _of_parts(values: Tensor, parts: int) -> Tensor:
+    """Scales or zero points [R, G] for each of ``parts`` runs of columns: [parts, R], each run lying together."""
+    return values.repeat_interleave(parts // values.shape[1], 1).t().contiguous()
 
 
 def zero_corrections(
