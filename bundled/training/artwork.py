@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,12 +88,8 @@ def fetch(folder: Path) -> Path:
     return tarball
 
 
-def render(tarball: Path, sets: dict[str, tuple[str, str]] = STYLES) -> dict[str, np.ndarray]:
-    """Draws every icon of the sets on white; skin-tone variants are skipped."""
-    import resvg_py
-    from PIL import Image
-
-    images, concepts, styles = [], [], []
+def svgs(tarball: Path, sets: dict[str, tuple[str, str]] = STYLES) -> Iterator[tuple[str, str, str]]:
+    """Style, concept and SVG text of every icon of the sets; skin-tone variants are skipped."""
     with tarfile.open(tarball) as tar:
         for style, (icon_set, _) in sets.items():
             data = json.load(tar.extractfile(f"package/json/{icon_set}.json"))
@@ -106,16 +103,26 @@ def render(tarball: Path, sets: dict[str, tuple[str, str]] = STYLES) -> dict[str
                     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
                     f'viewBox="{box}">{icon["body"]}</svg>'
                 )
-                png = resvg_py.svg_to_bytes(svg_string=svg, width=PIXELS, height=PIXELS, background="white")
-                image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-                if image.size != (PIXELS, PIXELS):  # icons that are not square keep their aspect
-                    canvas = Image.new("RGB", (PIXELS, PIXELS), "white")
-                    image.thumbnail((PIXELS, PIXELS))
-                    canvas.paste(image, ((PIXELS - image.width) // 2, (PIXELS - image.height) // 2))
-                    image = canvas
-                images.append(np.asarray(image))
-                concepts.append(name)
-                styles.append(style)
+                yield style, name, svg
+
+
+def render(tarball: Path, sets: dict[str, tuple[str, str]] = STYLES) -> dict[str, np.ndarray]:
+    """Draws every icon of the sets on white."""
+    import resvg_py
+    from PIL import Image
+
+    images, concepts, styles = [], [], []
+    for style, name, svg in svgs(tarball, sets):
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=PIXELS, height=PIXELS, background="white")
+        image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+        if image.size != (PIXELS, PIXELS):  # icons that are not square keep their aspect
+            canvas = Image.new("RGB", (PIXELS, PIXELS), "white")
+            image.thumbnail((PIXELS, PIXELS))
+            canvas.paste(image, ((PIXELS - image.width) // 2, (PIXELS - image.height) // 2))
+            image = canvas
+        images.append(np.asarray(image))
+        concepts.append(name)
+        styles.append(style)
     taught = np.isin(concepts, CONCEPTS)
     return {
         "images": np.stack(images),

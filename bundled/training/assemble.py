@@ -1,7 +1,8 @@
 """Puts a trained model together as a stock diffusers pipeline folder, with its model card.
 
 ``python assemble.py t2i --work DIR --out ../src/ditq_bundled/models`` writes ``emoji-t2i`` (fp16
-safetensors), its loss curve, a sample sheet drawn by the stock pipeline, and a card.
+safetensors), its loss curve, a sample sheet drawn by the stock pipeline, and a card; ``class`` and ``video``
+likewise.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
+import clips
 import torch
 from artwork import CONCEPTS, STYLES, caption
 from diffusers import (
@@ -18,13 +20,18 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DPMSolverMultistepScheduler,
+    LattePipeline,
     PixArtAlphaPipeline,
 )
 from diffusion import SCHEDULER, ClassToImage, TextToImage
 from PIL import Image, ImageDraw
 from transformers import AutoTokenizer
+from video import TextToVideo
 
-NAMES = {"t2i": "emoji-t2i", "class": "emoji-class"}
+NAMES = {"t2i": "emoji-t2i", "class": "emoji-class", "video": "emoji-video"}
+FOLDERS = {  # in the work folder: tokenizer and autoencoder
+    "t2i": ("tokenizer", "vae"), "class": ("tokenizer", "vae"), "video": ("video-tokenizer", "video-vae"),
+}  # fmt: skip
 SHEET = (
     "red-apple panda rocket strawberry octopus guitar hamburger sunflower tiger-face penguin soccer-ball pizza "
     "snowman cactus butterfly castle ghost bicycle watermelon owl fire unicorn key mushroom frog doughnut "
@@ -35,8 +42,8 @@ SHEET = (
 def averaged(work: Path, kind: str) -> tuple[torch.nn.Module, dict]:
     """The model with its averaged weights, and the training log."""
     state = torch.load(work / kind / "checkpoint.pt", weights_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-    model = TextToImage(len(tokenizer)) if kind == "t2i" else ClassToImage()
+    words = len(AutoTokenizer.from_pretrained(work / FOLDERS[kind][0]))
+    model = {"t2i": lambda: TextToImage(words), "class": ClassToImage, "video": lambda: TextToVideo(words)}[kind]()
     model.load_state_dict({k.removeprefix("model."): v for k, v in state["ema"].items()}, strict=False)
     return model.eval(), state
 
@@ -52,13 +59,15 @@ def half(module: torch.nn.Module) -> torch.nn.Module:
 
 def pipeline(work: Path, kind: str) -> tuple[DiffusionPipeline, dict]:
     model, state = averaged(work, kind)
-    vae = AutoencoderKL.from_pretrained(work / "vae")
+    tokenizer, vae = FOLDERS[kind]
+    vae = AutoencoderKL.from_pretrained(work / vae)
     vae.register_to_config(_name_or_path="emoji-vae")  # not the folder it happened to lie in
     scheduler = DPMSolverMultistepScheduler(**SCHEDULER)
-    if kind == "t2i":
-        tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-        pipe = PixArtAlphaPipeline(
-            tokenizer=tokenizer, text_encoder=half(model.text_encoder), vae=half(vae),
+    if kind != "class":
+        stock = PixArtAlphaPipeline if kind == "t2i" else LattePipeline
+        pipe = stock(
+            tokenizer=AutoTokenizer.from_pretrained(work / tokenizer),
+            text_encoder=half(model.text_encoder), vae=half(vae),
             transformer=half(model.transformer), scheduler=scheduler,
         )  # fmt: skip
     else:
@@ -162,27 +171,91 @@ pipe(class_labels=pipe.get_label_ids(["red-apple"]), num_inference_steps=20).ima
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=list(NAMES))
-    parser.add_argument("--work", type=Path, default=Path("work"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "src" / "ditq_bundled" / "models")
-    args = parser.parse_args()
-    pipe, state = pipeline(args.work, args.kind)
-    folder = args.out / NAMES[args.kind]
-    shutil.rmtree(folder, ignore_errors=True)
-    pipe.save_pretrained(folder)
-    if args.kind == "t2i":
-        # transformers would load the encoder in the stored fp16, diffusers loads the rest in float32.
-        config = folder / "text_encoder" / "config.json"
-        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2))
-    loss_curve(state["log"], folder / "loss.png")
-    stock = DiffusionPipeline.from_pretrained(folder)
-    texts = draw_sheet(stock, args.kind, folder / "samples.png")
-    is_t2i = args.kind == "t2i"
-    card = CARD.format(
-        name=NAMES[args.kind],
-        kind=args.kind,
+VIDEO_STEPS, VIDEO_GUIDANCE = 20, 4.0
+
+
+def video_sheet(pipe: DiffusionPipeline, path: Path) -> list[str]:
+    """The first ten evaluation prompts, a clip a row, frame by frame."""
+    listed = Path(__file__).parents[1] / "src" / "ditq_bundled" / "prompts" / "emoji-video-evaluation.txt"
+    texts = listed.read_text(encoding="utf-8").splitlines()[:10]
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(
+        prompt=texts, video_length=pipe.transformer.config.video_length, height=64, width=64, clean_caption=False,
+        num_inference_steps=VIDEO_STEPS, guidance_scale=VIDEO_GUIDANCE, output_type="pil",
+        generator=[torch.Generator().manual_seed(i) for i in range(len(texts))],
+    ).frames  # fmt: skip
+    page = Image.new("RGB", (len(drawn[0]) * 68, len(drawn) * 82), "white")
+    for row, (text, frames) in enumerate(zip(texts, drawn, strict=True)):
+        ImageDraw.Draw(page).text((2, row * 82 + 2), text, fill="black")
+        for i, frame in enumerate(frames):
+            page.paste(frame, (i * 68, row * 82 + 16))
+    page.save(path)
+    return texts
+
+
+VIDEO_CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-video
+tags: [latte, emoji]
+---
+# emoji-video
+
+A small diffusion transformer (Latte, {parameters:.1f} M parameters) that sets emoji in motion: {frames} frames of
+64 x 64 pixels. It exists to show and test quantization on a video model that was really trained; it is no product.
+
+| | |
+| --- | --- |
+| transformer | {blocks} spatial blocks (self-attention, cross-attention, FFN) and {blocks} temporal ones in turn, width 256, 4 heads of 64, patch 4 on 16 x 16 x 4 latents (16 tokens a frame, {tokens} a clip) |
+| autoencoder | the `AutoencoderKL` of emoji-t2i, trained on with frames of such clips; frame by frame |
+| text encoder | T5 encoder, 2 layers, width 256, trained jointly; byte-pair tokenizer over the captions |
+| clips | {clips} clips of {concepts} concepts: {motions}, and two objects crossing; half of the others before a {backgrounds} background |
+| held out | {pairs} pairs of concept and motion, two motions a concept, and {partners} pairs that cross |
+| artwork | Fluent Emoji flat (MIT), rendered from `@iconify/json` 2.2.535 |
+| objective | v-prediction, cosine schedule, 10 % of captions dropped for guidance |
+| optimizer | Muon for hidden matrices, AdamW for the rest, batch 32, averaged weights (0.995), seed 0 |
+| training | started from emoji-t2i; {steps} steps, about {minutes:.0f} minutes on a shared machine of two CPU cores; last loss {loss:.3f} |
+| weights | fp16 safetensors, made from float32 |
+
+Made by `bundled/training/clips.py`, `vae.py --clips`, `video.py`, `assemble.py video` of the ditq repository.
+
+```python
+pipe = DiffusionPipeline.from_pretrained(path)
+# LattePipeline asks for 16 frames of 512 x 512 pixels unless told otherwise.
+pipe("{example}", video_length={frames}, height=64, width=64, guidance_scale={guidance}).frames[0]
+```
+
+![samples](samples.png)
+
+{sampling} steps of DPM-Solver++ at guidance {guidance}, seeds 0 to {last}, not selected. No caption of these occurred in
+training: {texts}.
+
+![loss](loss.png)
+
+Limits: it knows the taught concepts and motions only; a motion takes all {frames} frames.
+"""  # noqa: E501
+
+
+def video_card(stock: DiffusionPipeline, state: dict, texts: list[str]) -> str:
+    config = stock.transformer.config
+    pairs = clips.held_out()
+    partners = sum(motion == clips.CROSSING for _, motion in pairs)
+    return VIDEO_CARD.format(
+        parameters=sum(p.numel() for p in stock.transformer.parameters()) / 1e6,
+        frames=config.video_length, blocks=config.num_layers, tokens=config.video_length * 16,
+        clips=clips.CLIPS, concepts=len(clips.CONCEPTS), motions=", ".join(clips.MOTIONS),
+        backgrounds=", ".join(list(clips.BACKGROUNDS)[1:-1]) + f" or {list(clips.BACKGROUNDS)[-1]}",
+        pairs=len(pairs) - partners, partners=partners,
+        steps=state["step"], minutes=minutes(state["log"]), loss=state["log"][-1]["loss"], sampling=VIDEO_STEPS,
+        guidance=VIDEO_GUIDANCE, last=len(texts) - 1, texts=", ".join(texts), example=texts[0],
+    )  # fmt: skip
+
+
+def image_card(kind: str, stock: DiffusionPipeline, state: dict, texts: list[str]) -> str:
+    is_t2i = kind == "t2i"
+    return CARD.format(
+        name=NAMES[kind],
+        kind=kind,
         tag="text-to-image" if is_t2i else "unconditional-image-generation",
         tags="pixart, emoji" if is_t2i else "dit, emoji",
         architecture="PixArt, adaLN-single and cross-attention" if is_t2i else "DiT, adaLN-zero",
@@ -194,8 +267,31 @@ def main() -> None:
         else f"{len(CONCEPTS)} concepts, each in up to {len(STYLES)} styles; trunk started from emoji-t2i",
         pictures=885, concepts=len(CONCEPTS), steps=state["step"], minutes=minutes(state["log"]),
         loss=state["log"][-1]["loss"],
-        example=EXAMPLE[args.kind], texts=", ".join(texts),
+        example=EXAMPLE[kind], texts=", ".join(texts),
     )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=list(NAMES))
+    parser.add_argument("--work", type=Path, default=Path("work"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "src" / "ditq_bundled" / "models")
+    args = parser.parse_args()
+    pipe, state = pipeline(args.work, args.kind)
+    folder = args.out / NAMES[args.kind]
+    shutil.rmtree(folder, ignore_errors=True)
+    pipe.save_pretrained(folder)
+    if args.kind != "class":
+        # transformers would load the encoder in the stored fp16, diffusers loads the rest in float32.
+        config = folder / "text_encoder" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2))
+    loss_curve(state["log"], folder / "loss.png")
+    stock = DiffusionPipeline.from_pretrained(folder)
+    sheet = folder / "samples.png"
+    if args.kind == "video":
+        card = video_card(stock, state, video_sheet(stock, sheet))
+    else:
+        card = image_card(args.kind, stock, state, draw_sheet(stock, args.kind, sheet))
     (folder / "README.md").write_text(card)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     print(json.dumps({"folder": str(folder), "bytes": size, "step": state["step"]}))

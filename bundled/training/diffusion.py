@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -155,37 +156,111 @@ def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 
 @torch.no_grad()
+def denoise(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], shape: tuple[int, ...], guidance: float = 3.0
+) -> torch.Tensor:
+    """Latents of ``shape`` after twenty DPM-Solver++ steps from seed 0.
+
+    ``predict(x, t)`` gets every row twice: first the rows without a condition, then those with theirs.
+    """
+    scheduler = DPMSolverMultistepScheduler(**SCHEDULER)
+    scheduler.set_timesteps(20)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for t in scheduler.timesteps:
+        u, c = predict(torch.cat([x, x]), t.expand(2 * len(x))).chunk(2)
+        x = scheduler.step(u + guidance * (c - u), t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
 def sample_sheet(
     model: nn.Module, conditions: torch.Tensor, null: torch.Tensor, vae: AutoencoderKL, path: Path
 ) -> None:
-    """Twenty DPM-Solver++ steps at guidance 3 for each condition, decoded, eight to a row."""
+    """A picture for each condition, eight to a row."""
     from PIL import Image
 
-    scheduler = DPMSolverMultistepScheduler(**SCHEDULER)
-    scheduler.set_timesteps(20)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(len(conditions), 4, 16, 16, generator=generator)
     both = torch.cat([null.expand_as(conditions), conditions])
-    for t in scheduler.timesteps:
-        u, c = model(torch.cat([x, x]), t.expand(2 * len(x)), both).chunk(2)
-        x = scheduler.step(u + 3.0 * (c - u), t, x).prev_sample
+    x = denoise(lambda x, t: model(x, t, both), (len(conditions), 4, 16, 16))
     images = vae.decode(x / vae.config.scaling_factor).sample.clamp(-1, 1).add(1).mul(127.5).byte()
     rows = len(images) // 8
     grid = images[: rows * 8].reshape(rows, 8, 3, 64, 64).permute(0, 3, 1, 4, 2).reshape(rows * 64, 512, 3)
     Image.fromarray(grid.numpy()).save(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=["t2i", "class"])
+def fit(
+    run: Run,
+    args: argparse.Namespace,
+    count: int,
+    examples: Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, ...]],
+    sheet: Callable[[Path], None],
+    save_every: int = 250,
+    sheet_every: int = 250,
+) -> None:
+    """Trains ``run``'s model by v-prediction until ``args.minutes`` or ``args.steps`` are over.
+
+    ``examples(index, generator)`` gives the latents of those rows of the ``count`` there are, and the model's further
+    arguments; ``sheet(path)`` draws with the averaged weights.
+    """
+    model, ema = run.modules["model"], run.ema
+    base = [2 * args.lr, args.lr]  # of ``optimizers``; a resumed optimizer holds the rate it stopped at
+    generator = torch.Generator().manual_seed(args.seed + run.step)
+    alphas = DPMSolverMultistepScheduler(**SCHEDULER).alphas_cumprod
+    forward = torch.compile(model, dynamic=False) if args.compile else model
+    order = torch.empty(0, dtype=torch.long)
+    begin, average = time.time(), 0.0
+    while time.time() - begin < 60 * args.minutes and run.step < args.steps:
+        for optimizer, lr in zip(run.optimizers, base, strict=True):
+            optimizer.param_groups[0]["lr"] = lr * schedule(run.step, args.steps)
+        while len(order) < args.batch:  # epochs without replacement: every example equally often
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        index, order = order[: args.batch], order[args.batch :]
+        z, *conditions = examples(index, generator)
+        # Stratified times: one from each of `batch` equal slices, which lowers the loss's variance.
+        u = (
+            torch.randperm(args.batch, generator=generator) + torch.rand(args.batch, generator=generator)
+        ) / args.batch
+        t = (u * 1000).long().clamp(0, 999)
+        noise = torch.randn(z.shape, generator=generator)
+        broadcast = (-1,) + (1,) * (z.ndim - 1)
+        a, s = alphas[t].sqrt().view(broadcast), (1 - alphas[t]).sqrt().view(broadcast)
+        loss = F.mse_loss(forward(a * z + s * noise, t, *conditions), a * noise - s * z)
+        for optimizer in run.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in run.optimizers:
+            optimizer.step()
+        run.step += 1
+        ema.update(run.step)
+        average = loss.item() if average == 0 else 0.98 * average + 0.02 * loss.item()
+        if run.step % 25 == 0:
+            run.record(loss=average)
+        if run.step % save_every == 0 or run.step == args.steps:
+            run.save()
+        if run.step % sheet_every == 0 or run.step == args.steps:
+            trained = {k: v.clone() for k, v in model.state_dict().items()}
+            ema.copy_to({"model": model})
+            model.eval()
+            sheet(run.folder / f"sheet-{run.step:05d}.png")
+            model.train().load_state_dict(trained)
+    run.save()
+
+
+def arguments(parser: argparse.ArgumentParser, steps: int, batch: int) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--steps", type=int, default=4000, help="length of the learning-rate schedule")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=steps, help="length of the learning-rate schedule")
+    parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=["t2i", "class"])
+    args = arguments(parser, steps=4000, batch=128)
 
     art = load(args.work)
     taught = art["taught"]
@@ -213,11 +288,8 @@ def main() -> None:
         null = torch.tensor(1000)
         model = ClassToImage()
 
-    muon, adam = optimizers(model, args.lr)
-    base = [muon.param_groups[0]["lr"], adam.param_groups[0]["lr"]]
     ema = Ema({"model": model}, 0.998)
-    folder = args.work / args.model
-    run = Run(folder, {"model": model}, [muon, adam], ema)
+    run = Run(args.work / args.model, {"model": model}, optimizers(model, args.lr), ema)
     warm_start = args.work / "t2i" / "checkpoint.pt"
     if args.model == "class" and run.step == 0 and warm_start.exists():
         shadow = torch.load(warm_start, weights_only=True)["ema"]
@@ -226,48 +298,15 @@ def main() -> None:
         ema.shadow = {f"model.{n}": p.detach().clone() for n, p in model.named_parameters()}
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(names)} pictures", flush=True)
 
-    generator = torch.Generator().manual_seed(args.seed + run.step)
-    alphas = DPMSolverMultistepScheduler(**SCHEDULER).alphas_cumprod
-    forward = torch.compile(model, dynamic=False) if args.compile else model
-    factor = vae.config.scaling_factor
-    order = torch.empty(0, dtype=torch.long)
-    begin, average = time.time(), 0.0
-    while time.time() - begin < 60 * args.minutes and run.step < args.steps:
-        for optimizer, lr in zip((muon, adam), base, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * schedule(run.step, args.steps)
-        if len(order) < args.batch:  # epochs without replacement: every picture equally often
-            order = torch.cat([order, torch.randperm(len(names), generator=generator)])
-        index, order = order[: args.batch], order[args.batch :]
-        z = (mean[index] + std[index] * torch.randn(std[index].shape, generator=generator)) * factor
-        # Stratified times: one from each of `batch` equal slices, which lowers the loss's variance.
-        u = (
-            torch.randperm(args.batch, generator=generator) + torch.rand(args.batch, generator=generator)
-        ) / args.batch
-        t = (u * 1000).long().clamp(0, 999)
-        noise = torch.randn(z.shape, generator=generator)
-        a = alphas[t].sqrt()[:, None, None, None]
-        s = (1 - alphas[t]).sqrt()[:, None, None, None]
-        which = torch.randint(conditions.shape[1], (args.batch,), generator=generator)
+    def examples(index: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        z = (mean[index] + std[index] * torch.randn(std[index].shape, generator=generator)) * vae.config.scaling_factor
+        which = torch.randint(conditions.shape[1], (len(index),), generator=generator)
         cond = conditions[index, which].clone()
-        cond[torch.rand(args.batch, generator=generator) < 0.1] = null
-        loss = F.mse_loss(forward(a * z + s * noise, t, cond), a * noise - s * z)
-        muon.zero_grad(set_to_none=True), adam.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        muon.step(), adam.step()
-        run.step += 1
-        ema.update(run.step)
-        average = loss.item() if average == 0 else 0.98 * average + 0.02 * loss.item()
-        if run.step % 25 == 0:
-            run.record(loss=average)
-        if run.step % 250 == 0 or run.step == args.steps:
-            run.save()
-            trained = {k: v.clone() for k, v in model.state_dict().items()}
-            ema.copy_to({"model": model})
-            picks = np.linspace(0, len(names) - 1, 32).astype(int)
-            sample_sheet(model.eval(), conditions[picks, 0], null, vae, folder / f"sheet-{run.step:05d}.png")
-            model.train().load_state_dict(trained)
-    run.save()
+        cond[torch.rand(len(index), generator=generator) < 0.1] = null
+        return z, cond
+
+    picks = np.linspace(0, len(names) - 1, 32).astype(int)
+    fit(run, args, len(names), examples, lambda path: sample_sheet(model, conditions[picks, 0], null, vae, path))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 ``python vae.py --work DIR --minutes 12`` trains or resumes; ``--decoder-only`` goes on with the
 decoder alone, so that diffusion models trained on the old latents stay valid. Writes
 ``DIR/vae`` (diffusers folder) and ``DIR/latents.npz`` (means and deviations of every picture).
+
+``--clips`` goes on from ``DIR/vae`` with the frames that ``clips.py`` draws, which show objects off the centre and
+coloured backgrounds, and writes ``DIR/video-vae``: near enough to the old latents that the weights of ``emoji-t2i``
+are a start for ``emoji-video``.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import argparse
 import time
 from pathlib import Path
 
+import clips
 import numpy as np
 import torch
 from artwork import load
@@ -80,13 +85,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--decoder-only", action="store_true")
+    parser.add_argument("--clips", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    art = load(args.work)
-    pictures = torch.from_numpy(art["images"]).permute(0, 3, 1, 2)
-    taught = torch.from_numpy(art["taught"])
+    if args.clips:
+        pictures = clips.frames(args.work, count=1024, seed=args.seed + 1)
+        taught = torch.ones(len(pictures), dtype=torch.bool)
+    else:
+        art = load(args.work)
+        pictures = torch.from_numpy(art["images"]).permute(0, 3, 1, 2)
+        taught = torch.from_numpy(art["taught"])
     # Pictures the diffusion models learn are seen three times as often as the others.
     weights = torch.where(taught, 3.0, 1.0)
 
@@ -97,8 +107,9 @@ def main() -> None:
         [p for m in parts for p in m.parameters()], lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4
     )
     ema = Ema({"vae": vae}, 0.998)
-    run = Run(args.work / ("vae-decoder" if args.decoder_only else "vae-run"), {"vae": vae}, [optimizer], ema)
-    if args.decoder_only and run.step == 0:
+    folder = "vae-decoder" if args.decoder_only else "video-vae-run" if args.clips else "vae-run"
+    run = Run(args.work / folder, {"vae": vae}, [optimizer], ema)
+    if (args.decoder_only or args.clips) and run.step == 0:
         vae.load_state_dict(AutoencoderKL.from_pretrained(args.work / "vae").state_dict())
         ema.shadow = {f"vae.{n}": p.detach().clone().float() for n, p in vae.named_parameters()}
 
@@ -126,7 +137,10 @@ def main() -> None:
     run.save()
 
     ema.copy_to({"vae": vae})
-    if args.decoder_only:
+    if args.clips:
+        vae.eval().register_to_config(scaling_factor=1.0)
+        vae.save_pretrained(args.work / "video-vae")
+    elif args.decoder_only:
         frozen = AutoencoderKL.from_pretrained(args.work / "vae")
         vae.encoder, vae.quant_conv = frozen.encoder, frozen.quant_conv
         vae.register_to_config(scaling_factor=frozen.config.scaling_factor)
@@ -153,7 +167,8 @@ def main() -> None:
         from PIL import Image
 
         rows = torch.cat([x[:16], y[:16]]).reshape(2, 16, 3, 64, 64).permute(0, 3, 1, 4, 2).reshape(128, 1024, 3)
-        Image.fromarray(rows.add(1).mul(127.5).byte().numpy()).save(args.work / "vae-sheet.png")
+        sheet = "video-vae-sheet.png" if args.clips else "vae-sheet.png"
+        Image.fromarray(rows.add(1).mul(127.5).byte().numpy()).save(args.work / sheet)
 
 
 if __name__ == "__main__":
