@@ -1,21 +1,25 @@
 """GPTQ beside rounding to nearest: errors of single layers, errors of the whole model, and memory.
 
     python benchmarks/quality/gptq.py layers --model bundled:emoji-class
-    python benchmarks/quality/gptq.py model --model bundled:emoji-class
+    python benchmarks/quality/gptq.py model --model bundled:emoji-class --bits 4a8 3a8
+    python benchmarks/quality/gptq.py calls --model bundled:emoji-class
     python benchmarks/quality/gptq.py memory --blocks 28
 
 ``layers`` rounds every linear by itself, on inputs of the 16-bit model, and gives the geometric mean over the
 layers of ||X (W - Q)^T|| / ||X W^T|| on the rows that GPTQ saw and on rows of other prompts and seeds.
 ``model`` quantizes by recipes and gives the SQNR of the transformer's output on calls of other prompts and
-seeds. ``memory`` quantizes a DiT-XL/2 with random weights and gives the peak of the process.
+seeds, one random timestep of each prompt, with a 95 % bootstrap interval over these calls. ``calls`` does it for
+one recipe and different numbers of kept calls. ``memory`` quantizes a DiT-XL/2 with random weights and gives the
+peak of the process.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import dataclasses
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from environment import environment, write
+
 import ditq
 from ditq import api, architectures
 from ditq.calibration import Statistics, calibrate
 from ditq.calibration.calls import merged
-from ditq.numerics import Quantized, add_inputs, dequantize, gptq, quantize, search_clip_ratio, sqnr_db
+from ditq.numerics import Quantized, add_inputs, dequantize, gptq, inverse_factor, quantize, search_clip_ratio
 from ditq.recipe import Calibration
 
 FORMATS: dict[str, dict[str, Any]] = {
@@ -36,88 +43,140 @@ FORMATS: dict[str, dict[str, Any]] = {
     "W4 g128": {"bits": 4, "granularity": "group", "group_size": 128},
     "W3 g128": {"bits": 3, "granularity": "group", "group_size": 128},
 }
+# Pairs that differ in one thing: rounding, range or order. A recipe, and what is set in it.
+NEAREST, GPTQ = ("rounding=nearest",), ("rounding=gptq",)
+MINMAX, MSE, NATURAL, ACTIVATION = "clip=minmax", "clip=mse", "gptq.order=natural", "gptq.order=activation"
+G32 = ("weights.group_size=32", "activations.group_size=32")
 RECIPES: dict[str, tuple[str, ...]] = {
-    "rtn, channels": ("rtn-w{bits}",),
-    "GPTQ, channels": ("gptq-w{bits}",),
-    "rtn, g128": ("qdit-w{bits}", "rounding=nearest"),
-    "Q-DiT without search (GPTQ, g128)": ("qdit-w{bits}",),
-    "rtn, g32": ("qdit-w{bits}", "rounding=nearest", "weights.group_size=32", "activations.group_size=32"),
-    "Q-DiT without search (GPTQ, g32)": ("qdit-w{bits}", "weights.group_size=32", "activations.group_size=32"),
-    "SmoothQuant": ("smoothquant-w{bits}",),
-    "SmoothQuant + GPTQ": ("smoothquant-w{bits}", "rounding=gptq"),
-    "QuaRot": ("quarot-w{bits}",),
-    "QuaRot + GPTQ": ("quarot-w{bits}", "rounding=gptq"),
+    "channels: nearest": ("gptq", *NEAREST, MINMAX),
+    "channels: nearest, clip": ("gptq", *NEAREST, MSE),
+    "channels: GPTQ, natural": ("gptq", *GPTQ, MINMAX, NATURAL),
+    "channels: GPTQ, natural, clip": ("gptq", *GPTQ, MSE, NATURAL),
+    "channels: GPTQ, activation": ("gptq", *GPTQ, MINMAX, ACTIVATION),
+    "channels: GPTQ, activation, clip (gptq)": ("gptq",),
+    "g128: nearest": ("qdit", *NEAREST),
+    "g128: nearest, clip": ("qdit", *NEAREST, MSE),
+    "g128: GPTQ, natural (qdit)": ("qdit",),
+    "g128: GPTQ, activation, clip": ("qdit", MSE, ACTIVATION),
+    "g32: nearest": ("qdit", *G32, *NEAREST),
+    "g32: GPTQ, natural": ("qdit", *G32),
+    "SmoothQuant: nearest": ("smoothquant",),
+    "SmoothQuant: GPTQ, natural": ("smoothquant", *GPTQ),
+    "QuaRot: nearest": ("quarot",),
+    "QuaRot: GPTQ, natural": ("quarot", *GPTQ),
 }
 
 
-def statistics_of(name: str, split: str, settings: Calibration, seed: int) -> tuple[Any, Statistics]:
+def statistics_of(name: str, split: str, seed: int, **settings: Any) -> tuple[Any, Statistics]:
     """The pipeline, and what calibration sees of it on one of the lists of prompts of a bundled model."""
     import ditq_bundled
 
     pipe = api.load(name)
     pipe.set_progress_bar_config(disable=True)
     prompts = ditq_bundled.prompts(name.removeprefix("bundled:"), split)
-    return pipe, calibrate(pipe, architectures.match(pipe.transformer), prompts, settings, seed=seed)
+    calibration = Calibration(batch_size="auto", steps=20, **settings)
+    return pipe, calibrate(pipe, architectures.match(pipe.transformer), prompts, calibration, seed=seed)
 
 
 def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
-    settings = Calibration(prompts=64, batch_size=16, steps=20, rows=args.rows)
-    pipe, seen = statistics_of(args.model, "calibration", settings, args.seed)
-    _, other = statistics_of(args.model, "evaluation", settings, args.seed + 1)
-    groups = architectures.match(pipe.transformer).groups(pipe.transformer)
+    pipe, seen = statistics_of(args.model, "calibration", args.seed, prompts=64, rows=args.rows, calls=0)
+    _, other = statistics_of(args.model, "evaluation", args.seed + 1, prompts=64, rows=args.rows, calls=0)
     table = []
-    for title, fmt in FORMATS.items():
-        errors: dict[str, list[tuple[float, float]]] = {}
-        for group in groups:
-            x, held_out = seen.groups[group.name].rows(), other.groups[group.name].rows()
-            hessian = torch.zeros(x.shape[1], x.shape[1])
-            add_inputs(hessian, x)
-            for linear in group.linears:
-                w = linear.module.weight.detach().float()
-                for way, q in roundings(w, hessian, fmt):
-                    error = w - dequantize(q, fmt["granularity"], fmt.get("group_size"))
-                    pair = tuple(float((s @ error.T).norm() / (s @ w.T).norm()) for s in (x, held_out))
-                    errors.setdefault(way, []).append(pair)  # type: ignore[arg-type]
-        for way, pairs in errors.items():
-            mean = torch.tensor(pairs).log().mean(0).exp()
-            table.append({"format": title, "rounding": way, "seen": float(mean[0]), "held out": float(mean[1])})
-            print(f"{title:12} {way:34} seen {mean[0]:.4f}  held out {mean[1]:.4f}", flush=True)
+    errors: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for group in architectures.match(pipe.transformer).groups(pipe.transformer):
+        x, held_out = seen.groups[group.name].rows(), other.groups[group.name].rows()
+        hessian, unseen = (torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64) for _ in range(2))
+        add_inputs(hessian, x)
+        add_inputs(unseen, held_out)
+        factors = {
+            (order, damping): inverse_factor(hessian, damping, order)  # type: ignore[arg-type]
+            for order, damping in (("natural", 0.01), ("activation", 0.01), ("natural", 0.1))
+        }
+        for linear in group.linears:
+            w = linear.module.weight.detach().double()
+            for title, fmt in FORMATS.items():
+                for way, q in roundings(w, hessian, factors, fmt):
+                    error = w - dequantize(q, fmt["granularity"], fmt.get("group_size")).double()
+                    pair = tuple(
+                        float((((error @ h) * error).sum() / ((w @ h) * w).sum()).sqrt()) for h in (hessian, unseen)
+                    )
+                    errors.setdefault((title, way), []).append(pair)  # type: ignore[arg-type]
+    for (title, way), pairs in errors.items():
+        mean = torch.tensor(pairs).log().mean(0).exp()
+        table.append({"format": title, "rounding": way, "seen": float(mean[0]), "held out": float(mean[1])})
+        print(f"{title:12} {way:34} seen {mean[0]:.4f}  held out {mean[1]:.4f}", flush=True)
     return table
 
 
-def roundings(w: Tensor, hessian: Tensor, fmt: dict[str, Any]) -> Iterator[tuple[str, Quantized]]:
+def roundings(
+    w: Tensor, hessian: Tensor, factors: dict[tuple[str, float], Tensor], fmt: dict[str, Any]
+) -> Iterator[tuple[str, Quantized]]:
     kind = {"symmetric": False, **fmt}
     yield "nearest", quantize(w, **kind)
-    yield "nearest, clip ratio searched", quantize(w, **kind, clip_ratio=search_clip_ratio(w, **kind))
-    for order in ("natural", "activation"):
-        yield f"GPTQ, {order}", gptq(w, hessian, **kind, order=order)  # type: ignore[arg-type]
-        yield f"GPTQ, {order}, clip ratio searched", gptq(w, hessian, **kind, order=order, clip=True)  # type: ignore[arg-type]
+    yield "nearest, clip", quantize(w, **kind, clip_ratio=search_clip_ratio(w, **kind))
+    for (order, damping), factor in factors.items():
+        for clip in (False, True):
+            name = f"GPTQ, {order}" + (", damping 0.1" if damping == 0.1 else "") + (", clip" if clip else "")
+            yield name, gptq(w, hessian, **kind, order=order, clip=clip, factor=factor).quantized  # type: ignore[arg-type]
 
 
 def model(args: argparse.Namespace) -> list[dict[str, Any]]:
-    settings = Calibration(prompts=64, batch_size=16, steps=20, rows=2048, calls=args.calls)
-    pipe, seen = statistics_of(args.model, "calibration", settings, args.seed)
-    _, other = statistics_of(args.model, "evaluation", settings, args.seed + 1)
-    calls = merged(other.calls[::2], architectures.match(pipe.transformer))
-    exact = outputs(pipe.transformer, calls)
-    table = []
+    pipe, seen = statistics_of(args.model, "calibration", args.seed, prompts=64)
+    compare = Compare(args, pipe)
+    return [
+        {"bits": f"w{bits}", "recipe": title, **compare(f"{recipe}-w{bits}", overrides, seen, f"w{bits} {title}")}
+        for bits in args.bits
+        for title, (recipe, *overrides) in RECIPES.items()
+    ]
+
+
+def calls(args: argparse.Namespace) -> list[dict[str, Any]]:
+    pipe, seen = statistics_of(args.model, "calibration", args.seed, prompts=64, calls=16)
+    compare, table = Compare(args, pipe), []
     for bits in args.bits:
-        for title, (recipe, *overrides) in RECIPES.items():
-            begin = time.perf_counter()
-            transformer = copy.deepcopy(pipe.transformer)
-            plan = ditq.quantize(transformer, recipe.format(bits=bits), statistics=seen, overrides=overrides).plan
-            row = {
-                "bits": f"w{bits}", "recipe": title, "sqnr_db": sqnr_db(exact, outputs(transformer, calls)),
-                "megabytes": plan.memory()[0] / 1e6, "seconds": time.perf_counter() - begin,
-            }  # fmt: skip
-            table.append(row)
-            print(f"{row['bits']:6} {title:36} {row['sqnr_db']:6.2f} dB  {row['seconds']:5.1f} s", flush=True)
+        for each in (1, 2, 4, 8, 16):
+            # The first of a prompt's calls in reservoir sampling are as random as the others.
+            kept = [call for i, call in enumerate(seen.calls) if i % 16 < each]
+            rows = {"bits": f"w{bits}", "calls a prompt": each, "calls": len(kept)}
+            few = dataclasses.replace(seen, calls=kept)
+            table.append({**rows, **compare(f"qdit-w{bits}", [], few, f"w{bits} {each:2} calls a prompt")})
     return table
 
 
-@torch.no_grad()
-def outputs(transformer: Any, calls: list[dict[str, Any]]) -> Tensor:
-    return torch.cat([transformer(**call, return_dict=False)[0] for call in calls])
+class Compare:
+    """Quantizes copies of one transformer, and compares their outputs with its own on calls it never saw."""
+
+    def __init__(self, args: argparse.Namespace, pipe: Any) -> None:
+        self.transformer = pipe.transformer
+        _, other = statistics_of(args.model, "evaluation", args.seed + 1, prompts=128, calls=1)
+        self.arch = architectures.match(pipe.transformer)
+        # One call of each prompt: independent ones, which the interval takes them for.
+        one = other.calls[:: len(other.calls) // 128]
+        self.calls = merged(one, self.arch, any_time=True)
+        self.exact = self.outputs(self.transformer)
+
+    @torch.no_grad()
+    def outputs(self, transformer: Any) -> Tensor:
+        """[calls, conditions, ...], float64"""
+        rows = torch.cat([transformer(**call, return_dict=False)[0] for call in self.calls])
+        return rows.double().unflatten(0, (-1, len(self.arch.guidance.order)))
+
+    def __call__(self, recipe: str, overrides: list[str], statistics: Statistics, title: str) -> dict[str, Any]:
+        transformer = copy.deepcopy(self.transformer)
+        begin = time.perf_counter()
+        plan = ditq.quantize(transformer, recipe, statistics=statistics, overrides=overrides).plan
+        seconds = time.perf_counter() - begin
+        energies = [x.square().flatten(1).sum(1) for x in (self.exact, self.exact - self.outputs(transformer))]
+        signal, noise = energies
+        drawn = torch.randint(len(signal), (2000, len(signal)), generator=torch.Generator().manual_seed(0))
+        draws = 10 * torch.log10(signal[drawn].sum(1) / noise[drawn].sum(1))
+        low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+        sqnr = float(10 * torch.log10(signal.sum() / noise.sum()))
+        print(f"{title:50} {sqnr:6.2f} dB [{low:.2f}, {high:.2f}]  {seconds:5.1f} s", flush=True)
+        return {
+            "sqnr_db": sqnr, "low": low, "high": high, "megabytes": plan.memory()[0] / 1e6, "seconds": seconds,
+            "overrides": overrides,
+        }  # fmt: skip
 
 
 def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -129,7 +188,7 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
         sample_size=32, patch_size=2,
     ).eval()  # fmt: skip
 
-    def calls(m: Any) -> None:
+    def some(m: Any) -> None:
         for time_ in torch.linspace(990, 10, args.calls).int().tolist():
             m(
                 torch.randn(2, 4, 32, 32), timestep=torch.tensor([time_, time_]), class_labels=torch.tensor([3, 1000]),
@@ -138,14 +197,14 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     begin = time.perf_counter()
     plan = ditq.quantize(
-        transformer, "qdit-w4a8", calibrate_with=calls,
+        transformer, "qdit-w4a8", calibrate_with=some,
         progress=lambda stage, done, total: print(f"{stage} {done}/{total}, {peak():.2f} GiB", end="\r", flush=True),
     ).plan  # fmt: skip
     row = {
         "blocks": args.blocks, "parameters": sum(p.parameters for p in plan), "calls": args.calls,
         "peak_gib": peak(), "seconds": time.perf_counter() - begin, "rounded": sum(p.rounding == "gptq" for p in plan),
     }  # fmt: skip
-    print("\n" + json.dumps(row))
+    print(f"\n{row}")
     return [row]
 
 
@@ -155,19 +214,16 @@ def peak() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["layers", "model", "memory"])
+    parser.add_argument("what", choices=["layers", "model", "calls", "memory"])
     parser.add_argument("--model", default="bundled:emoji-class")
     parser.add_argument("--rows", type=int, default=8192, help="input rows a layer")
-    parser.add_argument("--calls", type=int, default=4, help="calls kept, of each prompt, or in all for memory")
+    parser.add_argument("--calls", type=int, default=4, help="of the transformer, for memory")
     parser.add_argument("--bits", nargs="+", default=["4a8"], help="as in the names of recipes: 4a8 3a8")
     parser.add_argument("--blocks", type=int, default=28)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    table = {"layers": layers, "model": model, "memory": memory}[args.what](args)
-    if args.json:
-        settings = {key: value for key, value in vars(args).items() if key != "json"}
-        args.json.write_text(json.dumps({"settings": settings, "rows": table}, indent=1) + "\n")
+    table = {"layers": layers, "model": model, "calls": calls, "memory": memory}[args.what](args)
+    print(write(f"gptq_{args.what}", {"settings": vars(args), "rows": table, "environment": environment()}))
 
 
 if __name__ == "__main__":

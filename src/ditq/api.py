@@ -109,6 +109,8 @@ def quantize(
     if statistics is None and asked is not None and asked.needs_calibration:
         begin = time.perf_counter()
         settings = wanted.calibration if wanted else calibration or Calibration()
+        if not asked.needs_calls:
+            settings = settings.model_copy(update={"calls": 0})
         if pipe is not model and prompts is not None:
             if not [p for p in prompts if str(p).strip()]:
                 raise UsageError("There are no calibration prompts: the list is empty.")
@@ -117,10 +119,11 @@ def quantize(
                 progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
             )  # fmt: skip
         elif calibrate_with is not None:
-            capture = Capture(arch, arch.groups(model), rows=64, seed=seed)
+            capture = Capture(arch, arch.groups(model), rows=64, seed=seed, calls=settings.calls)
             with capture.watching(model), torch.no_grad():
                 calibrate_with(model)
             statistics = capture.statistics()
+            del capture  # it holds every layer, also when its float weights are not needed any more
         else:
             raise UsageError(
                 f"{'Recipe ' + repr(wanted.name) if wanted else 'This plan'} needs calibration: pass prompts=[...]"

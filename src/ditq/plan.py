@@ -285,6 +285,11 @@ class Plan(_Frozen):
         )
 
     @property
+    def needs_calls(self) -> bool:
+        """Whether carrying it out takes whole calls of the transformer."""
+        return any(layer.rounding == "gptq" for layer in self.quantized)
+
+    @property
     def average_bits(self) -> float:
         """Bits of a weight, averaged over all parameters of the transformer, 16-bit ones included."""
         linear = sum(layer.parameters for layer in self.layers)

@@ -52,18 +52,20 @@ class Calibration(_Strict):
     """How much of the sampling trajectory is looked at.
 
     ``rows`` bounds the sample of every layer's input, ``calls`` is how many timesteps, chosen at random, of each
-    prompt's trajectory are kept whole, both halves of the guidance included, for what must run blocks again.
+    prompt's trajectory are kept whole, both halves of the guidance included, for what must run blocks again: at
+    least so many, more where prompts or tokens are few (``ditq.calibration.capture.ROWS_PER_INPUT``); 0 keeps none.
+    ``batch_size: auto`` draws 8 prompts at once, and up to 32 of small pictures.
     ``arguments`` go to the pipeline's call as they are, e.g. ``{height: 256, width: 256, num_frames: 17}``.
     ``timesteps`` says which ones count in ranges, scales and the sample: ``all``, or those that PTQ4DM would draw
     from a skewed normal distribution, ``normal``.
     """
 
     prompts: Annotated[int, Field(ge=1)] = 32
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
     steps: Annotated[int, Field(ge=1)] = 20
     guidance_scale: float | None = None
     rows: Annotated[int, Field(ge=16)] = 2048
-    calls: Annotated[int, Field(ge=1)] = 1
+    calls: Annotated[int, Field(ge=0)] = 1
     arguments: dict[str, Any] = {}
     timesteps: Timesteps = "all"
 
@@ -121,6 +123,11 @@ class Recipe(_Strict):
             or self.rounding == "gptq"
             or any(a is not None and not a.dynamic for a in static)
         )
+
+    @property
+    def needs_calls(self) -> bool:
+        """Whether calls of the transformer are kept whole: blocks must be run again."""
+        return self.rounding == "gptq"
 
     def formats(self, name: str, role: str) -> tuple[TensorFormat | None, TensorFormat | None, str]:
         """Weight format, activation format and, where it is kept in 16 bit, the reason."""

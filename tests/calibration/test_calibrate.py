@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,18 @@ def test_calibration_leaves_the_pipeline_as_it_was(name: str) -> None:
     assert not any(m._forward_pre_hooks for m in pipe.transformer.modules())
     assert "decode" not in vars(pipe.vae)
     assert all(torch.equal(v, before[k]) for k, v in pipe.transformer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "expected"),
+    [({}, 3, 3), ({"sample_size": 8}, "auto", 32), ({"sample_size": 32}, "auto", 16),
+     ({"sample_size": 128}, "auto", 8), ({"sample_size": None}, "auto", 8)],
+    ids=["as-asked", "small", "DiT-256", "large", "unknown"],
+)  # fmt: skip
+def test_small_pictures_are_drawn_in_larger_batches(config: dict[str, Any], asked: Any, expected: int) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(in_channels=4, **config))
+    settings = SETTINGS.model_copy(update={"batch_size": asked})
+    assert calibration_run._batch_size(model, settings) == expected  # type: ignore[arg-type]
 
 
 def test_nan_activation_names_the_layer_and_the_timestep() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import CONDITIONS, PIPELINES, example_inputs, tiny_model
+from helpers import CLASSES, CONDITIONS, PIPELINES, QUICK, example_inputs, tiny_dit, tiny_model
 from torch import Tensor
 
-from ditq import architectures
+import ditq
+from ditq import api, architectures
 from ditq.arguments import leaves
 from ditq.calibration import Statistics, calibrate
+from ditq.calibration import capture as capture_module
 from ditq.calibration.calls import Recorder, attended, merged
 from ditq.errors import DitqError
 from ditq.recipe import Calibration
@@ -95,7 +98,7 @@ def test_pipeline_gives_calls_that_the_model_takes(name: str, tmp_path: Path) ->
     handle = pipe.transformer.register_forward_hook(lambda _, args, output: seen.append(output[0]))
     statistics = calibrate(pipe, arch, CONDITIONS[name], settings, cache=tmp_path)
     handle.remove()
-    assert len(statistics.calls) == 3 * 2
+    assert len(statistics.calls) == 3 * 4  # all four timesteps: so few tokens are less than is wanted
     with torch.no_grad():
         for kept in statistics.calls:
             output = pipe.transformer(**kept, return_dict=False)[0]
@@ -105,6 +108,34 @@ def test_pipeline_gives_calls_that_the_model_takes(name: str, tmp_path: Path) ->
     assert all(equal(a, b) for a, b in zip(statistics.calls, again.calls, strict=True))
     other = calibrate(pipe, arch, CONDITIONS[name], settings, seed=1, cache=tmp_path)
     assert not all(equal(a, b) for a, b in zip(statistics.calls, other.calls, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_more_calls_are_kept_where_rows_are_few(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many of every prompt as give the widest layer its rows, whatever the batches; or as asked, if more."""
+    monkeypatch.setattr(capture_module, "ROWS_PER_INPUT", 1)
+    pipe, arch = tiny_dit(), architectures.load("dit")
+    widest, tokens = 4 * pipe.transformer.inner_dim, (8 // 2) ** 2
+
+    def kept(prompts: int, **changes: Any) -> int:
+        settings = {"prompts": prompts, "batch_size": batch_size, "steps": 8, "guidance_scale": 3.0, **changes}
+        statistics = calibrate(pipe, arch, CLASSES, Calibration.model_validate(settings), seed=1)
+        assert len(statistics.calls) % prompts == 0
+        return len(statistics.calls) // prompts
+
+    needed = math.ceil(widest / (4 * 2 * tokens))
+    assert 1 < needed < 7  # otherwise this tests nothing
+    assert kept(4) == needed
+    assert kept(4, calls=needed + 1) == needed + 1
+    assert kept(4, calls=0) == 0
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_calls_are_kept_for_gptq_only(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(api, "calibrate", lambda *args, **_: asked.append(args[3]) or calibrate(*args))
+    ditq.quantize(tiny_dit(), "smoothquant-w8a8", prompts=CLASSES, overrides=[*QUICK, f"rounding={rounding}"])
+    assert [bool(settings.calls) for settings in asked] == [rounding == "gptq"]
 
 
 def test_calls_survive_a_file(tmp_path: Path) -> None:
@@ -139,10 +170,12 @@ def test_merged_calls_hold_every_sample_once_and_mix_no_timesteps() -> None:
         assert len(merged([calls[0], odd], arch)) == 2
 
 
-def test_model_gives_the_same_for_merged_calls(name: str) -> None:
+@pytest.mark.parametrize("any_time", [False, True])
+def test_model_gives_the_same_for_merged_calls(name: str, any_time: bool) -> None:
     model, arch = tiny_model(name), architectures.load(name)
-    calls = [example_inputs(name, seed=i) for i in range(3)]
-    (batch,) = merged(calls, arch)
+    times = (900, 400, 10) if any_time else (400, 400, 400)
+    calls = [{**example_inputs(name, seed=i), "timestep": torch.tensor([t, t])} for i, t in enumerate(times)]
+    (batch,) = merged(calls, arch, any_time=any_time)
     with torch.no_grad():
         apart = torch.cat([model(**c, return_dict=False)[0] for c in calls])
         torch.testing.assert_close(model(**batch, return_dict=False)[0], apart, rtol=1e-4, atol=1e-4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ import torch
 from helpers import (
     CLASSES,
     QUICK,
-    example_inputs,
     layer_plan,
     run,
     tiny_dit,
@@ -22,18 +23,19 @@ from helpers import (
 from torch import Tensor, nn
 
 import ditq
-from ditq import architectures
+from ditq import architectures, numerics
 from ditq.calibration import Statistics
 from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear
 from ditq.layers.quantized_linear import nearest
+from ditq.methods import gptq as method
 from ditq.methods.error import balanced, group_scale
-from ditq.methods.gptq import round_weight
+from ditq.methods.gptq import InputHessian, round_weight
 from ditq.numerics import Quantized, add_inputs, dequantize, output_errors, sqnr_db, unpack
 from ditq.plan import Gptq, Plan
 from ditq.recipe import load as load_recipe
 
-NAMES = architectures.names()
+NAMES = ("dit", "pixart")  # norms modulated by a linear and by a table; text or none
 TIMES = (900, 700, 400, 10)
 
 
@@ -268,7 +270,7 @@ def test_group_size_that_does_not_divide_is_refused_or_fitted(asked: int, got: i
 
 def test_layer_that_gptq_cannot_improve_is_rounded_to_nearest_and_says_so() -> None:
     plan = layer_plan(k=32, n=8, rounding="gptq", gptq=Gptq())
-    made, q = round_weight(nn.Linear(32, 8), plan, None, torch.eye(32))
+    made, q = round_weight(nn.Linear(32, 8), plan, None, InputHessian(torch.eye(32)))
     assert (made.rounding, made.gptq, made.rounding_gain) == ("nearest", None, None)
     assert "GPTQ did not lower" in made.reason
     assert q.codes.shape == (8, 32)
@@ -302,15 +304,59 @@ def test_timestep_ranges_and_gptq_do_not_go_together(name: str) -> None:
         )  # fmt: skip
 
 
-def test_bare_transformer_is_calibrated_by_a_function(name: str) -> None:
-    model = small_model(name)
+@pytest.mark.parametrize("family", architectures.names())
+def test_bare_transformer_is_calibrated_by_a_function(family: str) -> None:
+    model = tiny_model(family)
 
     def run_it(m: nn.Module) -> None:
-        for i, t in enumerate(TIMES):
-            m(**{**example_inputs(name, seed=i), "timestep": torch.tensor([t, t])}, return_dict=False)
+        for i in range(len(TIMES)):
+            run(m, family, seed=i)
 
     plan = ditq.quantize(model, "gptq-w4a8", calibrate_with=run_it).plan
-    assert all(layer.rounding == "gptq" for layer in plan.quantized)
+    assert any(layer.rounding == "gptq" for layer in plan.quantized)
+    assert not any(module._forward_pre_hooks for module in model.modules() if isinstance(module, QuantizedLinear))
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_does_not_grow_with_the_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5 blocks, Hessians of one exist at a time, and float weights of no block that is done."""
+    hessians: weakref.WeakSet[InputHessian] = weakref.WeakSet()
+    most = [0]
+
+    class Counted(InputHessian):
+        def __init__(self, matrix: Tensor) -> None:
+            super().__init__(matrix)
+            hessians.add(self)
+            most[0] = max(most[0], len(hessians))
+
+    monkeypatch.setattr(method, "InputHessian", Counted)
+    model = tiny_model("dit", num_layers=5)
+    statistics = tiny_statistics(model, "dit", TIMES)
+    weights = weakref.WeakSet(module for module in model.transformer_blocks.modules() if isinstance(module, nn.Linear))
+    kept = sum("norm1" in name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    left: list[int] = []
+    ditq.quantize(
+        model, "gptq-w4a8", statistics=statistics,
+        progress=lambda stage, done, total: left.append(len(weights)) if stage == "quantize" else None,
+    )  # fmt: skip
+    assert most == [4]  # q, k and v share theirs
+    assert len(left) == 5 * 6
+    for done, floats in enumerate(left):
+        finished = done // 6  # blocks
+        assert floats <= kept + 6 * (5 - finished) + 1  # the last linear is in the caller's hands
+    gc.collect()
+    assert len(weights) == kept
+
+
+def test_layers_of_one_input_share_the_factor_of_its_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        method, "inverse_factor", lambda *args: calls.append(args[0].shape) or numerics.inverse_factor(*args)
+    )
+    quantized("dit", "gptq-w4a8")
+    assert len(calls) == 2 * 4  # of two blocks: attention, its output, up, down
 
 
 def test_plan_calibrated_as_its_recipe_repeats_the_integers() -> None:

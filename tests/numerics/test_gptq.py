@@ -16,6 +16,7 @@ from ditq.numerics import (
     code_range,
     dequantize,
     gptq,
+    inverse_factor,
     output_errors,
     quantize,
     search_clip_ratio,
@@ -100,7 +101,7 @@ def test_gptq_is_the_reference_but_for_rows_it_did_not_improve(kind: str, symmet
     x, weight = inputs(400, 48), torch.randn(40, 48)
     hessian, fmt = hessian_of(x), FORMATS[kind]
     expected = reference(weight, hessian, 3, symmetric, **fmt, damping=0.01, order=order)
-    q = gptq(weight, hessian, 3, symmetric=symmetric, **fmt, order=order, block=16)
+    q = gptq(weight, hessian, 3, symmetric=symmetric, **fmt, order=order, block=16).quantized
     simple = dequantize(quantize(weight, 3, symmetric=symmetric, **fmt), **fmt)
     better = (x.double() @ (weight - expected).T).square().sum(0) < (x @ (weight - simple).T).square().sum(0)
     assert better.float().mean() > 0.8  # otherwise this compares little
@@ -131,7 +132,8 @@ def test_output_error_is_never_above_that_of_rounding_to_nearest(
     ratio = search_clip_ratio(weight, bits, symmetric=symmetric, **fmt) if clip else 1.0
     simple = quantize(weight, bits, symmetric=symmetric, **fmt, clip_ratio=ratio)
     hessian = hessian_of(x, torch.float32)
-    q = gptq(weight, hessian, bits, symmetric=symmetric, **fmt, clip=clip, order=order, damping=damping, block=16)
+    found = gptq(weight, hessian, bits, symmetric=symmetric, **fmt, clip=clip, order=order, damping=damping, block=16)
+    q = found.quantized
     bottom, top = code_range(bits, symmetric)
     assert q.codes.dtype == torch.int8
     assert bottom <= int(q.codes.min()) <= int(q.codes.max()) <= top
@@ -139,26 +141,29 @@ def test_output_error_is_never_above_that_of_rounding_to_nearest(
     assert (q.zero_point is None) == symmetric
     error, of_nearest = (squared_errors(x, weight, z, **fmt) for z in (q, simple))
     assert bool((error <= of_nearest).all())
+    scale = hessian.diagonal().max().clamp_min(1) * weight.square().sum()
+    torch.testing.assert_close(found.error, error, rtol=1e-3, atol=1e-6 * float(scale))
+    torch.testing.assert_close(found.nearest, of_nearest, rtol=1e-3, atol=1e-6 * float(scale))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_error_falls_far_where_channels_are_correlated(kind: str) -> None:
     x, weight, fmt = inputs(2000, 64), torch.randn(32, 64), FORMATS[kind]
-    q, simple = gptq(weight, hessian_of(x), 4, **fmt), quantize(weight, 4, **fmt)
+    q, simple = gptq(weight, hessian_of(x), 4, **fmt).quantized, quantize(weight, 4, **fmt)
     assert squared_errors(x, weight, q, **fmt).sum() < 0.6 * squared_errors(x, weight, simple, **fmt).sum()
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_block_size_is_a_matter_of_speed(kind: str) -> None:
     x, weight, fmt = inputs(500, 48), torch.randn(24, 48), FORMATS[kind]
-    results = [gptq(weight, hessian_of(x), 4, **fmt, block=block) for block in (1, 5, 20, 1000)]
+    results = [gptq(weight, hessian_of(x), 4, **fmt, block=block).quantized for block in (1, 5, 20, 1000)]
     for q in results[1:]:
         torch.testing.assert_close(dequantize(q, **fmt), dequantize(results[0], **fmt), rtol=1e-4, atol=1e-4)
 
 
 def test_uncorrelated_inputs_of_one_size_leave_nothing_to_make_up_for() -> None:
     weight = torch.randn(16, 24)
-    q, simple = gptq(weight, torch.eye(24), 4), quantize(weight, 4)
+    q, simple = gptq(weight, torch.eye(24), 4).quantized, quantize(weight, 4)
     assert torch.equal(q.codes, simple.codes)
     assert torch.equal(q.scale, simple.scale)
 
@@ -166,17 +171,34 @@ def test_uncorrelated_inputs_of_one_size_leave_nothing_to_make_up_for() -> None:
 def test_channels_never_seen_are_rounded_to_nearest() -> None:
     x, weight = inputs(300, 32), torch.randn(16, 32)
     x[:, ::4] = 0
-    q, simple = gptq(weight, hessian_of(x), 4), quantize(weight, 4)
+    q, simple = gptq(weight, hessian_of(x), 4).quantized, quantize(weight, 4)
     assert torch.equal(q.codes[:, ::4], simple.codes[:, ::4])
     assert not torch.equal(q.codes, simple.codes)
-    unseen = gptq(weight, torch.zeros(32, 32), 4)
+    unseen = gptq(weight, torch.zeros(32, 32), 4).quantized
     assert torch.equal(unseen.codes, simple.codes)
 
 
 def test_less_than_rank_needs_more_damping_but_works() -> None:
     x, weight = inputs(3, 64), torch.randn(8, 64)
-    q, simple = gptq(weight, hessian_of(x), 4, damping=1e-30), quantize(weight, 4)
+    q, simple = gptq(weight, hessian_of(x), 4, damping=1e-30).quantized, quantize(weight, 4)
     assert squared_errors(x, weight, q, "row", None).sum() < squared_errors(x, weight, simple, "row", None).sum()
+
+
+@pytest.mark.parametrize("order", ["natural", "activation"])
+@pytest.mark.parametrize("columns", [1, 48, 257, 700])
+def test_factor_is_that_of_the_inverse(columns: int, order: Any) -> None:
+    """U^T U (H + d) = 1, for odd sizes and those inverted by halves; and it may be given for later weights."""
+    hessian = hessian_of(inputs(2 * columns, columns), torch.float32)
+    upper = inverse_factor(hessian, 0.01, order).double()
+    taken = hessian.diagonal().argsort(descending=True) if order == "activation" else torch.arange(columns)
+    h = hessian.double()[taken][:, taken]
+    h = h + 0.01 * h.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper @ h @ upper.T, torch.eye(columns, dtype=torch.float64), rtol=0, atol=1e-4)
+    weight = torch.randn(6, columns)
+    a = gptq(weight, hessian, 3, order=order, factor=inverse_factor(hessian, 0.01, order))
+    b = gptq(weight, hessian, 3, order=order)
+    assert torch.equal(a.quantized.codes, b.quantized.codes)
 
 
 def test_hessian_is_that_of_all_inputs_in_one_pass(device: torch.device) -> None:
@@ -192,8 +214,8 @@ def test_hessian_is_that_of_all_inputs_in_one_pass(device: torch.device) -> None
 
 def test_devices_agree(device: torch.device) -> None:
     x, weight = inputs(500, 48), torch.randn(24, 48)
-    a = gptq(weight, hessian_of(x), 4, granularity="group", group_size=16)
-    b = gptq(weight.to(device), hessian_of(x).to(device), 4, granularity="group", group_size=16)
+    a = gptq(weight, hessian_of(x), 4, granularity="group", group_size=16).quantized
+    b = gptq(weight.to(device), hessian_of(x).to(device), 4, granularity="group", group_size=16).quantized
     assert b.codes.device.type == device.type
     torch.testing.assert_close(b.scale.cpu(), a.scale, rtol=1e-4, atol=1e-6)
 
@@ -203,8 +225,8 @@ def test_devices_agree(device: torch.device) -> None:
     [
         ({"hessian": torch.eye(8)}, r"hessian must be \[16, 16\], got \[8, 8\]"),
         ({"hessian": torch.full((16, 16), float("nan"))}, "hessian contains NaN"),
-        ({"damping": 0.0}, "damping and block must be positive, got 0.0"),
-        ({"block": 0}, "damping and block must be positive, got 0.01 and 0"),
+        ({"damping": 0.0}, "damping must be positive, got 0.0"),
+        ({"block": 0}, "block must be positive, got 0"),
         ({"bits": 9}, "bits must be 2 to 8"),
         ({"granularity": "group", "group_size": 5}, "group_size must divide the 16 columns"),
     ],

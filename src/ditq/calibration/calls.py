@@ -19,7 +19,8 @@ class Recorder:
     """Keeps ``keep`` calls of each sample of a batch, at timesteps drawn without replacement (reservoir sampling).
 
     A sample is one slot of the batch; under guidance a kept call holds both its conditions, as a batch of two
-    or as two calls. Q-DiT's code calibrates on one random timestep of each of 256 samples.
+    or as two calls. Q-DiT's code calibrates on one random timestep of each of 256 samples. ``keep`` may be raised
+    until the second timestep begins; 0 keeps nothing.
     """
 
     def __init__(self, architecture: Architecture, keep: int, seed: int) -> None:
@@ -30,8 +31,15 @@ class Recorder:
         self._now: dict[int, list[Call]] = {}  # the slots that keep the moment in progress
         self._time, self._calls_now = float("nan"), 0
 
+    @property
+    def slots(self) -> int:
+        """Samples of the batch, as far as seen."""
+        return len(self._kept)
+
     def note(self, call: Mapping[str, Any], time: float) -> None:
         """Looks at a call: arguments by name, and its timestep."""
+        if not self.keep:
+            return
         call = {name: value for name, value in call.items() if name != "return_dict"}
         sample = call.get(self.architecture.forward.sample)
         if not isinstance(sample, Tensor):
@@ -79,17 +87,20 @@ def _batched(value: Tensor, sample: Tensor) -> bool:
     return value.ndim > 0 and len(value) == len(sample)
 
 
-def merged(calls: Sequence[Call], architecture: Architecture, elements: int = 2**17) -> list[Call]:
+def merged(
+    calls: Sequence[Call], architecture: Architecture, *, any_time: bool = False, elements: int = 2**17
+) -> list[Call]:
     """The same calls in fewer and larger batches: those of one timestep and of equal sizes side by side.
 
     Args:
+        any_time: whether different timesteps go together, where the model takes one for each row of the batch.
         elements: how many numbers the sample of a batch may have, which bounds memory.
     """
     batches: list[list[Call]] = []
     for call in calls:
         size = call[architecture.forward.sample].numel()
         for batch in batches:
-            if size * (len(batch) + 1) <= elements and _fit(batch[0], call, architecture):
+            if size * (len(batch) + 1) <= elements and _fit(batch[0], call, architecture, any_time):
                 batch.append(call)
                 break
         else:
@@ -97,8 +108,8 @@ def merged(calls: Sequence[Call], architecture: Architecture, elements: int = 2*
     return [_joined(batch, architecture) for batch in batches]
 
 
-def _fit(a: Call, b: Call, architecture: Architecture) -> bool:
-    if call_time(architecture, a) != call_time(architecture, b):
+def _fit(a: Call, b: Call, architecture: Architecture, any_time: bool) -> bool:
+    if not any_time and call_time(architecture, a) != call_time(architecture, b):
         return False
     mine, others = leaves(a), leaves(b)
     sample = a[architecture.forward.sample]

@@ -38,7 +38,8 @@ def calibrate(
     """Statistics of every input group over the sampling trajectories of ``prompts``.
 
     Deterministic under ``seed``. Memory is bounded: maxima are [timesteps, conditions, channels], samples
-    at most about ``settings.rows`` rows a group, whole calls ``settings.calls`` a prompt.
+    at most about ``settings.rows`` rows a group, whole calls ``settings.calls`` a prompt
+    or what :data:`ditq.calibration.capture.ROWS_PER_INPUT` asks for.
 
     Args:
         cache: where finished batches are kept, below a name of everything that matters; by default
@@ -48,7 +49,8 @@ def calibrate(
     """
     seed += NOISE_OFFSET
     prompts = list(prompts)[: settings.prompts]
-    batches = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
+    size = _batch_size(pipe.transformer, settings)
+    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
     groups = architecture.groups(pipe.transformer)
     folder = (cache or cache_root() / "calibration") / _key(pipe.transformer, architecture, prompts, settings, seed)
     if not resume:
@@ -61,17 +63,29 @@ def calibrate(
         if path.exists():
             parts.append(Statistics.load(path))
         else:
-            capture = Capture(architecture, groups, rows, seed + i, settings.calls)
+            capture = Capture(architecture, groups, rows, seed + i, settings.calls, len(prompts))
             with capture.watching(pipe.transformer):
                 sample(
-                    pipe, architecture, batch, seed=seed + i * settings.batch_size, steps=settings.steps,
-                    guidance_scale=settings.guidance_scale, batch_size=len(batch), **settings.arguments,
+                    pipe, architecture, batch, seed=seed + i * size, steps=settings.steps,
+                    guidance_scale=settings.guidance_scale, batch_size=len(batch), decode=False,
+                    **settings.arguments,
                 )  # fmt: skip
             parts.append(capture.statistics())
             parts[-1].save(path)
         if progress:
             progress(i + 1, len(batches))
     return merge(parts)
+
+
+def _batch_size(model: nn.Module, settings: Calibration) -> int:
+    """As asked; or as many as have 2^16 latent numbers, from 8 to 32: small batches leave a processor waiting."""
+    if settings.batch_size != "auto":
+        return settings.batch_size
+    config: Any = model.config
+    side = getattr(config, "sample_size", None)
+    if not isinstance(side, int) or settings.arguments:
+        return 8
+    return min(max(2**16 // (config.in_channels * side**2), 8), 32)
 
 
 def _key(model: nn.Module, architecture: Architecture, prompts: list[str], settings: Calibration, seed: int) -> str:

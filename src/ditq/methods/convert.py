@@ -15,7 +15,7 @@ from ditq.calibration.calls import Call, call_time
 from ditq.errors import NothingQuantizedError, UsageError
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
 from ditq.methods.error import balanced, group_scale
-from ditq.methods.gptq import round_weight, walk_blocks
+from ditq.methods.gptq import Hessians, InputHessian, round_weight, walk_blocks
 from ditq.numerics import code_range, incoherence
 from ditq.plan import MIN_GROUP_SIZE, Fold, Incoherence, LayerPlan, Plan, TensorFormat, Timesteps
 from ditq.recipe import Recipe
@@ -110,13 +110,15 @@ def convert(
 
     in_stacks = {linear.name for group in groups for linear in group.linears}
     linears = architecture.linears(model)
-    rest = [linear for linear in linears if linear.name not in in_stacks]
+    names, rest = [x.name for x in linears], [x for x in linears if x.name not in in_stacks]
+    by_block = {block: [g for g in groups if g.block == block] for block in dict.fromkeys(g.block for g in groups)}
+    del groups, linears  # or float weights of finished blocks would be kept
     clock = Clock()
     if any(plan.timesteps for plan in plans.values()):
         clock.attach(model, architecture.forward.time)
     done, total = 0, sum(plan.weight is not None for plan in plans.values())
     final: dict[str, LayerPlan] = {}
-    for group_or_none, linear, hessian in _jobs(model, architecture, groups, plans, scales, statistics, rest, clock):
+    for group_or_none, linear, hessian in _jobs(model, architecture, by_block, plans, scales, statistics, rest, clock):
         plan = plans[linear.name]
         if plan.weight is None:
             final[plan.name] = plan
@@ -138,6 +140,7 @@ def convert(
             update={"incoherence": _incoherence(plan, linear.module, scale if plan.smooth else None, seen)}
         )
         replace(model, plan.name, layer)
+        del hessian  # before those of the next block come
         done += 1
         if progress:
             progress(done, total)
@@ -145,7 +148,7 @@ def convert(
     return Plan(
         method=method, recipe=recipe, architecture=architecture.name, seed=seed,
         nominal_weight_bits=nominal[0], nominal_activation_bits=nominal[1],
-        layers=tuple(final[linear.name] for linear in linears), folds=tuple(folds), storage_dtype=storage,
+        layers=tuple(final[name] for name in names), folds=tuple(folds), storage_dtype=storage,
         time_argument=architecture.forward.time, calibration_timesteps=timesteps,
         other_parameters=_count(model, final) - linear_parameters,
     )  # fmt: skip
@@ -154,31 +157,29 @@ def convert(
 def _jobs(
     model: nn.Module,
     architecture: Architecture,
-    groups: Sequence[InputGroup],
+    groups: dict[str, list[InputGroup]],
     plans: Mapping[str, LayerPlan],
     scales: Mapping[str, Tensor | None],
     statistics: Statistics | None,
     rest: Sequence[Linear],
     clock: Clock,
-) -> Iterator[tuple[InputGroup | None, Linear, Tensor | None]]:
+) -> Iterator[tuple[InputGroup | None, Linear, InputHessian | None]]:
     """Every linear with its group, if any, and the Hessian of its balanced input where GPTQ rounds it.
 
     One is to be replaced before the next is asked for: the inputs of a block come from the quantized ones before it.
+    Groups of blocks are taken out of ``groups`` when their turn comes.
     """
 
     def tell(call: Call) -> None:
         clock.now = call_time(architecture, call)
 
-    blocks: Iterable[tuple[str, dict[str, Tensor]]] = ((name, {}) for name in dict.fromkeys(g.block for g in groups))
+    blocks: Iterable[tuple[str, Hessians]] = ((name, {}) for name in list(groups))
     if any(plan.rounding == "gptq" for plan in plans.values()):
         assert statistics is not None  # _check_statistics has seen to it
-        # Each tensor has a Hessian of its own, even where one scale serves two.
-        read = [tensor for group in groups for tensor in group.tensors]
-        shared = {tensor.name: scales[group.name] for group in groups for tensor in group.tensors}
-        blocks = walk_blocks(model, architecture, read, plans, shared, statistics.calls, tell)
+        blocks = walk_blocks(model, architecture, groups, plans, scales, statistics.calls, tell)
     for block, hessians in blocks:
-        for group in groups:
-            for linear in group.linears if group.block == block else ():
+        for group in groups.pop(block):
+            for linear in group.linears:
                 yield group, linear, hessians.get(linear.name)
     for linear in rest:
         yield None, linear, None

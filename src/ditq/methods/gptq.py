@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,13 +19,27 @@ from torch import Tensor, nn
 from ditq.architectures import Architecture, InputGroup
 from ditq.calibration.blocks import BlockWalk
 from ditq.calibration.calls import Call, attended, merged
-from ditq.layers.quantized_linear import nearest
 from ditq.methods.error import balanced
 from ditq.methods.rtn import RoundToNearest
-from ditq.numerics import Quantized, add_inputs, dequantize, gptq, output_errors
+from ditq.numerics import Quantized, add_inputs, gptq, inverse_factor
 from ditq.plan import Gptq, LayerPlan
 
-Hessians = dict[str, Tensor]
+
+@dataclass(eq=False)
+class InputHessian:
+    """2 X^T X, float32 [K, K], of the balanced inputs X that some layers share, and what they share of its inverse."""
+
+    matrix: Tensor
+    _factors: dict[Gptq, Tensor] = field(default_factory=dict)
+
+    def factor(self, settings: Gptq) -> Tensor:
+        """See :func:`ditq.numerics.inverse_factor`; found once."""
+        if settings not in self._factors:
+            self._factors[settings] = inverse_factor(self.matrix, settings.damping, settings.order)
+        return self._factors[settings]
+
+
+Hessians = dict[str, InputHessian]
 
 
 class GPTQ(RoundToNearest):
@@ -39,7 +54,7 @@ METHOD = GPTQ()
 def walk_blocks(
     model: nn.Module,
     architecture: Architecture,
-    groups: Sequence[InputGroup],
+    groups: Mapping[str, Sequence[InputGroup]],
     plans: Mapping[str, LayerPlan],
     scales: Mapping[str, Tensor | None],
     calls: Sequence[Call],
@@ -47,25 +62,36 @@ def walk_blocks(
 ) -> Iterator[tuple[str, Hessians]]:
     """Each block in the order of its call, with the Hessians of its layers that GPTQ rounds.
 
-    The caller quantizes a block before it asks for the next one.
+    The caller quantizes a block before it asks for the next one, whose Hessians then take the place of the last.
 
     Args:
-        groups: of the model, whose norms and value projections are folded already.
+        groups: of each block of the model, whose norms and value projections are folded already; those of blocks
+            that are done may be taken out, and their float weights with them.
         scales: smoothing scale of each group, by its name.
         calls: kept calls of the transformer, see :class:`ditq.calibration.Statistics`.
         tell: see :class:`BlockWalk`.
     """
-    names = list(dict.fromkeys(group.block for group in groups))
-    rounded = {g.block for g in groups if any(plans[linear.name].rounding == "gptq" for linear in g.linears)}
-    walk = BlockWalk(model, names, merged(calls, architecture), tell)
+    rounded = {
+        block for block, own in groups.items()
+        if any(plans[linear.name].rounding == "gptq" for group in own for linear in group.linears)
+    }  # fmt: skip
+    together = not any(_looks_beyond_rows(plan) for plan in plans.values())
+    walk = BlockWalk(model, list(groups), merged(calls, architecture, any_time=together), tell)
     for name in walk.order:
         hessians: Hessians = {}
         if rounded:  # some block from here on
             walk.enter(name)
         if name in rounded:
             rounded.remove(name)
-            hessians = _hessians(walk, architecture, [g for g in groups if g.block == name], plans, scales)
+            hessians = _hessians(walk, architecture, groups[name], plans, scales)
         yield name, hessians
+        hessians.clear()
+
+
+def _looks_beyond_rows(plan: LayerPlan) -> bool:
+    """Whether what a layer makes of one row depends on the time, or on the other rows of its call."""
+    own_range = plan.activation is not None and plan.activation.dynamic and plan.activation.granularity == "tensor"
+    return bool(plan.timesteps) or own_range
 
 
 def _hessians(
@@ -96,19 +122,18 @@ def _observed(
     """Inside, inputs of linears add to their Hessians, and linears behind a folded norm compute what they should."""
     handles = []
     try:
-        for group in groups:
-            scale = scales[group.name]
-            shared: dict[Any, Tensor] = {}
-            for linear in group.linears:
+        for scale, tensor in ((scales[group.name], tensor) for group in groups for tensor in group.tensors):
+            shared: dict[Any, InputHessian] = {}
+            for linear in tensor.linears:
                 plan = plans[linear.name]
                 if plan.rounding == "gptq":
                     key = (plan.smooth, plan.rotate)
                     if key not in shared:
                         width = plan.in_features
-                        shared[key] = torch.zeros(width, width, device=linear.module.weight.device)
+                        shared[key] = InputHessian(torch.zeros(width, width, device=linear.module.weight.device))
                         online = scale if plan.smooth and plan.smooth.folded is None else None
-                        text = group.input.online == "text"
-                        hook = _observer(shared[key], plan, online, mask if text else [None])
+                        text = tensor.input.online == "text"
+                        hook = _observer(shared[key].matrix, plan, online, mask if text else [None])
                         handles.append(linear.module.register_forward_pre_hook(hook))
                     found[linear.name] = shared[key]
                 if plan.smooth and plan.smooth.folded and scale is not None:
@@ -137,7 +162,7 @@ def _unfolded(scale: Tensor) -> Any:
 
 
 def round_weight(
-    linear: nn.Linear, plan: LayerPlan, scale: Tensor | None, hessian: Tensor
+    linear: nn.Linear, plan: LayerPlan, scale: Tensor | None, hessian: InputHessian
 ) -> tuple[LayerPlan, Quantized]:
     """The integers of a layer, and its plan with what GPTQ gained; or rounded to nearest, where it gained nothing.
 
@@ -148,17 +173,14 @@ def round_weight(
     fmt, settings = plan.weight, plan.gptq or Gptq()
     assert fmt is not None
     weight = balanced(linear.weight.detach(), scale, plan.rotate, weight=True)
-    simple = nearest(weight, plan)
-    rounded = gptq(
-        weight, hessian, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size,
+    found = gptq(
+        weight, hessian.matrix, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size,
         clip=plan.clip == "mse", damping=settings.damping, order=settings.order, block=settings.block,
+        factor=hessian.factor(settings),
     )  # fmt: skip
-    before, after = (
-        float(output_errors(weight - dequantize(q, fmt.rows, fmt.group_size), hessian).sum())
-        for q in (simple, rounded)
-    )
+    before, after = float(found.nearest.sum()), float(found.error.sum())
     if not after < before:
         reason = "rounded to nearest: GPTQ did not lower the output error on the calibration inputs"
-        return plan.model_copy(update={"rounding": "nearest", "gptq": None, "reason": reason}), simple
+        return plan.model_copy(update={"rounding": "nearest", "gptq": None, "reason": reason}), found.quantized
     gain = round(10 * math.log10(before / max(after, 1e-30)), 2)
-    return plan.model_copy(update={"rounding_gain": gain}), rounded
+    return plan.model_copy(update={"rounding_gain": gain}), found.quantized

@@ -2,7 +2,7 @@
 
 from ditq.numerics.clipping import search_clip_ratio
 from ditq.numerics.error import relative_error, sqnr_db
-from ditq.numerics.gptq import add_inputs, gptq, output_errors
+from ditq.numerics.gptq import Rounded, add_inputs, gptq, inverse_factor, output_errors
 from ditq.numerics.hadamard import (
     Rotation,
     hadamard_matrix,
@@ -33,6 +33,7 @@ __all__ = [
     "Granularity",
     "Quantized",
     "Rotation",
+    "Rounded",
     "add_inputs",
     "channel_imbalance",
     "check_finite",
@@ -43,6 +44,7 @@ __all__ = [
     "group_view",
     "hadamard_matrix",
     "incoherence",
+    "inverse_factor",
     "is_supported",
     "largest_block",
     "output_errors",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,11 +21,29 @@ from ditq.numerics.uniform import (
 
 Order = Literal["natural", "activation"]
 
+# A triangle up to this size is inverted by LAPACK, which counts its zeros as numbers; larger ones by halves.
+_HALVED = 256
+
 # Rows of inputs that are converted to float32 at once.
 _CHUNK = 8192
 
 # Float32 sums of squared errors differ in the sixth digit; a gain below this is none.
 _MARGIN = 1e-4
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight with two ways of rounding it compared.
+
+    Attributes:
+        quantized: rounded by GPTQ.
+        error: ||X (w - q)^T||^2 of each row on the inputs of the Hessian, float64 [N].
+        nearest: that of rounding to nearest, float64 [N]; nowhere below ``error``.
+    """
+
+    quantized: Quantized
+    error: Tensor
+    nearest: Tensor
 
 
 def add_inputs(hessian: Tensor, x: Tensor) -> None:
@@ -57,7 +76,8 @@ def gptq(
     damping: float = 0.01,
     order: Order = "natural",
     block: int = 128,
-) -> Quantized:
+    factor: Tensor | None = None,
+) -> Rounded:
     """Rounds so that ||X (W - Q)^T||^2 becomes small rather than ||W - Q||^2.
 
     Scales per tensor and per row come from the weights as they were. Those of a group come from the weights
@@ -76,6 +96,7 @@ def gptq(
             seen other than zero cause no feedback, their columns are rounded to nearest.
         order: "natural", or "activation": columns of large inputs first.
         block: how many columns are compensated at once; a matter of speed.
+        factor: ``inverse_factor(hessian, damping, order)``, for several weights that read the same inputs.
 
     Raises:
         ValueError: as ``quantize``; or a Hessian of another shape, or with NaN or Inf; or a ``damping`` or a
@@ -84,9 +105,9 @@ def gptq(
     rows, columns = weight.shape
     if hessian.shape != (columns, columns):
         raise ValueError(f"hessian must be [{columns}, {columns}], got {list(hessian.shape)}")
-    if not damping > 0 or block < 1:
-        raise ValueError(f"damping and block must be positive, got {damping} and {block}")
-    check_finite(hessian, "hessian")
+    if block < 1:
+        raise ValueError(f"block must be positive, got {block}")
+    factor = inverse_factor(hessian, damping, order) if factor is None else factor
     weight = weight.float()
 
     def grid(x: Tensor, granularity: Granularity, group_size: int | None) -> tuple[Tensor, Tensor | None]:
@@ -105,13 +126,9 @@ def gptq(
         scale=static[0], zero_point=static[1],
     )  # fmt: skip
     nearest = Quantized(nearest.codes, *static)
-    if not bool(hessian.diagonal().sum() > 0):
-        return nearest
     size = group_size or columns
     found_late = granularity == "group" and order == "natural"
-    taken = hessian.diagonal().argsort(descending=True) if order == "activation" else None
-    permuted = hessian if taken is None else hessian[taken][:, taken]
-    factor = _inverse_factor(permuted, damping)
+    taken = _taken(hessian, order)
     # Transposed, since columns are what is worked on.
     left = (weight if taken is None else weight[:, taken]).T.contiguous()  # [K, N]
     scale = static[0].expand(rows, -1).T.clone()  # [G, N]
@@ -143,45 +160,68 @@ def gptq(
     if granularity == "tensor":
         found_scale, found_zero = found_scale[:1], found_zero[:1]
     compensated = Quantized(back, found_scale, None if symmetric else found_zero)
-    return _better_rows(weight, hessian, nearest, compensated, granularity, group_size)
+    before, after = (
+        output_errors(weight - dequantize(q, granularity, group_size), hessian) for q in (nearest, compensated)
+    )
+    better = after < before * (1 - _MARGIN)
+    chosen = _chosen(better[:, None], compensated, nearest, granularity)
+    return Rounded(chosen, torch.where(better, after, before), before)
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def _chosen(better: Tensor, a: Quantized, b: Quantized, granularity: Granularity) -> Quantized:
+    """Rows of ``a`` where they are ``better`` [N, 1], those of ``b`` elsewhere."""
+    codes = torch.where(better, a.codes, b.codes)
+    if granularity == "tensor":  # one scale, the same in both
+        return Quantized(codes, b.scale, b.zero_point)
+    zero = None
+    if a.zero_point is not None and b.zero_point is not None:
+        zero = torch.where(better, a.zero_point, b.zero_point)
+    return Quantized(codes, torch.where(better, a.scale, b.scale), zero)
+
+
+def _taken(hessian: Tensor, order: Order) -> Tensor | None:
+    """The columns in the order in which they are rounded; None for their own."""
+    return hessian.diagonal().argsort(descending=True) if order == "activation" else None
+
+
+def inverse_factor(hessian: Tensor, damping: float = 0.01, order: Order = "natural") -> Tensor:
     """The upper triangular U with H^-1 = U^T U for the damped H, float32 [K, K]; row i holds the feedback of column i.
 
-    By one decomposition of H itself: H = M M^T with M upper triangular (Cholesky from the last row up), U = M^-1.
+    By one decomposition of H itself: J H J = L L^T (Cholesky, with J the order of the columns reversed), U = J L^-1 J.
+
+    Args:
+        hessian, damping, order: see :func:`gptq`; rows and columns of U are in the order of rounding.
+
+    Raises:
+        ValueError: a Hessian with NaN or Inf, or a ``damping`` that is not positive.
     """
-    h = hessian.double().flip(0, 1)
+    check_finite(hessian, "hessian")
+    if not damping > 0:
+        raise ValueError(f"damping must be positive, got {damping}")
+    taken = _taken(hessian, order)
+    h = (hessian if taken is None else hessian[taken][:, taken]).double().flip(0, 1)
     diagonal = h.diagonal()
-    added = damping * float(diagonal.mean())
+    added = damping * (float(diagonal.mean()) or 1.0)  # without any input there is no feedback
     diagonal.add_(added)
     lower, failed = torch.linalg.cholesky_ex(h)
     while bool(failed):  # inputs of low rank need more than the least damping
         diagonal.add_(9 * added)
         added *= 10
         lower, failed = torch.linalg.cholesky_ex(h)
-    upper = lower.flip(0, 1)
-    identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True).float()
+    del h, diagonal  # of the widest layers each of these matrices is hundreds of megabytes
+    _invert_lower(lower)
+    return lower.float().flip(0, 1)
 
 
-def _better_rows(
-    weight: Tensor,
-    hessian: Tensor,
-    nearest: Quantized,
-    compensated: Quantized,
-    granularity: Granularity,
-    group_size: int | None,
-) -> Quantized:
-    """Row by row the one with the smaller output error, ``nearest`` where they hardly differ."""
-    before, after = (
-        output_errors(weight - dequantize(q, granularity, group_size), hessian) for q in (nearest, compensated)
-    )
-    better = (after < before * (1 - _MARGIN))[:, None]
-    codes = torch.where(better, compensated.codes, nearest.codes)
-    if granularity == "tensor":  # one scale, the same in both
-        return Quantized(codes, nearest.scale, nearest.zero_point)
-    zero = None
-    if nearest.zero_point is not None and compensated.zero_point is not None:
-        zero = torch.where(better, compensated.zero_point, nearest.zero_point)
-    return Quantized(codes, torch.where(better, compensated.scale, nearest.scale), zero)
+def _invert_lower(x: Tensor) -> None:
+    """Inverts a lower triangular matrix in place: a third of the work of solving for the identity."""
+    n = len(x)
+    if n <= _HALVED:
+        identity = torch.eye(n, dtype=x.dtype, device=x.device)
+        x.copy_(torch.linalg.solve_triangular(x, identity, upper=False))
+        return
+    h = n // 2
+    top, left, bottom = x[:h, :h], x[h:, :h], x[h:, h:]
+    _invert_lower(top)
+    _invert_lower(bottom)
+    left.copy_(-bottom @ (left @ top))
