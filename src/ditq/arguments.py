@@ -22,6 +22,9 @@ def parameters(module: nn.Module) -> tuple[str, ...]:
 def bound(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call by the names of the module's forward, defaults included.
 
+    Numbers and None that only ``*args`` takes are left out: a transformer gives them to all kinds of its blocks,
+    and those that take them so do not use them (HunyuanVideo).
+
     Raises:
         DitqError: some have no name.
     """
@@ -29,9 +32,9 @@ def bound(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[s
     arguments = inspect.signature(module.forward).bind(*args, **kwargs)
     arguments.apply_defaults()
     variadic = {key: arguments.arguments.pop(key) for key in list(arguments.arguments) if key not in names}
-    if any(isinstance(extra, tuple) and extra for extra in variadic.values()):
+    if any(isinstance(value, Tensor) for extra in variadic.values() if isinstance(extra, tuple) for value in extra):
         raise DitqError(f"{name} is called with arguments that have no name: it cannot be called again.")
-    more = {key: value for extra in variadic.values() for key, value in dict(extra).items()}
+    more = {key: value for extra in variadic.values() if isinstance(extra, dict) for key, value in extra.items()}
     return {**arguments.arguments, **more}
 
 

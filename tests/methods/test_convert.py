@@ -19,7 +19,7 @@ from ditq.numerics import sqnr_db
 from ditq.plan import LayerPlan, Smooth
 from ditq.recipe import load as load_recipe
 
-NAMES = architectures.names()
+NAMES = ("dit", "pixart")
 
 
 @pytest.fixture(params=NAMES)

@@ -91,6 +91,7 @@ def sample(
     batch_size: int = 8,
     on_batch: Callable[[int], None] | None = None,
     cache: PictureCache | None = None,
+    decode: bool = True,
     **overrides: Any,
 ) -> Samples:
     """Draws one picture or video for each condition; number i starts from the noise of seed ``seed + i``.
@@ -98,7 +99,11 @@ def sample(
     The noise does not depend on the batch size. ``overrides`` go to the pipeline's call. With a ``cache``,
     what it holds for this pipeline, condition, seed and sampler is not drawn again (whatever the batch size
     was), and what is drawn is added batch by batch, so that an interrupted run goes on from there.
+
+    ``decode=False`` spares the pipeline's decoder, where it can do without: pictures are None, and not cached.
     """
+    if not decode:
+        cache, overrides = None, {**overrides, "output_type": "latent"}
     resolved = resolve_conditions(pipe, architecture, conditions)
     seeds = list(range(seed, seed + len(resolved)))
     found: dict[int, Sample] = {}
@@ -124,7 +129,8 @@ def sample(
                 output = pipe(**{**kwargs, **overrides})
             seconds = (time.perf_counter() - before) / len(batch)
             trajectory = torch.stack(recorded.latents, dim=1)
-            for row, (i, picture) in enumerate(zip(batch, _pictures(output), strict=True)):
+            pictures = _pictures(output) if decode else [None] * len(batch)
+            for row, (i, picture) in enumerate(zip(batch, pictures, strict=True)):
                 found[i] = Sample(picture, trajectory[row], recorded.timesteps, seconds)
                 if cache is not None:
                     cache.put(keys[i], found[i])

@@ -1,0 +1,114 @@
+"""Every video architecture in its own pipeline of diffusers: quantize, save, load, generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import videos
+from helpers import PROMPTS
+from torch import Tensor
+
+import ditq
+from ditq import architectures
+from ditq.calibration import calibrate
+from ditq.layers import QuantizedLinear
+from ditq.numerics import sqnr_db
+from ditq.recipe import Calibration
+from ditq.sampling import sample
+
+FEW = {"steps": 2, "prompts": 2, "batch_size": 2, "rows": 64}
+
+
+def draw(pipe: Any, name: str, decode: bool = True) -> tuple[list[Any], Tensor]:
+    """Frames of one video and its latents, from fixed noise."""
+    _, arguments = videos.PIPELINES[name]
+    drawn = sample(
+        pipe, architectures.load(name), PROMPTS[:1], steps=2, guidance_scale=3.0, seed=5, decode=decode, **arguments
+    )
+    return drawn.images[0], drawn.latents
+
+
+@pytest.fixture(params=videos.PIPELINES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_video_architecture_has_a_pipeline_here() -> None:
+    files = {name: Path(architectures.__file__).parent / f"{name}.yaml" for name in architectures.names()}
+    assert {name for name, file in files.items() if "frames" in file.read_text()} == set(videos.PIPELINES)
+
+
+def test_quantized_pipeline_saved_and_reloaded_draws_the_same_video(name: str, tmp_path: Path) -> None:
+    make, arguments = videos.PIPELINES[name]
+    pipe = make()
+    assert type(pipe).__name__ in architectures.load(name).pipeline.classes
+    decodes = name != "allegro"  # whose VAE decodes tiles of 320 x 320 only
+    _, exact = draw(pipe, name, decodes)
+    overrides = [f"calibration={({**FEW, 'arguments': arguments})}", "balance.alpha=0.5"]
+    plan = ditq.quantize(pipe, "viditq-w4a8", prompts=PROMPTS, overrides=overrides).plan
+    assert {layer.role for layer in plan.kept} <= {"embedder", "final", "modulation"}
+    frames, before = draw(pipe, name, decodes)
+    assert not torch.equal(before, exact)
+    assert sqnr_db(exact, before) > 9
+    loaded = ditq.load(ditq.save(pipe, tmp_path / "out"))
+    loaded.set_progress_bar_config(disable=True)
+    assert sum(isinstance(m, QuantizedLinear) for m in loaded.transformer.modules()) == len(plan.quantized)
+    again, after = draw(loaded, name, decodes)
+    assert torch.equal(after, before)
+    if decodes:
+        assert [f.tobytes() for f in again] == [f.tobytes() for f in frames]
+        assert len(frames) > 1
+
+
+@pytest.mark.parametrize(("make", "calls"), [(videos.latte, 1), (videos.wan, 2)])
+def test_calls_with_guidance(make: Callable[[], Any], calls: int, tmp_path: Path) -> None:
+    """Both conditions of a moment are kept together, whether they come as one batch or as two calls."""
+    name = make.__name__
+    settings = Calibration(**FEW, guidance_scale=3.0, calls=1, arguments=videos.PIPELINES[name][1])
+    arch = architectures.load(name)
+    kept = calibrate(make(), arch, PROMPTS, settings, cache=tmp_path).calls
+    assert kept
+    assert len(kept) % calls == 0
+    assert [len(call[arch.forward.sample]) for call in kept] == [2 // calls] * len(kept)
+    for a, b in zip(kept[::calls], kept[calls - 1 :: calls], strict=True):
+        assert torch.equal(a["timestep"], b["timestep"])
+        texts = torch.cat([a["encoder_hidden_states"], b["encoder_hidden_states"]])[:2]
+        assert not torch.equal(texts[0], texts[-1])
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
+def test_frames_folded_into_the_batch_are_not_taken_for_conditions(guidance: float, tmp_path: Path) -> None:
+    """One video without guidance has 3 frames and 16 positions: an even first axis, but one condition."""
+    pipe, arch = videos.latte(), architectures.load("latte")
+    seen: dict[str, list[Tensor]] = {}
+    names = {"spatial": "transformer_blocks.0.attn1.to_q", "temporal": "temporal_transformer_blocks.1.attn1.to_q"}
+    handles = [
+        pipe.transformer.get_submodule(layer).register_forward_pre_hook(
+            lambda _, args, key=key: seen.setdefault(key, []).append(args[0].detach())
+        )
+        for key, layer in names.items()
+    ]
+    settings = Calibration(**{**FEW, "prompts": 1, "batch_size": 1}, guidance_scale=guidance)
+    statistics = calibrate(pipe, arch, PROMPTS, settings, cache=tmp_path)
+    for handle in handles:
+        handle.remove()
+    for key, layer in names.items():
+        absmax = statistics.groups[layer].absmax
+        assert absmax.shape[1] == (2 if guidance > 1 else 1)
+        first = seen[key][0]
+        if guidance > 1:
+            unconditional, conditional = first.chunk(2)  # Latte's order
+            assert torch.equal(absmax[0, 0], conditional.abs().amax((0, 1)))
+            assert torch.equal(absmax[0, 1], unconditional.abs().amax((0, 1)))
+        else:
+            assert len(first) % 2 == (key == "spatial")
+            assert torch.equal(absmax[0, 0], first.abs().amax((0, 1)))
+
+
+def test_video_keeps_the_size_that_latte_was_trained_for() -> None:
+    frames, _ = draw(videos.latte(), "latte")
+    assert [frame.size for frame in frames] == [(16, 16)] * 3
