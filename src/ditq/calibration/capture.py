@@ -134,7 +134,8 @@ class Capture:
             absmax = torch.stack(
                 [torch.stack([seen[t, c] for c in range(conditions)]) for t in range(len(self.timesteps))]
             )
+            self._rows[group.name] = [torch.cat(self._rows[group.name])]  # in memory once, not twice
             groups[group.name] = GroupStatistics(
-                absmax, torch.cat(self._rows[group.name]), torch.tensor(self._times[group.name])
+                absmax, self._rows[group.name][0], torch.tensor(self._times[group.name])
             )
         return Statistics(torch.tensor(self.timesteps), groups, self._recorder.calls())
