@@ -22,7 +22,7 @@ from ditq.calibration import Statistics, calibrate
 from ditq.calibration.capture import Capture
 from ditq.checkpoint.backend import attach
 from ditq.errors import CheckpointError, DitqError, UsageError, unknown
-from ditq.methods import convert, quantize_model
+from ditq.methods import convert, draft, quantize_model
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
@@ -102,6 +102,8 @@ def quantize(
         wanted = wanted.override(list(overrides))
     elif overrides:
         raise UsageError("A Plan is explicit; overrides change recipes only.")
+    if wanted is not None:
+        draft(model, arch, wanted)  # refuses formats that do not fit the layers before calibration takes its time
     seconds: dict[str, float] = {}
     model.eval()
 
