@@ -27,7 +27,7 @@ def tiny_model(architecture: str, seed: int = 0, **config: Any) -> nn.Module:
     example = architectures.load(architecture).example
     assert example is not None
     torch.manual_seed(seed)
-    model = getattr(diffusers, architectures.load(architecture).classes[0])(**{**example.config, **config})
+    model = architectures.load(architecture).model_class()(**{**example.config, **config})
     return perturbed(model).eval()
 
 
@@ -65,7 +65,7 @@ def _made(spec: dict[str, Any], generator: torch.Generator, dtype: torch.dtype) 
     if kind == "normal":
         return torch.randn(value, generator=generator).to(dtype)
     if kind == "below":  # numbers from 0, of this shape
-        (limit, shape), = value.items()
+        ((limit, shape),) = value.items()
         return torch.randint(0, limit, shape, generator=generator)
     if kind == "ones":
         return torch.ones(value, dtype=dtype)

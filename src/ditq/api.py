@@ -64,6 +64,7 @@ def quantize(
     overrides: Sequence[str] = (),
     seed: int = 0,
     architecture: str | Path | Architecture | None = None,
+    component: str = "transformer",
     cache: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -79,6 +80,8 @@ def quantize(
         calibration: how to calibrate for a Plan that needs it; a recipe says so itself.
         overrides: ``key=value`` assignments to recipe fields.
         architecture: name or YAML file, where the transformer's class is not known to ditq.
+        component: which transformer of the pipeline, see :func:`transformers`. The second is calibrated on what the
+            first, quantized or not, hands over to it.
         cache, resume: see :func:`ditq.calibration.calibrate`.
         progress: called with (stage, done, total).
 
@@ -87,10 +90,10 @@ def quantize(
             transformer that is quantized already.
         DitqError: NaN or Inf in weights or activations; nothing to quantize.
     """
-    model: nn.Module = getattr(pipe, "transformer", pipe)
+    model: nn.Module = pipe if isinstance(pipe, nn.Module) else getattr(pipe, component, None)
     if not isinstance(model, nn.Module):
         raise UsageError(
-            f"quantize() takes a diffusers pipeline with a transformer, or a transformer; got {type(pipe).__name__}."
+            f"quantize() takes a diffusers pipeline with a {component}, or a transformer; got {type(pipe).__name__}."
         )
     if getattr(model, "is_quantized", False):
         raise UsageError(f"This {type(model).__name__} is quantized already; load the 16-bit model.")
@@ -117,7 +120,7 @@ def quantize(
             if not [p for p in prompts if str(p).strip()]:
                 raise UsageError("There are no calibration prompts: the list is empty.")
             statistics = calibrate(
-                pipe, arch, prompts, settings, seed=seed, cache=cache, resume=resume,
+                pipe, arch, prompts, settings, component=component, seed=seed, cache=cache, resume=resume,
                 progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
             )  # fmt: skip
         elif calibrate_with is not None:
@@ -147,6 +150,11 @@ def quantize(
     attach(model, plan)
     _keep_labels(pipe)
     return Result(model, plan, seconds, engine_of(model, plan))
+
+
+def transformers(pipe: Any) -> list[str]:
+    """Names of a pipeline's transformers: most have one, Wan 2.2 A14B an expert for high and one for low noise."""
+    return [name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None]
 
 
 def search(
@@ -301,7 +309,8 @@ def save(pipe: Any, out: str | Path, *, source: str | Path | None = None, overwr
         origin = resolve(source) if source is not None else None
         if isinstance(origin, Path):
             for component in origin.iterdir():
-                if component.is_dir() and component.name != "transformer" and (folder / component.name).is_dir():
+                kept = component.is_dir() and component.name not in transformers(pipe)
+                if kept and (folder / component.name).is_dir():
                     shutil.rmtree(folder / component.name)
                     shutil.copytree(component, folder / component.name)
     return Path(out)

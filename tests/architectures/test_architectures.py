@@ -18,6 +18,7 @@ from ditq.errors import UsageError
 from ditq.plan import Fold
 
 FOLDER = Path(architectures.__file__).parent
+STREAMS = ("img", "txt", "single")
 
 
 @pytest.fixture(params=architectures.names())
@@ -68,10 +69,10 @@ def test_every_linear_has_exactly_one_role(arch: Architecture) -> None:
 
 
 def test_roles_are_words_of_the_vocabulary(arch: Architecture) -> None:
+    kinds = ("self_attn", "spatial_attn", "temporal_attn", "cross_attn", *(f"joint_attn.{s}" for s in STREAMS))
     known = {
-        *(f"{kind}_attn.{part}" for kind in ("self", "spatial", "temporal", "cross") for part in ("q", "k", "v", "out")),
-        *(f"joint_attn.{s}.{part}" for s in ("img", "txt", "single") for part in ("q", "k", "v", "out")),
-        *(f"ffn.{s}{part}" for s in ("", "img.", "txt.", "single.") for part in ("up", "gate", "gate_up", "down")),
+        *(f"{kind}.{part}" for kind in kinds for part in ("q", "k", "v", "out")),
+        *(f"ffn{s}.{part}" for s in ("", *(f".{s}" for s in STREAMS)) for part in ("up", "gate", "gate_up", "down")),
         *(f"refiner.{part}" for part in ("q", "k", "v", "out", "up", "down")),
         *("cross_attn.img_k", "cross_attn.img_v", "fused_out_mlp", "modulation", "embedder", "final"),
     }

@@ -13,8 +13,9 @@ from helpers import PROMPTS
 from torch import Tensor
 
 import ditq
-from ditq import architectures
+from ditq import api, architectures
 from ditq.calibration import calibrate
+from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear
 from ditq.numerics import sqnr_db
 from ditq.recipe import Calibration
@@ -48,7 +49,8 @@ def test_quantized_pipeline_saved_and_reloaded_draws_the_same_video(name: str, t
     assert type(pipe).__name__ in architectures.load(name).pipeline.classes
     decodes = name != "allegro"  # whose VAE decodes tiles of 320 x 320 only
     _, exact = draw(pipe, name, decodes)
-    overrides = [f"calibration={({**FEW, 'arguments': arguments})}", "balance.alpha=0.5"]
+    calibration = {**FEW, "arguments": arguments}
+    overrides = [f"calibration={calibration}", "balance.alpha=0.5"]
     plan = ditq.quantize(pipe, "viditq-w4a8", prompts=PROMPTS, overrides=overrides).plan
     assert {layer.role for layer in plan.kept} <= {"embedder", "final", "modulation"}
     frames, before = draw(pipe, name, decodes)
@@ -112,3 +114,34 @@ def test_frames_folded_into_the_batch_are_not_taken_for_conditions(guidance: flo
 def test_video_keeps_the_size_that_latte_was_trained_for() -> None:
     frames, _ = draw(videos.latte(), "latte")
     assert [frame.size for frame in frames] == [(16, 16)] * 3
+
+
+def test_both_experts_are_quantized_each_on_its_own_timesteps(tmp_path: Path) -> None:
+    arguments = videos.PIPELINES["wan"][1]
+    pipe = videos.wan_of_two_experts()
+    assert api.transformers(pipe) == ["transformer", "transformer_2"]
+    settings = Calibration(**{**FEW, "steps": 4}, arguments=arguments)
+    times = {
+        component: calibrate(
+            pipe, architectures.load("wan"), PROMPTS, settings, component=component, cache=tmp_path
+        ).timesteps
+        for component in api.transformers(pipe)
+    }
+    assert [len(t) for t in times.values()] == [2, 2]
+    assert times["transformer"].min() >= 600 > times["transformer_2"].max()
+    plain = ditq.save(pipe, tmp_path / "16-bit")
+    for component in api.transformers(pipe):
+        model = getattr(pipe, component)
+        overrides = [f"calibration.{key}={value}" for key, value in {**FEW, "steps": 4}.items()]
+        overrides += [f"calibration.arguments={arguments}", "balance.alpha=0.5"]
+        result = ditq.quantize(pipe, "smoothquant-w8a8", prompts=PROMPTS, component=component, overrides=overrides)
+        assert result.model is model
+    assert pipe.transformer.blocks[0].attn1.to_q.qweight.dtype == torch.uint8
+    _, before = draw(pipe, "wan")
+    loaded = ditq.load(ditq.save(pipe, tmp_path / "out", source=plain))
+    loaded.set_progress_bar_config(disable=True)
+    for component in api.transformers(loaded):
+        assert any(isinstance(m, QuantizedLinear) for m in getattr(loaded, component).modules())
+    assert torch.equal(draw(loaded, "wan")[1], before)
+    with pytest.raises(UsageError, match="with a transformer_2"):
+        ditq.quantize(videos.wan(), "rtn-w8a8", component="transformer_2")

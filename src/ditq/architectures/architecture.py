@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -55,7 +55,6 @@ class Input(_Strict):
     def foldable(self) -> Literal["norm", "v", "glu"] | None:
         """Where a static scale can go for free."""
         return "norm" if self.norm else "v" if self.v else "glu" if self.glu else None
-
 
     @property
     def carriers(self) -> tuple[str, ...]:
@@ -140,16 +139,23 @@ class InputGroup:
 
 
 class Architecture(_Strict):
-    """One model family."""
+    """One model family.
+
+    ``module``: where its classes are. ``sizes``: configs of public checkpoints, where they differ from the class.
+    ``note``: what a user should know about the support of this family.
+    """
 
     name: str
+    module: str = "diffusers"
     classes: tuple[str, ...]
+    note: str = ""
     stacks: dict[str, tuple[Group, ...]]
     table: str | None = None
     other: dict[str, str] = {}
     forward: Forward
     guidance: Guidance
     pipeline: Pipeline
+    sizes: dict[str, dict[str, Any]] = {}
     example: Example | None = None
 
     @field_validator("other")
@@ -161,6 +167,10 @@ class Architecture(_Strict):
             except re.error as error:
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return other
+
+    def model_class(self) -> Any:
+        """The first of the classes."""
+        return getattr(import_module(self.module), self.classes[0])
 
     def groups(self, model: nn.Module) -> list[InputGroup]:
         """All input groups of the stacks, in the order of the blocks.

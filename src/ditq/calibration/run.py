@@ -30,6 +30,7 @@ def calibrate(
     prompts: Sequence[str],
     settings: Calibration,
     *,
+    component: str = "transformer",
     seed: int = 0,
     cache: Path | None = None,
     resume: bool = False,
@@ -42,6 +43,7 @@ def calibrate(
     or what :data:`ditq.calibration.capture.ROWS_PER_INPUT` asks for.
 
     Args:
+        component: which transformer of the pipeline is watched.
         cache: where finished batches are kept, below a name of everything that matters; by default
             ``calibration`` in :func:`ditq.sampling.cache_root`.
         resume: take finished batches from the cache instead of starting over.
@@ -51,8 +53,11 @@ def calibrate(
     prompts = list(prompts)[: settings.prompts]
     size = _batch_size(pipe.transformer, settings)
     batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    groups = architecture.groups(pipe.transformer)
-    folder = (cache or cache_root() / "calibration") / _key(pipe.transformer, architecture, prompts, settings, seed)
+    model, experts = getattr(pipe, component), (pipe.transformer, getattr(pipe, "transformer_2", None))
+    groups = architecture.groups(model)
+    folder = (cache or cache_root() / "calibration") / _key(
+        model, architecture, prompts, settings, seed, others=[x for x in experts if x is not None and x is not model]
+    )
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +69,7 @@ def calibrate(
             parts.append(Statistics.load(path))
         else:
             capture = Capture(architecture, groups, rows, seed + i, settings.calls, len(prompts))
-            with capture.watching(pipe.transformer):
+            with capture.watching(model):
                 sample(
                     pipe, architecture, batch, seed=seed + i * size, steps=settings.steps,
                     guidance_scale=settings.guidance_scale, batch_size=len(batch), decode=False,
@@ -88,12 +93,26 @@ def _batch_size(model: nn.Module, settings: Calibration) -> int:
     return min(max(2**16 // (config.in_channels * side**2), 8), 32)
 
 
-def _key(model: nn.Module, architecture: Architecture, prompts: list[str], settings: Calibration, seed: int) -> str:
-    """A name for the cache that changes with the weights, the prompts and every setting."""
+def _key(
+    model: nn.Module,
+    architecture: Architecture,
+    prompts: list[str],
+    settings: Calibration,
+    seed: int,
+    others: Sequence[nn.Module] = (),
+) -> str:
+    """A name for the cache that changes with the weights, the prompts and every setting.
+
+    ``others`` draw as well, and may be quantized by now.
+    """
     digest = hashlib.sha256()
     # One number a tensor is enough to tell two models apart, and cheap on large ones.
-    for name, p in model.named_parameters():
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.detach().double().sum().item()!r}".encode())
+    for one in (model, *others):
+        for name, p in one.named_parameters():
+            digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.detach().double().sum().item()!r}".encode())
+    for one in others:
+        plan = getattr(getattr(getattr(one, "config", None), "quantization_config", None), "plan", None)
+        digest.update(plan.hash().encode() if plan else b"16 bit")
     watched = settings.model_dump(mode="json", exclude={"timesteps"})  # all are recorded, whichever count
     digest.update(json.dumps([architecture.name, prompts, watched, seed]).encode())
     digest.update(torch.__version__.encode())

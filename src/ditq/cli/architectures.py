@@ -1,45 +1,158 @@
-"""``ditq architectures``: which transformers ditq knows."""
+"""``ditq architectures``: which transformers ditq knows, in a table made of the architecture files themselves."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ditq.cli.common import AsJson, out, print_json
 
+if TYPE_CHECKING:
+    from ditq.architectures import Architecture
 
-def architectures(as_json: AsJson = False) -> None:
-    """List the model families and their roles.
+Row = dict[str, Any]
 
-    Example: ditq architectures
+GUIDANCE = {
+    ("batch", "conditional"): "one batch, conditional half first",
+    ("batch", "unconditional"): "one batch, unconditional half first",
+    ("calls", "conditional"): "two calls, conditional first",
+    ("embedded", ""): "an input of the model",
+}
+PAGE = """# Architectures
+
+<!-- Made by: ditq architectures --sizes --markdown > docs/architectures.md -->
+
+A file in `src/ditq/architectures` says what each linear layer of a transformer is for and what feeds it.
+
+Tested: `tiny`, a model of that class with random weights, for roles, shared inputs and exact folds; `bundled`, trained
+models that come with ditq; `real size`, the second table.
+
+{families}
+{notes}
+## At real size
+
+Every linear of these has a role. They are made of their public configs without weights, so that nothing is downloaded,
+and memory is what the plans of `rtn-w8a8` and `rtn-w4a8` say: packed weights, scales and all that stays in 16 bit.
+
+{sizes}"""
+
+
+def architectures(
+    sizes: Annotated[bool, typer.Option("--sizes", help="Memory of public checkpoints.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/architectures.md.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the model families, their roles, and what is tested.
+
+    Example: ditq architectures --sizes
     """
     from rich.table import Table
 
     from ditq import architectures as module
 
-    rows: list[dict[str, Any]] = []
-    for name in module.names():
-        a = module.load(name)
-        groups = [group for stack in a.stacks.values() for group in stack]
-        rows.append(
-            {
-                "name": name,
-                "classes": list(a.classes),
-                "quantized_roles": list(dict.fromkeys(role for g in groups for role in g.linears.values())),
-                "kept_roles": sorted(set(a.other.values())),
-                "foldable_inputs": sum(g.input.foldable is not None for g in groups),
-                "inputs": len(groups),
-            }
-        )
+    known = [module.load(name) for name in module.names()]
+    if markdown:
+        print(page(known), end="")
+        return
+    rows = checkpoints(known) if sizes else families(known)
     if as_json:
         print_json(rows)
         return
-    table = Table("architecture", "classes", "quantized roles", "kept in 16 bit", "inputs that fold")
-    for r in rows:
-        table.add_row(
-            r["name"], ", ".join(r["classes"]), ", ".join(r["quantized_roles"]), ", ".join(r["kept_roles"]),
-            f"{r['foldable_inputs']} of {r['inputs']} a block",
-        )  # fmt: skip
+    table = Table(*rows[0], pad_edge=False)
+    for row in rows:
+        table.add_row(*map(in_words, row.values()))
     out.print(table)
+
+
+def families(known: list[Architecture]) -> list[Row]:
+    """One row for each architecture file."""
+    bundled = _bundled()
+    rows = []
+    for a in known:
+        groups = [group for stack in a.stacks.values() for group in stack]
+        tested = ["tiny"] if a.example else []
+        tested += [f"bundled:{name}" for name, kind in bundled.items() if kind in a.classes]
+        tested += [f"real size ({len(a.sizes)})"] if a.sizes else []
+        rows.append(
+            {
+                "architecture": a.name,
+                "class": list(a.classes),
+                "pipeline": list(a.pipeline.classes),
+                "guidance": GUIDANCE[a.guidance.style, a.guidance.order[0] if a.guidance.order else ""],
+                "quantized roles": _grouped([role for g in groups for role in g.linears.values()]),
+                "16 bit": sorted(set(a.other.values())),
+                "folds": f"{sum(g.input.foldable is not None for g in groups)} of {len(groups)} inputs",
+                "tested": tested,
+            }
+        )
+    return rows
+
+
+def checkpoints(known: list[Architecture]) -> list[Row]:
+    """One row for each public config, built on the meta device."""
+    import torch
+
+    from ditq.methods.estimate import estimate
+    from ditq.recipe import load
+
+    rows = []
+    for a in known:
+        for name, config in a.sizes.items():
+            with torch.device("meta"):
+                model = a.model_class()(**config)
+            w8, w4 = (estimate(model, a, load(recipe)) for recipe in ("rtn-w8a8", "rtn-w4a8"))
+            small, whole = w8.memory()
+            rows.append(
+                {
+                    "checkpoint": name,
+                    "architecture": a.name,
+                    "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} B",
+                    "linears": f"{len(w8.layers)}",
+                    "quantized": f"{len(w8.quantized)}",
+                    "16 bit": f"{whole / 1e9:.2f} GB",
+                    "W8A8": f"{small / 1e9:.2f} GB",
+                    "W4A8": f"{w4.memory()[0] / 1e9:.2f} GB",
+                }
+            )
+    return rows
+
+
+def page(known: list[Architecture]) -> str:
+    """docs/architectures.md."""
+    notes = "".join(f"- **{a.name}**: {a.note}\n" for a in known if a.note)
+    return PAGE.format(families=as_markdown(families(known)), notes=notes, sizes=as_markdown(checkpoints(known)))
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """A table in Markdown, with a newline at its end."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(in_words, row.values()) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def in_words(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _grouped(roles: list[str]) -> list[str]:
+    """``cross_attn.q/k/v/out`` for four roles of one kind, in their first order."""
+    kinds: dict[str, dict[str, None]] = {}
+    for role in roles:
+        kind, _, part = role.rpartition(".")
+        kinds.setdefault(kind or part, {}).update({part: None} if kind else {})
+    return [f"{kind}.{'/'.join(parts)}" if parts else kind for kind, parts in kinds.items()]
+
+
+def _bundled() -> dict[str, str]:
+    """The transformer class of each bundled model, where they are installed."""
+    import json
+
+    try:
+        import ditq_bundled
+    except ImportError:
+        return {}
+    configs = {name: ditq_bundled.path(name) / "transformer" / "config.json" for name in ditq_bundled.names()}
+    return {name: json.loads(config.read_text())["_class_name"] for name, config in configs.items()}
 
 
 VERB = architectures

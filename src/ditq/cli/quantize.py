@@ -50,7 +50,7 @@ def quantize(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize the transformer of a pipeline and save the whole pipeline.
+    """Quantize the transformer (of Wan 2.2 A14B both, one after the other) and save the whole pipeline.
 
     Example: ditq quantize bundled:emoji-t2i --recipe viditq-w4a8 --out emoji-w4a8
     """
@@ -66,19 +66,23 @@ def quantize(
     chosen = None
     if (given or wanted).needs_calibration or prompts is not None:
         chosen = pick_prompts(pipeline, pipe, arch, prompts, "calibration")
-    with progress_bars(quiet or as_json) as progress:
-        result = api.quantize(
-            pipe, given or wanted, prompts=chosen, calibration=wanted.calibration, seed=seed, architecture=arch,
-            cache=cache, resume=resume, progress=progress,
-        )  # fmt: skip
+    results = {}
+    for component in api.transformers(pipe):
+        with progress_bars(quiet or as_json) as progress:
+            results[component] = api.quantize(
+                pipe, given or wanted, prompts=chosen, calibration=wanted.calibration, seed=seed, architecture=arch,
+                component=component, cache=cache, resume=resume, progress=progress,
+            )  # fmt: skip
     api.save(pipe, out_dir, source=pipeline)
-    size = sum(f.stat().st_size for f in (out_dir / "transformer").glob("*.safetensors"))
+    sizes = {c: sum(f.stat().st_size for f in (out_dir / c).glob("*.safetensors")) for c in results}
     if as_json:
-        print_json({"out": str(out_dir), "seconds": result.seconds, **plan_json(result.plan, size)})
+        first, *more = ({"seconds": r.seconds, **plan_json(r.plan, sizes[c])} for c, r in results.items())
+        print_json({"out": str(out_dir), **first, **({"transformer_2": more[0]} if more else {})})
     elif not quiet:
-        out.print(plan_table(result.plan, full=False))
-        out.print(plan_summary(result.plan, size), markup=False)
-        out.print(f"engine: {result.engine}", markup=False)
+        for component, result in results.items():
+            out.print(plan_table(result.plan, full=False))
+            out.print(plan_summary(result.plan, sizes[component]), markup=False)
+            out.print(f"engine: {result.engine}", markup=False)
         out.print(f"saved to {out_dir}", markup=False)
 
 
