@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels run in numpy
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 

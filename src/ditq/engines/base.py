@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ditq.numerics import Quantized
+from ditq.numerics import Quantized, Rotation, rotate
 from ditq.plan import TensorFormat
 
 
@@ -53,6 +53,12 @@ class Engine(ABC):
     def quantize_activations(self, x: Tensor, format: TensorFormat, scale: Tensor | None) -> Quantized:
         """Integers of activations ``x`` [M, K]; ``scale`` is given for static formats only."""
 
+    def quantize_input(
+        self, x: Tensor, smooth: Tensor | None, rotation: Rotation | None, format: TensorFormat, scale: Tensor | None
+    ) -> Quantized:
+        """Integers of the balanced input, in one step where an engine can: see :func:`balance`."""
+        return self.quantize_activations(balance(x, smooth, rotation), format, scale)
+
     @abstractmethod
     def linear(
         self,
@@ -67,3 +73,11 @@ class Engine(ABC):
     @abstractmethod
     def dequantize_weight(self, weight: QuantizedWeight) -> Tensor:
         """The weight's values, float32 [N, K]."""
+
+
+def balance(x: Tensor, smooth: Tensor | None, rotation: Rotation | None) -> Tensor:
+    """The input after online smoothing and rotation, ``x / smooth @ Q``, float32 [..., K]."""
+    x = x.float()
+    if smooth is not None:
+        x = x / smooth
+    return rotate(x, rotation) if rotation is not None else x

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from ditq import engines
 from ditq.engines import QuantizedWeight
+from ditq.engines.base import balance
 from ditq.numerics import Quantized, Rotation, pack, packed_bytes, quantize, rotate, search_clip_ratio, unrotate
 from ditq.plan import LayerPlan
 
@@ -127,10 +128,7 @@ class QuantizedLinear(nn.Linear):
 
     def balance(self, x: Tensor) -> Tensor:
         """The input after online smoothing and rotation, float32 [..., K]."""
-        x = x.float()
-        if "smooth_scale" in self._buffers:
-            x = x / self.smooth_scale
-        return rotate(x, self.rotation) if self.rotation is not None else x
+        return balance(x, self._buffers.get("smooth_scale"), self.rotation)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
         if self.plan.activation is None:
@@ -145,8 +143,13 @@ class QuantizedLinear(nn.Linear):
         fmt, activation = self.plan.weight, self.plan.activation
         assert fmt is not None and activation is not None
         engine = engines.choose(fmt, activation, x.device)
-        rows = self.balance(x.reshape(-1, self.in_features))
-        codes = engine.quantize_activations(rows, activation, self._buffers.get("input_scale"))
+        codes = engine.quantize_input(
+            x.reshape(-1, self.in_features),
+            self._buffers.get("smooth_scale"),
+            self.rotation,
+            activation,
+            self._buffers.get("input_scale"),
+        )
         y = engine.linear(codes, activation, self.quantized_weight, self.bias, x.dtype)
         return y.reshape(*x.shape[:-1], self.out_features)
 

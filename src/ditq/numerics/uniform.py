@@ -30,11 +30,13 @@ class Quantized(NamedTuple):
         codes: int8 [R, K].
         scale: float32 [R, G], the distance of two neighbouring codes; [1, 1] for granularity "tensor".
         zero_point: int16 [R, G], the code of 0.0; None when symmetric.
+        sums: int32 [R, G], the sums of the codes, where somebody had them at hand.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    sums: Tensor | None = None
 
 
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:

@@ -1,0 +1,225 @@
+"""Products of integers, rescaled: the linear layer behind the quantizer. One kernel for all formats.
+
+    y[m, n] = sum over groups g of  sx[m, g] sw[n, g] (sum_k (x - zx)(w - zw))  + bias[n]
+
+x: int8 codes per token, tensor or group, symmetric or not. w: codes of 8 or 4 bits as checkpoints pack them, unpacked
+on the way to the tensor cores, or int8. Optionally residual[m, n] + gate[sample of m, n] * y[m, n] on the way out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ditq.engines.torch.engine import MAX_COLUMNS, grouped_products
+from ditq.engines.triton.expand import expand
+from ditq.engines.triton.operation import operation
+from ditq.engines.triton.rows import sums_of
+from ditq.engines.triton.tiles import Tile, tile_for
+from ditq.numerics import Quantized, unpack
+
+
+@triton.jit(do_not_specialize=["M", "T"])
+def linear_kernel(
+    x_ptr, w_ptr, y_ptr, M, N, K,
+    x_scale_ptr, x_zero_ptr, x_scale_row, x_sum_ptr, w_scale_ptr, w_zero_ptr, w_scale_row,
+    bias_ptr, gate_ptr, gate_row, T, residual_ptr,
+    BITS: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, X_EACH: tl.constexpr, W_EACH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of y. The weight is the left operand, [BN, BK] @ [BK, BM]: that one may come from registers, where it is
+    unpacked, and need not return to shared memory.
+
+    Args:
+        BITS: 8 or 4, packed; 0 for int8.
+        PARTS: runs of STEP input features with one pair of scales each; X_EACH of them make a group of x, W_EACH of w.
+        gate_row, T: stride of the gate from sample to sample, and tokens per sample.
+    """
+    # Eight rows of tiles at a time, so that their operands stay in the L2 cache.
+    tiles_n = tl.cdiv(N, BN)
+    band = tl.program_id(0) // (8 * tiles_n)
+    height = min(tl.cdiv(M, BM) - band * 8, 8)
+    place = tl.program_id(0) % (8 * tiles_n)
+    m = (band * 8 + place % height) * BM + tl.arange(0, BM)
+    n = (place // height) * BN + tl.arange(0, BN)
+    # Rows beyond the end read the first one and are not stored.
+    mm = tl.where(m < M, m, 0)
+    nn = tl.where(n < N, n, 0)
+    k = tl.arange(0, BK)
+    CODES_PER_BYTE: tl.constexpr = 2 if BITS == 4 else 1
+    OFFSET: tl.constexpr = 8 if BITS == 4 else 0  # nibbles are unsigned
+    CHUNKS: tl.constexpr = (STEP + BK - 1) // BK
+    b = tl.arange(0, BK // CODES_PER_BYTE)
+    width = (K + CODES_PER_BYTE - 1) // CODES_PER_BYTE
+    x_rows = x_ptr + mm.to(tl.int64)[:, None] * K
+    w_rows = w_ptr + nn.to(tl.int64)[:, None] * width
+
+    acc = tl.zeros((BN, BM), tl.int32)
+    total = tl.zeros((BN, BM), tl.float32)
+    w_sum = tl.zeros((BN,), tl.int32)
+    for chunk in range(0, PARTS * CHUNKS):
+        part = chunk // CHUNKS
+        done = (chunk % CHUNKS) * BK
+        start = part * STEP + done
+        x_at = x_rows + (start + k)[None, :]
+        w_at = w_rows + (start // CODES_PER_BYTE + b)[None, :]
+        if STEP % BK == 0:
+            x = tl.load(x_at)
+            w = tl.load(w_at)
+        else:
+            x = tl.load(x_at, (k < STEP - done)[None, :], 0)
+            w = tl.load(w_at, (b * CODES_PER_BYTE < STEP - done)[None, :], 0)
+        if BITS == 8:
+            w = w ^ -128
+        if BITS == 4:
+            w = tl.reshape(tl.join(w & 15, (w >> 4) & 15), (BN, BK))
+        if x_zero_ptr is not None:
+            if STEP % BK != 0:
+                w = tl.where((k < STEP - done)[None, :], w, 0)
+            w_sum += tl.sum(w.to(tl.int32), 1)
+        acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
+        if PARTS > 1:
+            # A part may take several chunks: its zero points are subtracted with the last.
+            last = done + BK >= STEP
+            acc = subtract_zeros(
+                acc, w_sum, x_zero_ptr, mm * x_scale_row + part // X_EACH, x_sum_ptr, mm * PARTS + part,
+                w_zero_ptr, nn * w_scale_row + part // W_EACH, OFFSET, STEP, last,
+            )  # fmt: skip
+            sx = tl.load(x_scale_ptr + mm * x_scale_row + part // X_EACH)
+            sw = tl.load(w_scale_ptr + nn * w_scale_row + part // W_EACH)
+            total += acc.to(tl.float32) * sx[None, :] * sw[:, None]
+            acc = tl.zeros((BN, BM), tl.int32)
+            w_sum = tl.where(last, 0, w_sum)
+    if PARTS == 1:
+        acc = subtract_zeros(
+            acc, w_sum, x_zero_ptr, mm * x_scale_row, x_sum_ptr, mm, w_zero_ptr, nn * w_scale_row, OFFSET, STEP, True
+        )
+        sx = tl.load(x_scale_ptr + mm * x_scale_row)
+        sw = tl.load(w_scale_ptr + nn * w_scale_row)
+        total = acc.to(tl.float32) * sx[None, :] * sw[:, None]
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + nn).to(tl.float32)[:, None]
+    kept = (n < N)[:, None] & (m < M)[None, :]
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    if residual_ptr is not None:
+        gate = tl.load(gate_ptr + (mm // T)[None, :] * gate_row + nn[:, None]).to(tl.float32)
+        total = tl.load(residual_ptr + at, kept, 0.0).to(tl.float32) + gate * total
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), kept)
+
+
+@triton.jit
+def subtract_zeros(
+    acc, w_sum, x_zero_ptr, x_zero_at, x_sum_ptr, x_sum_at, w_zero_ptr, w_zero_at,
+    OFFSET: tl.constexpr, STEP: tl.constexpr, here,
+):  # fmt: skip
+    """sum_k (x - zx)(w - zw) = acc - zw (sum x - K zx) - zx sum w, all in int32; nothing unless ``here``."""
+    if x_zero_ptr is not None:
+        x_zero = tl.load(x_zero_ptr + x_zero_at).to(tl.int32)
+        acc -= tl.where(here, x_zero, 0)[None, :] * w_sum[:, None]
+    if w_zero_ptr is not None or OFFSET > 0:
+        x_sum = tl.load(x_sum_ptr + x_sum_at)
+        if x_zero_ptr is not None:
+            x_sum -= STEP * x_zero
+        x_sum = tl.where(here, x_sum, 0)
+        if w_zero_ptr is not None:
+            acc -= x_sum[None, :] * (tl.load(w_zero_ptr + w_zero_at).to(tl.int32) + OFFSET)[:, None]
+        else:
+            acc -= (x_sum * OFFSET)[None, :]
+    return acc
+
+
+def launch(
+    x: Tensor, x_scale: Tensor, x_zero: Tensor | None, x_sum: Tensor | None,
+    weight: Tensor, bits: int, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None,
+    gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype, tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    """The operation by the kernel; ``tile`` overrides the table.
+
+    Raises:
+        ValueError: K is so large that an int32 sum could overflow, or one of gate and residual is missing.
+    """
+    (m, k), n = x.shape, len(weight)
+    x_groups, w_groups = x_scale.shape[1], w_scale.shape[1]
+    parts = math.lcm(x_groups, w_groups)
+    step = k // parts
+    if step > MAX_COLUMNS:
+        raise ValueError(f"in_features must be at most {MAX_COLUMNS} for int32 accumulation, got {step}")
+    if (gate is None) != (residual is None):
+        raise ValueError("gate and residual go together: give both or neither")
+    y = torch.empty(m, n, dtype=dtype, device=x.device)
+    if not y.numel():
+        return y
+    if weight.dtype == torch.uint8 and not unpacks(bits, parts, step):
+        weight, w_zero = expand(weight, bits, k, w_zero), None
+    packed = 0 if weight.dtype == torch.int8 else bits
+    if (w_zero is not None or packed == 4) and (x_sum is None or x_sum.shape[1] != parts):
+        x_sum = sums_of(x, parts)
+    if tile is None:
+        tile = tile_for(m, n, _capability(x.device), None if parts == 1 else step)
+    if gate is not None and residual is not None:
+        gate, residual = gate if gate.stride(1) == 1 else gate.contiguous(), residual.contiguous()
+    with torch.cuda.device_of(x):
+        linear_kernel[(triton.cdiv(m, tile.BM) * triton.cdiv(n, tile.BN),)](
+            x.contiguous(), weight.view(torch.int8), y, m, n, k,
+            x_scale, x_zero, 0 if len(x_scale) == 1 else x_groups, x_sum,
+            w_scale, w_zero, 0 if len(w_scale) == 1 else w_groups,
+            bias, gate, 0 if gate is None else gate.stride(0), 1 if gate is None else m // len(gate), residual,
+            packed, parts, step, parts // x_groups, parts // w_groups, tile.BM, tile.BN, tile.BK,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y
+
+
+def unpacks(bits: int, parts: int, step: int) -> bool:
+    """Whether the kernel unpacks weights of this width itself: whole bytes, from the first code of a part on."""
+    return bits == 8 or (bits == 4 and (parts == 1 or step % 2 == 0))
+
+
+def reference(
+    x: Tensor, x_scale: Tensor, x_zero: Tensor | None, x_sum: Tensor | None,
+    weight: Tensor, bits: int, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None,
+    gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The operation in plain torch."""
+    codes = weight if weight.dtype == torch.int8 else unpack(weight, bits, x.shape[1])
+    y = grouped_products(Quantized(x, x_scale, x_zero), codes, w_scale, w_zero, bias)
+    if gate is not None and residual is not None:
+        y = residual.float() + gate.float().repeat_interleave(len(x) // len(gate), 0) * y
+    return y.to(dtype)
+
+
+def empty(
+    x: Tensor, x_scale: Tensor, x_zero: Tensor | None, x_sum: Tensor | None,
+    weight: Tensor, bits: int, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None,
+    gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Shape and dtype of the result."""
+    return torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+
+
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+int8_linear = operation(
+    "int8_linear",
+    "(Tensor x, Tensor x_scale, Tensor? x_zero, Tensor? x_sum, Tensor weight, int bits, Tensor w_scale,"
+    " Tensor? w_zero, Tensor? bias, Tensor? gate, Tensor? residual, ScalarType dtype) -> Tensor",
+    launch,
+    reference,
+    empty,
+)
+"""The linear layer of codes [M, N] in ``dtype``.
+
+Args:
+    x: int8 [M, K]; x_scale: float32 [M, G], [1, G] or [1, 1]; x_zero: int16 likewise, or None.
+    x_sum: int32 [M, G], the sums of the codes; None: they are summed if needed.
+    weight: uint8 [N, ceil(K bits / 8)], packed, or int8 [N, K]; w_scale: float32 [N, H] or [1, 1];
+        w_zero: int8 likewise, or None.
+    bias: [N]; gate: [samples, N]; residual: [M, N], any float dtype.
+"""

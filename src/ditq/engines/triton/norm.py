@@ -1,0 +1,117 @@
+"""The norm before a linear layer, its modulation and the quantizer in one pass.
+
+    norm(x) [* weight + bias] [* (1 + scale) + shift] -> x / smooth @ Q -> codes
+
+All in float32, so more exact than the same steps in 16 bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ditq.engines.triton.operation import operation
+from ditq.engines.triton.rows import CODES, TARGET, Codes, Target, balance_and_quantize, rows_per_program
+
+
+@triton.jit(do_not_specialize=["M", "T"])
+def norm_kernel(
+    x_ptr, x_row, M, weight_ptr, bias_ptr, scale_in_ptr, shift_ptr, scale_in_row, shift_row, T, eps, K, G,
+    smooth_ptr, signs_ptr, hadamard_ptr, given_ptr, given_stride, codes_ptr, scale_ptr, zero_ptr, sums_ptr,
+    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """R rows of all K columns. Row m belongs to sample m // T, which has its own modulation."""
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    c = tl.arange(0, C)[None, :]
+    kept = (row < M)[:, None] & (c < K)
+    rows = tl.where(row < M, row, 0).to(tl.int64)
+    y = tl.load(x_ptr + (rows * x_row)[:, None] + c, kept, 0.0).to(tl.float32)
+    if CENTRED:
+        # The mean first: E[x^2] - E[x]^2 cancels where the mean is large.
+        y = tl.where(kept, y - (tl.sum(y, 1) / K)[:, None], 0.0)
+    y *= (1.0 / tl.sqrt(tl.sum(y * y, 1) / K + eps))[:, None]
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + c, c < K, 0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + c, c < K, 0.0).to(tl.float32)
+    if shift_ptr is not None:
+        sample = (rows // T)[:, None]
+        y *= 1.0 + tl.load(scale_in_ptr + sample * scale_in_row + c, c < K, 0.0).to(tl.float32)
+        y += tl.load(shift_ptr + sample * shift_row + c, c < K, 0.0).to(tl.float32)
+    balance_and_quantize(
+        y, rows, c, tl.zeros((R,), tl.int32), kept, K, G,
+        smooth_ptr, signs_ptr, hadamard_ptr, given_ptr, given_stride, codes_ptr, scale_ptr, zero_ptr, sums_ptr,
+        R, C, GROUP, BLOCK, BITS,
+    )  # fmt: skip
+
+
+def launch(
+    x: Tensor, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, *target: Any,
+) -> Codes:  # fmt: skip
+    """The operation by the kernel."""
+    to = Target(*target)
+    m, k = x.shape
+    x, scale, shift = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, scale, shift))
+    out = to.empty(m, k, x.device)
+    if x.numel():
+        r, c, warps = rows_per_program(k, to.block)
+        with torch.cuda.device_of(x):
+            norm_kernel[(triton.cdiv(m, r),)](
+                x, x.stride(0), m, weight, bias, scale, shift,
+                0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0),
+                1 if shift is None else m // len(shift), eps,
+                CENTRED=centred, R=r, C=c, GROUP=c if to.groups == 1 else k // to.groups, **to.arguments(out),
+                num_warps=warps, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out
+
+
+def reference(
+    x: Tensor, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, *target: Any,
+) -> Codes:  # fmt: skip
+    """The operation in plain torch."""
+    y = x.float()
+    if centred:
+        y = y - y.mean(-1, keepdim=True)
+    y = y / (y.square().mean(-1, keepdim=True) + eps).sqrt()
+    if weight is not None:
+        y = y * weight.float()
+    if bias is not None:
+        y = y + bias.float()
+    if scale is not None and shift is not None:
+        tokens = len(x) // len(shift)
+        y = y * (1 + scale.float()).repeat_interleave(tokens, 0) + shift.float().repeat_interleave(tokens, 0)
+    return Target(*target).reference(y)
+
+
+def empty(
+    x: Tensor, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None,
+    scale: Tensor | None, shift: Tensor | None, *target: Any,
+) -> Codes:  # fmt: skip
+    """Shapes and dtypes of the results."""
+    return Target(*target).empty(*x.shape, x.device)
+
+
+norm_quantize = operation(
+    "norm_quantize",
+    "(Tensor x, bool centred, float eps, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift,"
+    f" {TARGET}) -> {CODES}",
+    launch,
+    reference,
+    empty,
+)
+"""Codes of the normed x [M, K], any float dtype.
+
+Args:
+    centred: LayerNorm, False: RMSNorm; eps is added to the variance.
+    weight, bias: [K], of the norm.
+    scale, shift: [samples, K] with samples dividing M, both or neither; chunks of a wider tensor are fine.
+    The others are those of :class:`Target`; groups have a power of two of columns, which the rotation's block divides.
+"""

@@ -1,0 +1,82 @@
+"""Tile sizes of the matrix products: a table, so that no first picture waits for tuning and graphs can be captured.
+
+Not measured yet: starting points of which ``tests/engines/test_triton_compile.py`` has shown that they reach the
+matrix instructions, spill no registers and fit in the shared memory of the card. Wide tiles where M and N give every
+multiprocessor one, small ones below.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ARCHITECTURES = (80, 89, 90)
+"""Compute capabilities that have an own table; a card takes that of the highest one below it."""
+
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that one program may use."""
+
+
+class Tile(NamedTuple):
+    """One program computes BM tokens x BN outputs, BK input features at a time."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+
+
+# By architecture, then from the largest number of 128 x 128 tiles down: (at least as many tiles, tile).
+_TABLE: dict[int, tuple[tuple[int, Tile], ...]] = {
+    80: (
+        (108, Tile(128, 128, 64, 8, 3)),
+        (27, Tile(64, 64, 128, 4, 3)),
+        (0, Tile(32, 64, 128, 4, 4)),
+    ),
+    89: (
+        (128, Tile(128, 128, 64, 8, 3)),
+        (32, Tile(64, 64, 128, 4, 3)),
+        (0, Tile(32, 64, 128, 4, 3)),
+    ),
+    90: (
+        (264, Tile(256, 128, 128, 8, 3)),
+        (66, Tile(128, 128, 128, 8, 3)),
+        (17, Tile(64, 128, 128, 8, 3)),
+        (0, Tile(32, 64, 128, 4, 4)),
+    ),
+}
+
+# Sums of groups in float32 need registers of their own.
+_GROUPED: dict[int, tuple[tuple[int, Tile], ...]] = {
+    80: ((108, Tile(128, 64, 64, 4, 3)), (0, Tile(32, 64, 64, 4, 3))),
+    89: ((128, Tile(128, 64, 64, 4, 3)), (0, Tile(32, 64, 64, 4, 3))),
+    90: ((66, Tile(128, 128, 128, 8, 3)), (0, Tile(32, 64, 128, 4, 4))),
+}
+
+
+def tiles(capability: int, grouped: bool) -> tuple[tuple[int, Tile], ...]:
+    """The table of a card of this compute capability (86 is 8.6).
+
+    Raises:
+        ValueError: it is older than any that has a table.
+    """
+    known = [arch for arch in ARCHITECTURES if arch <= capability]
+    if not known:
+        raise ValueError(f"compute capability must be at least {ARCHITECTURES[0]}, got {capability}")
+    # 8.6 has the shared memory of 8.9.
+    arch = 89 if 86 <= capability < 90 else max(known)
+    return (_GROUPED if grouped else _TABLE)[arch]
+
+
+def tile_for(m: int, n: int, capability: int, group: int | None = None) -> Tile:
+    """The tile for a product of M x N outputs; ``group``: input features that share scales, None for all.
+
+    M counts as the next power of two, so that resolutions that differ little share a program.
+    """
+    m = 1 << max(0, m - 1).bit_length()
+    count = -(-m // 128) * -(-n // 128)
+    tile = next(tile for least, tile in tiles(capability, group is not None) if count >= least)
+    if group is None:
+        return tile
+    # An integer product takes at least 32 features.
+    return tile._replace(BK=max(32, min(tile.BK, 1 << (group - 1).bit_length())))
