@@ -19,6 +19,9 @@ WORDS = "<pad> </s> <unk> a red green blue small big cat dog house tree on in th
 PROMPTS = ["a red cat", "the big dog on the sea", "a small house in the snow", "blue tree"]
 CLASSES = ["3", "7", "11", "0"]
 
+# Parts of the names of layers that write to the residual stream.
+RESIDUAL = (".attn", ".cross_attn", ".ff.", ".ff_context.", ".ffn.", ".mlp.", ".proj_mlp.", ".proj_out.")
+
 # ------------------------------------------------------------------------------------- transformers
 
 
@@ -45,7 +48,7 @@ def perturbed(model: nn.Module) -> nn.Module:
             p.mul_(8)
         elif name.endswith("norm1.linear.bias"):
             p.mul_(4)
-        elif any(part in name for part in (".attn", ".ff.", ".ff_context.", ".ffn.", ".proj_mlp.", ".proj_out.")):
+        elif any(part in name for part in RESIDUAL):
             p.mul_(3)
     return model
 

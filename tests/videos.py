@@ -111,8 +111,16 @@ def mochi() -> Any:
     return _complete(diffusers.MochiPipeline, tiny_model("mochi", in_channels=12), vae, scheduler)
 
 
+def stdit() -> Any:
+    from ditq.architectures.opensora import OpenSoraPipeline
+
+    scheduler = diffusers.DDPMScheduler(beta_schedule="linear", variance_type="learned_range", clip_sample=False)
+    return _complete(OpenSoraPipeline, tiny_model("stdit"), tiny_vae(), scheduler)
+
+
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "latte": (latte, {}),
+    "stdit": (stdit, {}),
     "cogvideox": (cogvideox, {"max_sequence_length": 16}),
     "wan": (wan, {**SMALL, "num_frames": 5, "max_sequence_length": 8}),
     "hunyuanvideo": (

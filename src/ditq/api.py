@@ -90,7 +90,7 @@ def quantize(
             transformer that is quantized already.
         DitqError: NaN or Inf in weights or activations; nothing to quantize.
     """
-    model: nn.Module = pipe if isinstance(pipe, nn.Module) else getattr(pipe, component, None)
+    model: Any = pipe if isinstance(pipe, nn.Module) else getattr(pipe, component, None)
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"quantize() takes a diffusers pipeline with a {component}, or a transformer; got {type(pipe).__name__}."
@@ -219,6 +219,8 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -
         UsageError: the folder is no diffusers pipeline, or has no transformer; no such bundled model.
         CheckpointError: its files are damaged, or do not fit their plan.
     """
+    import json
+
     from diffusers import DiffusionPipeline
 
     from ditq.checkpoint.registration import register
@@ -230,8 +232,14 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -
         plan = read_plan(folder)
         if plan is not None:
             verify(sorted((folder / "transformer").glob("*.safetensors")), plan)
+    kind = DiffusionPipeline
+    if isinstance(folder, Path):
+        with suppress(OSError, ValueError, AttributeError):  # diffusers says what is wrong with it
+            kind = architectures.pipeline_class(
+                json.loads((folder / "model_index.json").read_text()).get("_class_name")
+            )
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, **({"dtype": dtype} if dtype else {}), **kwargs)
+        pipe = kind.from_pretrained(folder, **({"dtype": dtype} if dtype else {}), **kwargs)
     except DitqError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -1,5 +1,5 @@
 """What each model family *is*, as data: the role of every linear layer and what feeds it. One YAML a family."""
 
-from ditq.architectures.architecture import Architecture, InputGroup, Linear, load, match, names
+from ditq.architectures.architecture import Architecture, InputGroup, Linear, load, match, names, pipeline_class
 
-__all__ = ["Architecture", "InputGroup", "Linear", "load", "match", "names"]
+__all__ = ["Architecture", "InputGroup", "Linear", "load", "match", "names", "pipeline_class"]

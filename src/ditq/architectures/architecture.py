@@ -182,7 +182,8 @@ class Architecture(_Strict):
 
     def _groups(self, model: nn.Module) -> Iterator[InputGroup]:
         for stack, groups in self.stacks.items():
-            for i, block in enumerate(_get(model, stack, self.name)):  # type: ignore[arg-type]
+            blocks: Any = _get(model, stack, self.name)
+            for i, block in enumerate(blocks):
                 for group in groups:
                     if (group.has and not present(block, group.has)) or (group.lacks and present(block, group.lacks)):
                         continue
@@ -276,6 +277,16 @@ def load(architecture: str | Path | Architecture) -> Architecture:
         f"Unknown architecture {str(architecture)!r}. Known: {', '.join(names())}. Or give the path of a .yaml file "
         "(copy one from ditq/architectures, see CONTRIBUTING.md, Add a model)."
     )
+
+
+def pipeline_class(name: str) -> Any:
+    """The pipeline class of this name if it is one of ours, else ``DiffusionPipeline``, which finds diffusers' own."""
+    import diffusers
+
+    own = (a for a in _bundled().values() if a.module != "diffusers" and name in a.pipeline.classes)
+    for architecture in own:
+        return getattr(import_module(architecture.module), name)
+    return diffusers.DiffusionPipeline
 
 
 def match(model: nn.Module) -> Architecture:
