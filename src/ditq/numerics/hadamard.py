@@ -90,11 +90,11 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
         ValueError: the last axis of ``x`` is not ``rotation.size``.
     """
     _check_width(x, rotation)
-    outer, inner = _factors(rotation.block)
-    scaled = x.float() * _cached_scaled_signs(rotation, x.device)
-    v = scaled.reshape(-1, outer, inner) @ _cached_matrix(inner, x.device)
+    outer, inner = _split(rotation.block)
+    scaled = x.float() * _kept[_signs_key(rotation.size, rotation.block, rotation.seed, x.device)]
+    v = scaled.reshape(-1, outer, inner) @ _kept[_matrix_key(inner, x.device)]
     if outer > 1:
-        v = _cached_matrix(outer, x.device).T @ v
+        v = _kept[_matrix_key(outer, x.device)].T @ v
     return v.reshape(x.shape)
 
 
@@ -179,6 +179,33 @@ def _cached_scaled_signs(rotation: Rotation, device: torch.device) -> Tensor:
     """The signs over sqrt(block): the normalization rides along where a product with the signs is due anyway."""
     with torch.inference_mode(False):
         return (signs(rotation.size, rotation.seed) / math.sqrt(rotation.block)).to(device)
+
+
+# torch.compile can trace neither caches nor random generators. It takes what the three functions below return as
+# constants, and then reads the tensor from the dictionary. (Tensors as constants would need names of their own.)
+
+_kept: dict[str, Tensor] = {}
+
+
+def _split(n: int) -> tuple[int, int]:
+    return _factors(n)
+
+
+def _matrix_key(n: int, device: torch.device) -> str:
+    key = f"{n} {device}"
+    _kept[key] = _cached_matrix(n, device)
+    return key
+
+
+def _signs_key(size: int, block: int, seed: int, device: torch.device) -> str:
+    key = f"{size} {block} {seed} {device}"
+    _kept[key] = _cached_scaled_signs(Rotation(size, block, seed), device)
+    return key
+
+
+for _function in (_split, _matrix_key, _signs_key):
+    # The decorator torch.compiler.assume_constant_result sets this too, and imports the whole compiler.
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _paley(order: int) -> Tensor:
