@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from videos import stdit
 
 from ditq import architectures
-from ditq.architectures.opensora import STDiT, STDiT3, from_official, load_official
-from ditq.architectures.opensora.checkpoint import official
+from ditq.architectures.official import from_official, load_official, official
+from ditq.architectures.opensora import STDiT, STDiT3
 from ditq.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]
