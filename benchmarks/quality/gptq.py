@@ -43,7 +43,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "W4 g128": {"bits": 4, "granularity": "group", "group_size": 128},
     "W3 g128": {"bits": 3, "granularity": "group", "group_size": 128},
 }
-# Pairs that differ in one thing: rounding, range or order. A recipe, and what is set in it.
+# Pairs that differ in one thing: rounding, range or order. A recipe (its -w4a8), and what is set in it.
 NEAREST, GPTQ = ("rounding=nearest",), ("rounding=gptq",)
 MINMAX, MSE, NATURAL, ACTIVATION = "clip=minmax", "clip=mse", "gptq.order=natural", "gptq.order=activation"
 G32 = ("weights.group_size=32", "activations.group_size=32")
@@ -123,11 +123,13 @@ def roundings(
 def model(args: argparse.Namespace) -> list[dict[str, Any]]:
     pipe, seen = statistics_of(args.model, "calibration", args.seed, prompts=64)
     compare = Compare(args, pipe)
-    return [
-        {"bits": f"w{bits}", "recipe": title, **compare(f"{recipe}-w{bits}", overrides, seen, f"w{bits} {title}")}
-        for bits in args.bits
-        for title, (recipe, *overrides) in RECIPES.items()
-    ]
+    table = []
+    for bits in args.bits:
+        widths = [f"{tensor}.bits={n}" for tensor, n in zip(("weights", "activations"), bits.split("a"), strict=True)]
+        for title, (recipe, *overrides) in RECIPES.items():
+            found = compare(f"{recipe}-w4a8", [*widths, *overrides], seen, f"w{bits} {title}")
+            table.append({"bits": f"w{bits}", "recipe": title, **found})
+    return table
 
 
 def calls(args: argparse.Namespace) -> list[dict[str, Any]]:
