@@ -63,7 +63,7 @@ def plan_of(args: argparse.Namespace, row: str, width: str, statistics: Statisti
     pipe = api.load(args.model)
     options: dict[str, Any] = {"statistics": statistics, "seed": args.seed}
     if row == SEARCH:
-        path = args.plans / f"qdit-{width}-evolution.plan.json"
+        path = args.plans / f"qdit-{width}-evolution-recipe.plan.json"
         if not path.is_file():
             print(f"{row}: there is no {path}; run granularity_search.py first", file=sys.stderr)
             return None

@@ -3,8 +3,10 @@
 ``python benchmarks/quality/granularity_search.py`` searches group sizes for ``bundled:emoji-class`` at W4A8 and W4A4
 within the BitOps of uniform g = 128: by evolution, by random search with as many evaluations, and by an integer
 program on layer errors. Then it draws held-out classes from noise that no search has seen with every plan, and prints
-how near they are to the 16-bit model, as paired differences to uniform g = 128 with 95 % bootstrap intervals. Rows are
-rounded to nearest; ``--gptq`` adds those with GPTQ. The result is ``benchmarks/results/granularity_search.json``.
+how near they are to the 16-bit model, as paired differences to uniform g = 128 with 95 % bootstrap intervals: by the
+search's own fitness (prediction error on the 16-bit trajectory) and by where the trajectories end. Rows are rounded to
+nearest; ``--gptq`` adds those with GPTQ. The result is ``benchmarks/results/granularity_search.json``, the plans are
+in ``--folder``.
 
 Everything is kept in ``--folder``: run it again to go on, or in several processes at once to share the searches.
 """
@@ -25,13 +27,18 @@ from environment import environment, write
 import ditq
 from ditq import api, architectures
 from ditq import recipe as recipes
-from ditq.allocation import LATENT, PREDICTION, Evolution, SearchResult
+from ditq.allocation import LATENT, PREDICTION, Evolution, SearchResult, prediction_error_db
 from ditq.metrics import paired_difference
+from ditq.metrics.interval import aggregate
 from ditq.metrics.measure import measure
+from ditq.plan import Plan
 from ditq.sampling import PictureCache, Samples, sample
 
 STRATEGIES = ("uniform", "random", "program", "evolution")
-METRICS = ("latent_sqnr_db", "psnr_db")
+DRAWN = ("latent_sqnr_db", "psnr_db")
+METRICS = ("prediction_sqnr_db", *DRAWN)
+CALIBRATION = ["calibration.steps=20"]
+Call = tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]  # arguments and output
 FITNESS = {"prediction": PREDICTION, "latent": LATENT}
 
 
@@ -48,9 +55,10 @@ def search(args: argparse.Namespace, recipe: str, strategy: str, prompts: list[s
     }  # fmt: skip
     result = ditq.search(
         pipe, recipe, [prompts[i % len(prompts)] for i in range(args.pictures)], sizes=args.sizes, budget=args.budget,
-        steps=args.steps, batch_size=args.pictures, calibration=prompts, seed=args.seed,
-        overrides=["calibration.prompts=32", "calibration.steps=20"] if strategy == "program" else [],
-        storage=args.folder / f"{recipe}-{strategy}-{args.fitness}.search", fitness=FITNESS[args.fitness],
+        steps=args.steps, batch_size=32, calibration=prompts, seed=args.seed, overrides=CALIBRATION,
+        moments=args.moments, rounding=args.rounding,
+        fitness=FITNESS[args.fitness],
+        storage=args.folder / f"{recipe}-{strategy}-{args.fitness}-{args.rounding}.search",
         on_trial=tell, **options,
     )  # fmt: skip
     print(file=sys.stderr)
@@ -61,6 +69,31 @@ def draw(args: argparse.Namespace, pipe: Any, prompts: list[str]) -> Samples:
     arch = architectures.match(pipe.transformer)
     cache = PictureCache(args.folder / "pictures")
     return sample(pipe, arch, prompts, seed=args.seed, steps=args.held_out_steps, batch_size=32, cache=cache)
+
+
+def nearest(plan: Plan) -> Plan:
+    """The same allocation, rounded to nearest."""
+    layers = tuple(layer.model_copy(update={"rounding": "nearest", "gptq": None}) for layer in plan)
+    return plan.model_copy(update={"layers": layers})
+
+
+def predictions(args: argparse.Namespace, prompts: list[str]) -> list[Call]:
+    """Calls of the 16-bit transformer along its own trajectories of held-out pictures, all pictures in each."""
+    pipe, calls = api.load(args.model), list[Call]()
+    pipe.transformer.register_forward_hook(
+        lambda model, *call: calls.append((call[0], call[1], call[2][0])), with_kwargs=True
+    )
+    sample(pipe, architectures.match(pipe.transformer), prompts, seed=args.seed, steps=args.steps,
+           batch_size=len(prompts), decode=False)  # fmt: skip
+    return calls
+
+
+@torch.no_grad()
+def prediction_sqnr_db(calls: list[Call], pipe: Any, n: int) -> list[float]:
+    """Of each of n pictures: mean over steps and both halves of the guidance, which lie n rows apart."""
+    before = [output for *_, output in calls]
+    after = [pipe.transformer(*positional, **named)[0] for positional, named, _ in calls]
+    return [-prediction_error_db([x[i::n] for x in before], [x[i::n] for x in after]) for i in range(n)]
 
 
 def main() -> None:
@@ -75,7 +108,9 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--probability", type=float, default=0.1)
     parser.add_argument("--fitness", default="prediction", choices=FITNESS)
-    parser.add_argument("--pictures", type=int, default=16, help="of one evaluation")
+    parser.add_argument("--pictures", type=int, default=128, help="of one evaluation")
+    parser.add_argument("--moments", type=int, default=1, help="timesteps of each picture, for predictions")
+    parser.add_argument("--rounding", default="recipe", choices=["recipe", "nearest"], help="of the candidates")
     parser.add_argument("--steps", type=int, default=10, help="of one evaluation")
     parser.add_argument("--held-out", type=int, default=64, help="pictures of the comparison")
     parser.add_argument("--held-out-steps", type=int, default=20)
@@ -92,20 +127,23 @@ def main() -> None:
     calibration, held_out = (ditq_bundled.prompts(name, split) for split in ("calibration", "evaluation"))
     held_out = [held_out[i % len(held_out)] for i in range(args.held_out)]
     reference = draw(args, api.load(args.model), held_out)
+    calls = predictions(args, held_out)
     arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     result: dict[str, Any] = {**environment(), "arguments": arguments, "rows": {}}
     for recipe in args.recipes:
         drawn: dict[str, Samples] = {}
+        predicted: dict[str, list[float]] = {}
         rows: dict[str, Any] = {}
         for strategy in args.strategies:
             found = search(args, recipe, strategy, calibration)
-            (args.folder / f"{recipe}-{strategy}.plan.json").write_text(found.plan.to_json() + "\n")
-            plans = {strategy: found.candidate} | ({f"{strategy} + GPTQ": found.plan} if args.gptq else {})
+            (args.folder / f"{recipe}-{strategy}-{args.rounding}.plan.json").write_text(found.plan.to_json() + "\n")
+            plans = {strategy: nearest(found.plan)} | ({f"{strategy} + GPTQ": found.plan} if args.gptq else {})
             for row, plan in plans.items():
                 pipe = api.load(args.model)
-                settings = recipes.load(recipe).calibration
+                settings = recipes.load(recipe).override(CALIBRATION).calibration
                 done = api.quantize(pipe, plan, prompts=calibration, calibration=settings, seed=args.seed, resume=True)
                 drawn[row] = draw(args, pipe, held_out)
+                predicted[row] = prediction_sqnr_db(calls, pipe, len(held_out))
                 rows[row] = {
                     "search_fitness_db": found.fitness,
                     "evaluations": len(found.scored),
@@ -119,24 +157,30 @@ def main() -> None:
                         if (layers := [x for x in done.plan.quantized if x.role == role])
                     },
                 }
-        measured = measure(reference, drawn, metrics=METRICS)
-        print(f"\n{recipe}: {len(held_out)} held-out pictures, {args.held_out_steps} steps, seed {args.seed}")
-        print(f"{'row':20} {'evals':>5} {'fitness':>8} {'BitOps':>7} {'latent SQNR dB':>22} {'PSNR dB':>22}"
-              f"  difference to {args.strategies[0]}, latent SQNR dB")  # fmt: skip
+        measured = measure(reference, drawn, metrics=DRAWN)
+        values = {row: {"prediction_sqnr_db": predicted[row], **measured.values[row]} for row in rows}
+        print(f"\n{recipe}: {len(held_out)} held-out pictures, seed {args.seed}")
+        columns = " ".join(f"{metric:>24}" for metric in METRICS)
+        print(f"{'row':20} {'evals':>5} {'fitness':>8} {'BitOps':>7} {columns}  differences to {args.strategies[0]}")
         for row, entry in rows.items():
-            entry |= {metric: measured.scores[row][metric].model_dump(mode="json") for metric in METRICS}
             base = args.strategies[0] + (" + GPTQ" if row.endswith("GPTQ") else "")
-            values = {r: measured.values[r]["latent_sqnr_db"] for r in (row, base)}
-            entry["difference_latent_sqnr_db"] = paired_difference(values[row], values[base]).model_dump(mode="json")
-            s, p, d = (entry[key] for key in (*METRICS, "difference_latent_sqnr_db"))
+            for metric in METRICS:
+                gap = paired_difference(values[row][metric], values[base][metric])
+                entry[metric] = aggregate(values[row][metric]).model_dump(mode="json")
+                entry[f"difference_{metric}"] = gap.model_dump(mode="json")
             print(
                 f"{row:20} {entry['evaluations']:5} {entry['search_fitness_db']:8.3f} "
                 f"{entry['bit_operations'] / entry['budget']:7.4f} "
-                + " ".join(f"{x['mean']:7.2f} [{x['ci95'][0]:5.2f}, {x['ci95'][1]:5.2f}]" for x in (s, p))
-                + f"  {d['mean']:+.2f} [{d['ci95'][0]:+.2f}, {d['ci95'][1]:+.2f}]  {entry['group_sizes']}"
-            )
+                + " ".join(_interval(entry[metric]) for metric in METRICS) + "  "
+                + " ".join(_interval(entry[f"difference_{metric}"], "+") for metric in METRICS)
+                + f"  {entry['group_sizes']}"
+            )  # fmt: skip
         result["rows"][recipe] = rows
     print("\nwritten to", write(args.name, result))
+
+
+def _interval(value: dict[str, Any], sign: str = "") -> str:
+    return f"{value['mean']:{sign}8.2f} [{value['ci95'][0]:{sign}.2f}, {value['ci95'][1]:{sign}.2f}]"
 
 
 if __name__ == "__main__":

@@ -45,6 +45,27 @@ def test_a_candidate_draws_what_its_plan_draws(name: str) -> None:
         ]
 
 
+def test_gptq_rounds_on_inputs_of_the_16_bit_model() -> None:
+    """In the first block those are the inputs that a plan that is carried out sees, later on they are not."""
+    recipe = load("qdit-w3a8")
+    model, candidates, space, layers, statistics = made(recipe)
+    genome = space.random(Random(1))
+    candidates.put(genome)
+    chosen = {layer.name: layer for layer in space.planned(genome)}
+    fresh = tiny_model("dit")
+    convert(
+        fresh, ARCH, [chosen.get(layer.name, layer) for layer in layers], statistics,
+        method=recipe.method, recipe=recipe.name, nominal=(3, 8),
+    )  # fmt: skip
+    same = {
+        layer.name: torch.equal(model.get_submodule(layer.name).qweight, fresh.get_submodule(layer.name).qweight)
+        for layer in space.layers
+    }
+    assert {layer.rounding for layer in candidates.plan if layer.weight} == {"gptq"}
+    assert all(equal for name, equal in same.items() if "blocks.0." in name)
+    assert not all(equal for name, equal in same.items() if "blocks.1." in name)
+
+
 def test_layers_that_keep_their_size_are_not_touched_and_known_ones_not_made_again() -> None:
     model, candidates, space, _, _ = made(load("rtn-w4a4"))
     first = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}

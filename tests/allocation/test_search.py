@@ -12,7 +12,6 @@ from helpers import CLASSES, draw, tiny_dit, tiny_pixart
 import ditq
 from ditq import api, architectures
 from ditq.allocation import LATENT, Evolution, Fitness, SearchResult, latent_error_db
-from ditq.allocation.fitness import undecoded
 from ditq.allocation.search import NOISE_OFFSET
 from ditq.errors import DitqError, UsageError
 from ditq.sampling import sample
@@ -53,7 +52,7 @@ def test_fitness_of_latents_measured_again_from_the_outside() -> None:
 
 
 def test_prediction_error_is_measured_on_the_inputs_of_the_16_bit_model() -> None:
-    result = search()
+    result = search(moments=2)  # all there are
     calls: list[Any] = []
     pipe, fresh = tiny_dit(), tiny_dit()
     pipe.transformer.register_forward_hook(lambda m, a, k, out: calls.append((a, k, out[0])), with_kwargs=True)
@@ -90,12 +89,42 @@ def test_rivals_search_the_same_space(strategy: str, count: int) -> None:
     assert result.bit_operations <= result.budget * (1 + 1e-6)
 
 
-def test_rounding_of_the_recipe_is_for_the_final_plan_only() -> None:
-    result = search(recipe="qdit-w4a8")  # GPTQ: needs calibration, but the search does not
+CALIBRATED: dict[str, Any] = {
+    "calibration": CLASSES, "overrides": ["calibration.prompts=2", "calibration.steps=2", "calibration.rows=64"]
+}  # fmt: skip
+
+
+def test_candidates_may_be_rounded_to_nearest_and_the_final_plan_by_gptq() -> None:
+    result = search(recipe="qdit-w4a8", rounding="nearest")  # GPTQ needs calibration, but the search does not
     assert {layer.rounding for layer in result.plan.quantized} == {"gptq"}
     assert {layer.rounding for layer in result.candidate.quantized} == {"nearest"}
     assert result.plan.needs_calibration
     assert not result.candidate.needs_calibration
+
+
+def test_candidates_are_rounded_as_the_recipe_asks() -> None:
+    result, nearest = (
+        search(recipe="qdit-w3a8", rounding=rounding, strategy="uniform", **CALIBRATED)
+        for rounding in ("recipe", "nearest")
+    )
+    assert {layer.rounding for layer in result.candidate.quantized} == {"gptq"}
+    assert len(result.scored) == len(nearest.scored) > 1
+    assert all(a[0] == b[0] and a[1] < b[1] for a, b in zip(result.scored, nearest.scored, strict=True))
+    with pytest.raises(UsageError, match="needs calibration"):
+        search(recipe="qdit-w4a8")
+
+
+@pytest.mark.parametrize("moments", [1, 2, 3])
+def test_moments_of_every_picture(moments: int) -> None:
+    seen: list[list[int]] = []
+
+    def count(reference: Any, outputs: Any) -> float:
+        seen.append([len(rows) for rows in outputs])
+        return 0.0
+
+    search(fitness=Fitness("count", count, "outputs"), moments=moments, steps=3, trials=1, batch_size=1)
+    assert sum(seen[0]) == 2 * moments * 2  # pictures, moments, halves of the guidance
+    assert len(seen[0]) <= 3  # pictures of one timestep side by side
 
 
 def test_a_text_model_with_balance() -> None:
@@ -118,15 +147,6 @@ def test_latent_error_is_minus_the_sqnr_that_compare_reports() -> None:
     assert latent_error_db(reference, drawn) == math.inf
 
 
-def test_nothing_is_decoded_for_a_fitness_of_latents() -> None:
-    pipe = tiny_dit()
-    before = pipe.vae.decode(torch.zeros(1, 4, 8, 8)).sample
-    with undecoded(pipe):
-        latents = torch.randn(1, 4, 8, 8)
-        assert torch.equal(pipe.vae.decode(latents).sample, latents[:, :3])
-    assert torch.equal(pipe.vae.decode(torch.zeros(1, 4, 8, 8)).sample, before)
-
-
 def test_candidates_that_all_draw_nan_are_an_error() -> None:
     with pytest.raises(DitqError, match="All 5 candidates draw NaN"):
         search(fitness=Fitness("nan", lambda reference, drawn: math.nan))
@@ -137,6 +157,10 @@ def test_usage_errors() -> None:
         search(strategy="annealing")
     with pytest.raises(UsageError, match="at least 1 trial"):
         search(trials=0)
+    with pytest.raises(UsageError, match="got moments=0"):
+        search(moments=0)
+    with pytest.raises(UsageError, match="Unknown rounding of candidates 'gptq'.*nearest, recipe"):
+        search(rounding="gptq")
     with pytest.raises(UsageError, match="needs calibration"):
         search(strategy="program")
     with pytest.raises(UsageError, match="nothing to search"):

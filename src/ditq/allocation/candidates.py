@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from ditq.allocation.budget import grouped
 from ditq.allocation.space import Genome, Space
-from ditq.architectures import Architecture
+from ditq.architectures import Architecture, InputGroup
 from ditq.calibration import Statistics
+from ditq.calibration.calls import Call
 from ditq.layers import QuantizedLinear
 from ditq.methods import convert, replace
 from ditq.methods.error import group_scale
+from ditq.methods.gptq import round_weight, walk_blocks
 from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
 
@@ -18,9 +23,10 @@ from ditq.recipe import Recipe
 class Candidates:
     """Puts the layers of one genome after another into a model, in place.
 
-    Layers are rounded to nearest, as in the paper's loop: compensated rounding would take minutes a candidate. Each
-    (layer, group size) is quantized once and then kept, packed: b of 16 bits a weight and group size. What runs is
-    what a checkpoint would run, integer products included.
+    Each (layer, group size) is quantized once and then kept, packed: b of 16 bits a weight and group size. What runs
+    is what a checkpoint would run, integer products included. Where the plans of the layers say GPTQ, all are rounded
+    first, block by block on inputs of the 16-bit model: those of a candidate's own quantized blocks would take
+    minutes a candidate. The paper rounds candidates to nearest.
 
     Args:
         layers: plans of all linears of the model, of which ``space`` has those that change.
@@ -45,17 +51,19 @@ class Candidates:
         self.linears = {x.name: x.module for x in architecture.linears(model)}
         # Before anything is folded, as convert() does it.
         self.scales: dict[str, torch.Tensor] = {}
+        of_groups: dict[str, torch.Tensor | None] = {}
         planned = {layer.name: layer for layer in layers}
         for group in architecture.groups(model):
+            of_groups[group.name] = None
             for linear in group.linears:
                 if (smooth := planned[linear.name].smooth) is not None:
                     assert statistics is not None
                     scale = group_scale(smooth, group, statistics.groups[group.name], statistics.timesteps)
-                    self.scales[linear.name] = scale.to(linear.module.weight.device)
-        start = {layer.name: layer for layer in space.planned(space.coarsest)}
+                    self.scales[linear.name] = of_groups[group.name] = scale.to(linear.module.weight.device)
+        start = {layer.name: _to_nearest(layer) for layer in space.planned(space.coarsest)}
         self.plan: Plan = convert(
-            model, architecture, [start.get(layer.name, layer) for layer in layers], statistics,
-            method=recipe.method, recipe=recipe.name, seed=seed,
+            model, architecture, [start.get(layer.name, _to_nearest(layer)) for layer in layers], statistics,
+            method=recipe.method, recipe=recipe.name, seed=seed, timesteps=recipe.calibration.timesteps,
             nominal=(recipe.weights.bits, recipe.activations.bits if recipe.activations else 16),
         )  # fmt: skip
         self.genome = space.coarsest
@@ -63,25 +71,55 @@ class Candidates:
             (layer.name, size): model.get_submodule(layer.name)
             for layer, size in zip(space.layers, self.genome, strict=True)
         }
+        if any(layer.rounding == "gptq" for layer in space.layers):
+            assert statistics is not None
+            self._round(architecture, of_groups, statistics.calls)
+            self.put(space.coarsest)
+
+    def _round(
+        self, architecture: Architecture, scales: dict[str, torch.Tensor | None], calls: Sequence[Call]
+    ) -> None:
+        """Makes every searched layer at every size by GPTQ."""
+        for layer in self.space.layers:
+            replace(self.model, layer.name, self.linears[layer.name])
+        groups: dict[str, list[InputGroup]] = {}
+        for group in architecture.groups(self.model):
+            groups.setdefault(group.block, []).append(group)
+        choices = {x.name: (x, sizes) for x, sizes in zip(self.space.layers, self.space.choices, strict=True)}
+        plans = {name: layer for name, (layer, _) in choices.items()} | {
+            layer.name: layer for layer in self.plan if layer.name not in choices
+        }
+        for _, hessians in walk_blocks(self.model, architecture, groups, plans, scales, calls, lambda call: None):
+            for name, hessian in hessians.items():
+                layer, sizes = choices[name]
+                scale = self.scales.get(name)
+                for size in sizes:
+                    plan, quantized = round_weight(self.linears[name], grouped(layer, size), scale, hessian)
+                    self._made[name, size] = QuantizedLinear.from_linear(
+                        self.linears[name], plan, smooth_scale=scale, quantized=quantized
+                    )
 
     @torch.no_grad()
     def put(self, genome: Genome) -> None:
         """Changes the model to the group sizes of ``genome``."""
-        if genome == self.genome:
-            return
         layers = {layer.name: layer for layer in self.space.planned(genome)}
-        for layer, old, new in zip(layers.values(), self.genome, genome, strict=True):
-            if old != new:
-                key = (layer.name, new)
-                if key not in self._made:
-                    self._made[key] = QuantizedLinear.from_linear(
-                        self.linears[layer.name], layer, smooth_scale=self.scales.get(layer.name)
-                    )
+        for layer, size in zip(layers.values(), genome, strict=True):
+            key = (layer.name, size)
+            if key not in self._made:
+                self._made[key] = QuantizedLinear.from_linear(
+                    self.linears[layer.name], layer, smooth_scale=self.scales.get(layer.name)
+                )
+            if self.model.get_submodule(layer.name) is not self._made[key]:
                 replace(self.model, layer.name, self._made[key])
+        sizes = dict(zip(layers, genome, strict=True))
         updated = [
             layer if layer.name not in layers
-            else layers[layer.name].model_copy(update={"incoherence": layer.incoherence})
+            else self._made[layer.name, sizes[layer.name]].plan.model_copy(update={"incoherence": layer.incoherence})
             for layer in self.plan
         ]  # fmt: skip
         self.plan = self.plan.model_copy(update={"layers": tuple(updated)})
         self.genome = genome
+
+
+def _to_nearest(layer: LayerPlan) -> LayerPlan:
+    return layer.model_copy(update={"rounding": "nearest", "gptq": None})

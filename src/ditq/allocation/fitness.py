@@ -11,6 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ditq.architectures import Architecture
+from ditq.arguments import bound
+from ditq.calibration.blocks import on_device
+from ditq.calibration.calls import Call, Recorder, call_time
 from ditq.sampling import Samples
 
 
@@ -21,9 +25,9 @@ class Fitness:
     Attributes:
         name: belongs to a study's identity, so it changes with everything that changes the number.
         score: of what the 16-bit model gave and what the candidate gave, for the same conditions and seeds.
-        sees: what is given. ``outputs``: a list with the transformer's output for every call of the 16-bit model's
-            sampling, on the inputs that the 16-bit model had. ``latents``: :class:`ditq.sampling.Samples` without
-            meaningful pictures. ``pictures``: the same with pictures.
+        sees: what is given. ``outputs``: a list with the transformer's output for every kept call of the 16-bit
+            model's sampling, on the inputs that it had. ``latents``: :class:`ditq.sampling.Samples` without pictures.
+            ``pictures``: the same with pictures.
     """
 
     name: str
@@ -66,38 +70,24 @@ def _mean_db(ratios: Sequence[Tensor]) -> float:
 PREDICTION = Fitness("prediction error, dB", prediction_error_db, "outputs")
 LATENT = Fitness("latent error, dB", latent_error_db, "latents")
 
-Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
-"""Positional and keyword arguments of a transformer, and its output."""
-
 
 @contextmanager
-def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
-    """Every call of the transformer inside."""
-    calls: list[Call] = []
+def kept_moments(model: nn.Module, architecture: Architecture, moments: int, seed: int) -> Iterator[Recorder]:
+    """Keeps the transformer's calls of that many random timesteps of every sample of the one batch drawn inside."""
+    recorder = Recorder(architecture, moments, seed)
 
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append((args, kwargs, output[0].clone()))
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = bound(model, type(model).__name__, args, kwargs)
+        recorder.note(call, call_time(architecture, call))
 
-    handle = model.register_forward_hook(keep, with_kwargs=True)
+    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        yield calls
+        yield recorder
     finally:
         handle.remove()
 
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    """What the transformer gives now for the inputs of recorded calls."""
-    return [model(*args, **kwargs)[0] for args, kwargs, _ in calls]
-
-
-@contextmanager
-def undecoded(pipe: Any) -> Iterator[None]:
-    """Inside, the pipeline's decoder passes three channels of the latents on: pictures of no meaning, at no cost."""
-    from diffusers.models.autoencoders.vae import DecoderOutput
-
-    pipe.vae.decode = lambda latents, *args, **kwargs: DecoderOutput(sample=latents[:, :3])
-    try:
-        yield
-    finally:
-        del pipe.vae.decode
+    """What the transformer gives now for kept calls."""
+    return [model(**on_device(call, model), return_dict=False)[0] for call in calls]

@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,11 +18,12 @@ from ditq.allocation import study
 from ditq.allocation.budget import scale_overhead_bits
 from ditq.allocation.candidates import Candidates
 from ditq.allocation.evolution import Evolution, Scored
-from ditq.allocation.fitness import PREDICTION, Fitness, outputs_of, recorded_calls, undecoded
+from ditq.allocation.fitness import PREDICTION, Fitness, kept_moments, outputs_of
 from ditq.allocation.rivals import Fixed, integer_program, layer_errors, uniform_genomes
 from ditq.allocation.space import Genome, Space
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate
+from ditq.calibration.calls import Call, merged
 from ditq.errors import DitqError, UsageError, unknown
 from ditq.methods import draft, plan_layers
 from ditq.plan import LayerPlan, Plan
@@ -30,6 +31,7 @@ from ditq.recipe import Recipe
 from ditq.sampling import Samples, fingerprint, sample
 
 STRATEGIES = ("evolution", "random", "program", "uniform")
+ROUNDINGS = ("nearest", "recipe")
 
 # Added to the seed, so that neither calibration nor a comparison with the same seed sees the noise of the search.
 NOISE_OFFSET = 20_000
@@ -43,8 +45,8 @@ class SearchResult:
 
     Attributes:
         plan: the best allocation, with the rounding that the recipe asks for; carry it out on a fresh pipeline.
-        candidate: the same rounded to nearest, as it is in the model now.
-        fitness: of the best candidate, rounded to nearest; smaller is better.
+        candidate: the same as it is in the model now.
+        fitness: of the best candidate; smaller is better.
         bit_operations, budget: of the plan and at most, for one picture.
         scale_overhead_bits: bits of scales and zero points for each quantized weight.
         scored: all individuals with their fitness.
@@ -87,6 +89,8 @@ def search(
     sizes: Sequence[int] | None = None,
     budget: float | str = "uniform:128",
     fitness: Fitness = PREDICTION,
+    moments: int = 1,
+    rounding: Literal["nearest", "recipe"] = "recipe",
     steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int = 16,
@@ -101,13 +105,17 @@ def search(
     """Searches the group size of every linear that ``recipe`` quantizes (Q-DiT's automatic granularity allocation).
 
     Formats, balance and the layers that stay in 16 bit are the recipe's; its granularities are replaced by groups.
-    The pipeline is used up: its transformer is left quantized with the best plan, rounded to nearest.
+    The pipeline is used up: its transformer is left as the best candidate.
 
     Args:
         conditions: what every candidate draws, number i from the noise of one seed. Class names or prompts.
         strategy: a name of ``STRATEGIES``, or an :class:`Evolution` with other numbers than the paper's.
         trials: candidates that are evaluated at most; ``program`` and ``uniform`` have few.
         sizes, budget: see :meth:`Space.of`.
+        moments: random timesteps of each picture that a fitness of outputs looks at. Many pictures and few moments
+            of each tell more of other pictures, at one cost, than few pictures and all their moments.
+        rounding: of the candidates. "recipe" does it as the recipe asks; where that is GPTQ, each layer is rounded
+            once at each size, on inputs of the 16-bit model. "nearest" is the paper's.
         calibration: conditions to calibrate with, where the recipe or ``program`` needs it.
         statistics: finished statistics, instead of calibrating here.
         storage, patience: see :func:`ditq.allocation.run`.
@@ -120,31 +128,40 @@ def search(
     """
     if isinstance(strategy, str) and strategy not in STRATEGIES:
         raise unknown("strategy", strategy, STRATEGIES)
+    if rounding not in ROUNDINGS:
+        raise unknown("rounding of candidates", rounding, ROUNDINGS)
+    if moments < 1:
+        raise UsageError(f"A fitness of outputs looks at 1 timestep of each picture at least, got moments={moments}.")
     if trials < 1:
         raise UsageError(f"A search needs at least 1 trial, got {trials}.")
     model: nn.Module = pipe.transformer
     nearest = recipe.model_copy(update={"rounding": "nearest"})
-    if statistics is None and (nearest.needs_calibration or strategy == "program"):
+    candidate = recipe if rounding == "recipe" else nearest
+    if statistics is None and (candidate.needs_calibration or strategy == "program"):
         if not calibration:
             raise UsageError("This search needs calibration: give prompts, or finished statistics.")
         statistics = calibrate(
             pipe, architecture, calibration, recipe.calibration, seed=seed, resume=True,
             progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
         )  # fmt: skip
-    layers = plan_layers(model, architecture, nearest, statistics, seed=seed, progress=progress)
+    layers = plan_layers(model, architecture, candidate, statistics, seed=seed, progress=progress)
     in_stacks = {linear.name for group in architecture.groups(model) for linear in group.linears}
     searched = [layer for layer in layers if layer.weight is not None and layer.name in in_stacks]
-    rounding = {x.name: {"rounding": x.rounding, "gptq": x.gptq} for x in draft(model, architecture, recipe)}
-    drawing = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed + NOISE_OFFSET}
+    wanted = {x.name: {"rounding": x.rounding, "gptq": x.gptq} for x in draft(model, architecture, recipe)}
+    drawing: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed + NOISE_OFFSET}
     whole = fingerprint(pipe)
 
     def draw() -> Samples:
-        with nullcontext() if fitness.sees == "pictures" else undecoded(pipe):
-            return sample(pipe, architecture, conditions, batch_size=batch_size, **drawing)  # type: ignore[arg-type]
+        decode = fitness.sees == "pictures"
+        return sample(pipe, architecture, conditions, batch_size=batch_size, decode=decode, **drawing)
 
-    with _counted_rows(model, searched) as rows, recorded_calls(model) as calls:
-        reference = draw()
-    before = [output for _, _, output in calls]
+    calls: list[Call] = []
+    with _counted_rows(model, searched) as rows:
+        if fitness.sees == "outputs":
+            calls = _moments(pipe, architecture, conditions, moments, batch_size, drawing)
+        else:
+            reference = draw()
+    before = outputs_of(model, calls)
     if progress:
         progress("reference", 1, 1)
     per_picture = {name: n / len(conditions) for name, n in rows.items()}
@@ -169,6 +186,8 @@ def search(
         "strategy": name,
         "settings": _digest(asdict(plan_of_search)) if is_dataclass(plan_of_search) else "",
         "fitness": fitness.name,
+        "moments": moments if fitness.sees == "outputs" else None,
+        "rounding": rounding,
         "conditions": _digest(list(conditions)),
         "steps": steps,
         "guidance scale": guidance_scale,
@@ -183,7 +202,7 @@ def search(
         raise DitqError(f"All {len(found.scored)} candidates draw NaN or Inf; take more bits or another recipe.")
     candidates.put(genome)
     chosen = {layer.name: layer for layer in space.planned(genome)}
-    best = [chosen.get(layer.name, layer).model_copy(update=rounding[layer.name]) for layer in layers]
+    best = [chosen.get(layer.name, layer).model_copy(update=wanted[layer.name]) for layer in layers]
     plan = candidates.plan.model_copy(update={"folds": (), "layers": tuple(best)})
     return SearchResult(
         plan, candidates.plan, genome, value, fitness.name, name, space.cost(genome), space.budget,
@@ -213,6 +232,24 @@ def _strategy(
         None if progress is None else lambda done, total: progress("layer errors", done, total),
     )  # fmt: skip
     return Fixed((integer_program(space, errors),))
+
+
+def _moments(
+    pipe: Any,
+    architecture: Architecture,
+    conditions: Sequence[str],
+    moments: int,
+    batch_size: int,
+    drawing: dict[str, Any],
+) -> list[Call]:
+    """Kept calls along the trajectories of all pictures, those of one timestep side by side."""
+    calls: list[Call] = []
+    for begin in range(0, len(conditions), batch_size):
+        batch, seed = conditions[begin : begin + batch_size], drawing["seed"] + begin
+        with kept_moments(pipe.transformer, architecture, moments, seed) as recorder:
+            sample(pipe, architecture, batch, batch_size=len(batch), decode=False, **{**drawing, "seed": seed})
+        calls += recorder.calls()
+    return merged(calls, architecture)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class BlockWalk:
     ) -> None:
         """``tell`` is called before a block runs by itself, for what only the model's own call would set."""
         self.model, self.calls, self._tell = model, calls, tell
-        self.order, self._links = _probe(model, names, _on_device(calls[0], model))
+        self.order, self._links = _probe(model, names, on_device(calls[0], model))
         self._at: str | None = None
         self._inputs: list[Call] = []
 
@@ -58,7 +58,7 @@ class BlockWalk:
         with _hooked(block, stop):
             for call in self.calls:
                 try:
-                    self.model(**_on_device(call, self.model), return_dict=False)
+                    self.model(**on_device(call, self.model), return_dict=False)
                 except _Reached:
                     continue
 
@@ -72,7 +72,7 @@ class BlockWalk:
 
     def _outputs(self, name: str, i: int) -> tuple[Tensor, ...]:
         self._tell(self.calls[i])
-        output = self.model.get_submodule(name)(**_on_device(self._inputs[i], self.model))
+        output = self.model.get_submodule(name)(**on_device(self._inputs[i], self.model))
         return output if isinstance(output, tuple) else (output,)
 
     def _handed_over(self, before: str, i: int, link: dict[str, int]) -> Call:
@@ -137,7 +137,7 @@ def _on_cpu(arguments: Call) -> Call:
     return moved
 
 
-def _on_device(arguments: Call, model: nn.Module) -> Call:
+def on_device(arguments: Call, model: nn.Module) -> Call:
     device = next(model.parameters()).device
     tensors = {name: value for name, value in leaves(arguments).items() if isinstance(value, Tensor)}
     moved: Call = filled(arguments, {name: value.to(device) for name, value in tensors.items()})

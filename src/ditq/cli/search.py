@@ -56,7 +56,13 @@ def search(
     real: Annotated[Path | None, typer.Option(help="Folder of real pictures, for fid, kid and sfid.")] = None,
     network: Annotated[str, typer.Option(help="Feature network, for fid, kid and sfid.")] = "auto",
     prompts: PromptFile = None,
-    pictures: Annotated[int, typer.Option(help="Pictures that each allocation draws.", min=1)] = 16,
+    pictures: Annotated[int, typer.Option(help="Pictures that each allocation is judged by.", min=1)] = 128,
+    moments: Annotated[
+        int, typer.Option(help="Random timesteps of each picture that --fitness prediction looks at.", min=1)
+    ] = 1,
+    rounding: Annotated[
+        str, typer.Option(help="Of the candidates: recipe (GPTQ once for each layer and size), or nearest (Q-DiT's).")
+    ] = "recipe",
     steps: Annotated[int | None, typer.Option(help="Sampling steps of each picture.", min=1)] = 10,
     guidance_scale: Guidance = None,
     batch_size: BatchSize = 16,
@@ -112,7 +118,8 @@ def search(
         result = api.search(
             pipe, recipe, [given[i % len(given)] for i in range(pictures)], overrides=overrides or [],
             architecture=arch, strategy=numbers if strategy == "evolution" else strategy, trials=trials,
-            sizes=chosen_sizes, budget=budget, fitness=chosen, steps=steps, guidance_scale=guidance_scale,
+            sizes=chosen_sizes, budget=budget, fitness=chosen, moments=moments,
+            rounding=rounding, steps=steps, guidance_scale=guidance_scale,
             batch_size=batch_size, calibration=given, storage=storage or out_file.with_suffix(".search"), seed=seed,
             progress=progress, on_trial=on_trial,
         )  # fmt: skip
