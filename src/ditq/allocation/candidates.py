@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ class Candidates:
         )  # fmt: skip
         self.genome = space.coarsest
         self._made = {
-            (layer.name, size): model.get_submodule(layer.name)
+            (layer.name, size): cast(QuantizedLinear, model.get_submodule(layer.name))
             for layer, size in zip(space.layers, self.genome, strict=True)
         }
         if any(layer.rounding == "gptq" for layer in space.layers):
