@@ -131,7 +131,7 @@ def main() -> None:
     statistics = calibrate(pipe, architectures.match(pipe.transformer), names, settings, seed=args.seed,
                            cache=args.folder / "calibration", resume=True)  # fmt: skip
     reference = draw(args, pipe, classes, "16 bit")
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    arguments = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
     result: dict[str, Any] = {
         **environment(), "arguments": arguments, "pictures": len(classes),
         "calibration": settings.model_dump(mode="json"), "network": BUNDLED_NETWORK, "rows": {}, "steps": {},

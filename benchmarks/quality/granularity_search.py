@@ -128,7 +128,7 @@ def main() -> None:
     held_out = [held_out[i % len(held_out)] for i in range(args.held_out)]
     reference = draw(args, api.load(args.model), held_out)
     calls = predictions(args, held_out)
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    arguments = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
     result: dict[str, Any] = {**environment(), "arguments": arguments, "rows": {}}
     for recipe in args.recipes:
         drawn: dict[str, Samples] = {}
