@@ -23,6 +23,10 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def deep_model(name: str, layers: int) -> nn.Module:
+    return tiny_model(name, **{"depth" if name.startswith("stdit") else "num_layers": layers})
+
+
 def blocks_of(model: nn.Module, name: str) -> list[str]:
     return list(dict.fromkeys(group.block for group in architectures.load(name).groups(model)))
 
@@ -79,10 +83,10 @@ def walked(model: nn.Module, names: list[str], calls: list[dict[str, Any]], unli
 
 def test_blocks_get_what_the_changed_model_gives_them(name: str) -> None:
     calls = calls_of(name)
-    model = tiny_model(name, num_layers=4)
+    model = deep_model(name, 4)
     names = blocks_of(model, name)
     seen = walked(model, names, calls)
-    reference = tiny_model(name, num_layers=4)
+    reference = deep_model(name, 4)
     for block in seen:  # in the order of their calls
         expected = inputs_seen(reference, block, calls)
         for mine, whole in zip(seen[block], expected, strict=True):
@@ -97,7 +101,7 @@ def test_running_the_model_up_to_a_block_gives_the_same(name: str) -> None:
     calls = calls_of(name)
     runs = []
     for unlinked in (False, True):
-        model = tiny_model(name, num_layers=3)
+        model = deep_model(name, 3)
         runs.append(walked(model, blocks_of(model, name), calls, unlinked))
     for block in runs[0]:
         for a, b in zip(runs[0][block], runs[1][block], strict=True):
@@ -107,7 +111,7 @@ def test_running_the_model_up_to_a_block_gives_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "wan", "mochi"])
 def test_plain_stacks_are_handed_over_even_behind_folded_norms(name: str) -> None:
-    model = tiny_model(name, num_layers=4)
+    model = deep_model(name, 4)
     names = blocks_of(model, name)
     ditq.quantize(model, "smoothquant-w8a8", statistics=tiny_statistics(model, name))
     walk = BlockWalk(model, names, calls_of(name, 1), lambda call: None)
