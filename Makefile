@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt bundled/pyproject.toml
 		echo "making $(VENV) with $$($(PYTHON) --version)"; \
 		$(PYTHON) -m venv --clear $(VENV) || { \
 			echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; }
-	@echo "installing torch and the other dependencies, about 1.2 GB; minutes the first time"
+	@echo "installing torch and the other dependencies, about 1.5 GB; minutes the first time"
 	@$(PIP) install -c constraints.txt torch==2.13.0
 	@$(PIP) install -c constraints.txt -e ./bundled -e '.[demo,metrics,report,search,openvino,dev]'
 	@touch $@

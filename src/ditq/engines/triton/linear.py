@@ -159,7 +159,8 @@ def launch(
     if (w_zero is not None or packed == 4) and (x_sum is None or x_sum.shape[1] != parts):
         x_sum = sums_of(x, parts)
     if tile is None:
-        tile = tile_for(m, n, _capability(x.device), None if parts == 1 else step)
+        heavy = x_zero is not None or gate is not None
+        tile = tile_for(m, n, _capability(x.device), None if parts == 1 else step, heavy)
     if gate is not None and residual is not None:
         gate, residual = gate if gate.stride(1) == 1 else gate.contiguous(), residual.contiguous()
     with torch.cuda.device_of(x):

@@ -73,7 +73,9 @@ def rotate_blocks(y, hadamard_ptr, BLOCK: tl.constexpr, R: tl.constexpr, C: tl.c
     y = tl.reshape(y, (R * C // BLOCK, BLOCK))
     high = y.to(h.dtype)
     low = (y - high.to(tl.float32)).to(h.dtype)
-    return tl.reshape(tl.dot(low, h, tl.dot(high, h, input_precision="ieee"), input_precision="ieee"), (R, C))
+    # In this order: the other way round, rows of 12288 spill registers.
+    y = tl.dot(high, h, tl.dot(low, h, input_precision="ieee"), input_precision="ieee")
+    return tl.reshape(y, (R, C))
 
 
 @triton.jit
@@ -206,7 +208,8 @@ def rows_per_program(width: int, block: int) -> Rows:
     """16 to 32 numbers per thread; more rows at once where a Hadamard matrix has to be loaded, and paid for, too."""
     c = max(triton.next_power_of_2(width), block, 16)
     elements = max(c, 4096 if block == 0 else 8192)
-    return Rows(elements // c, c, min(16, max(4, elements // 1024)))
+    # The product with the matrix takes registers, of which sixteen warps have half as many each.
+    return Rows(elements // c, c, min(16 if block == 0 else 8, max(4, elements // 1024)))
 
 
 def quantized(out: Codes) -> Quantized:

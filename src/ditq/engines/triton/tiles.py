@@ -16,6 +16,10 @@ SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may use."""
 
 
+HEAVY = {80: 128 * 128, 89: 128 * 128, 90: 64 * 128}
+"""Outputs of the largest tile whose registers leave room for more than rescaling."""
+
+
 class Tile(NamedTuple):
     """One program computes BM tokens x BN outputs, BK input features at a time."""
 
@@ -50,7 +54,7 @@ _TABLE: dict[int, tuple[tuple[int, Tile], ...]] = {
 _GROUPED: dict[int, tuple[tuple[int, Tile], ...]] = {
     80: ((108, Tile(128, 64, 64, 4, 3)), (0, Tile(32, 64, 64, 4, 3))),
     89: ((128, Tile(128, 64, 64, 4, 3)), (0, Tile(32, 64, 64, 4, 3))),
-    90: ((66, Tile(128, 128, 128, 8, 3)), (0, Tile(32, 64, 128, 4, 4))),
+    90: ((66, Tile(64, 128, 128, 8, 3)), (0, Tile(32, 64, 128, 4, 4))),
 }
 
 
@@ -60,22 +64,30 @@ def tiles(capability: int, grouped: bool) -> tuple[tuple[int, Tile], ...]:
     Raises:
         ValueError: it is older than any that has a table.
     """
-    known = [arch for arch in ARCHITECTURES if arch <= capability]
-    if not known:
+    return (_GROUPED if grouped else _TABLE)[_architecture(capability)]
+
+
+def _architecture(capability: int) -> int:
+    if capability < ARCHITECTURES[0]:
         raise ValueError(f"compute capability must be at least {ARCHITECTURES[0]}, got {capability}")
-    # 8.6 has the shared memory of 8.9.
-    arch = 89 if 86 <= capability < 90 else max(known)
-    return (_GROUPED if grouped else _TABLE)[arch]
+    # 8.6 and 8.7 have no more shared memory than 8.9.
+    return 80 if capability < 86 else 89 if capability < 90 else 90
 
 
-def tile_for(m: int, n: int, capability: int, group: int | None = None) -> Tile:
-    """The tile for a product of M x N outputs; ``group``: input features that share scales, None for all.
+def tile_for(m: int, n: int, capability: int, group: int | None = None, heavy: bool = False) -> Tile:
+    """The tile for a product of M x N outputs.
 
     M counts as the next power of two, so that resolutions that differ little share a program.
+
+    Args:
+        group: input features that share scales, None for all.
+        heavy: there is more to do than to rescale (zero points of the input, a gate), which takes registers.
     """
     m = 1 << max(0, m - 1).bit_length()
     count = -(-m // 128) * -(-n // 128)
-    tile = next(tile for least, tile in tiles(capability, group is not None) if count >= least)
+    most = HEAVY[_architecture(capability)] if heavy else 2**30
+    table = tiles(capability, group is not None)
+    tile = next(tile for least, tile in table if count >= least and tile.BM * tile.BN <= most)
     if group is None:
         return tile
     # An integer product takes at least 32 features.
