@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +254,26 @@ def test_recipe_that_needs_calibration_says_so(name: str) -> None:
     model = tiny_model(name)
     with pytest.raises(UsageError, match="'viditq-w4a8' needs calibration"):
         plan_layers(model, architectures.load(name), load_recipe("viditq-w4a8"), None)
+
+
+def test_linears_that_read_tensors_of_their_own_have_hessians_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outputs of a joint attention share a scale, since values of both streams carry it, but not an input."""
+    module = sys.modules["ditq.methods.convert"]
+    seen: dict[str, Any] = {}
+    original = module.round_weight
+
+    def noted(linear: nn.Linear, plan: LayerPlan, scale: Any, hessian: Any) -> Any:
+        seen[plan.name] = hessian
+        return original(linear, plan, scale, hessian)
+
+    monkeypatch.setattr(module, "round_weight", noted)
+    model = tiny_model("hunyuanvideo")
+    overrides = ["rounding=gptq", "balance.alpha=0.5"]
+    plan = ditq.quantize(
+        model, "smoothquant-w4a8", statistics=tiny_statistics(model, "hunyuanvideo"), overrides=overrides
+    ).plan
+    attention = "transformer_blocks.0.attn"
+    assert seen[f"{attention}.to_q"] is seen[f"{attention}.to_k"]
+    assert seen[f"{attention}.to_out.0"] is not seen[f"{attention}.to_add_out"]
+    assert plan[f"{attention}.to_out.0"].smooth == plan[f"{attention}.to_add_out"].smooth
+    assert plan[f"{attention}.to_out.0"].smooth.folded == "v"  # type: ignore[union-attr]
