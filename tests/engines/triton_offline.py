@@ -62,7 +62,7 @@ def linear_cases(capability: int, wide: bool) -> Iterator[Case]:
         (tiles(capability, False), k, formats, more),
         (tiles(capability, True), 128, groups, more_groups),
     ):
-        largest = next(tile for _, tile in table if tile.BM * tile.BN <= HEAVY[capability])
+        largest = next(tile for _, tile in table if HEAVY[capability] >= tile.BM * tile.BN)
         for _, tile in table:
             for name, fixed in (light | (heavy if wide and tile == largest else {})).items():
                 yield _linear(f"{name} {_words(tile)}", fixed, tile, parts=k // step, step=step)

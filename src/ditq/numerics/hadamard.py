@@ -205,7 +205,7 @@ def _signs_key(size: int, block: int, seed: int, device: torch.device) -> str:
 
 for _function in (_split, _matrix_key, _signs_key):
     # The decorator torch.compiler.assume_constant_result sets this too, and imports the whole compiler.
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _function._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def _paley(order: int) -> Tensor:

@@ -83,9 +83,15 @@ class TritonEngine(TorchEngine):
         dtype: torch.dtype,
     ) -> Tensor:
         from ditq.engines.triton.linear import int8_linear
+        from ditq.engines.triton.rows import sums_of
 
+        sums = x.sums
+        needed = weight.zero_point is not None or weight.format.bits == 4
+        if sums is None and needed and torch.compiler.is_compiling():
+            # Here the compiler fuses them into the quantizer; the product would read the codes once more.
+            sums = sums_of(x.codes, x.scale.shape[1])
         return int8_linear(
-            x.codes, x.scale, x.zero_point, x.sums, weight.packed, weight.format.bits,
+            x.codes, x.scale, x.zero_point, sums, weight.packed, weight.format.bits,
             weight.scale, weight.zero_point, bias, None, None, dtype,
         )  # fmt: skip
 

@@ -57,7 +57,8 @@ def launch(
     """The operation by the kernel."""
     to = Target(*target)
     m, k = x.shape
-    x, scale, shift = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, scale, shift))
+    x = x if x.stride(1) == 1 else x.contiguous()
+    scale, shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
     out = to.empty(m, k, x.device)
     if x.numel():
         r, c, warps = rows_per_program(k, to.block)
@@ -96,7 +97,7 @@ def empty(
     scale: Tensor | None, shift: Tensor | None, *target: Any,
 ) -> Codes:  # fmt: skip
     """Shapes and dtypes of the results."""
-    return Target(*target).empty(*x.shape, x.device)
+    return Target(*target).empty(x.shape[0], x.shape[1], x.device)
 
 
 norm_quantize = operation(

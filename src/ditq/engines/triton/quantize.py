@@ -41,7 +41,7 @@ def launch(x: Tensor, *target: Any) -> Codes:
     """The operation by the kernel."""
     to = Target(*target)
     x = x if x.stride(1) == 1 else x.contiguous()
-    out = to.empty(*x.shape, x.device)
+    out = to.empty(x.shape[0], x.shape[1], x.device)
     if x.numel():
         width, m = x.shape[1] // to.groups, len(x) * to.groups
         r, c, warps = rows_per_program(width, to.block)
@@ -59,7 +59,7 @@ def reference(x: Tensor, *target: Any) -> Codes:
 
 def empty(x: Tensor, *target: Any) -> Codes:
     """Shapes and dtypes of the results."""
-    return Target(*target).empty(*x.shape, x.device)
+    return Target(*target).empty(x.shape[0], x.shape[1], x.device)
 
 
 quantize_rows = operation("quantize_rows", f"(Tensor x, {TARGET}) -> {CODES}", launch, reference, empty)

@@ -87,7 +87,7 @@ def tile_for(m: int, n: int, capability: int, group: int | None = None, heavy: b
     count = -(-m // 128) * -(-n // 128)
     most = HEAVY[_architecture(capability)] if heavy else 2**30
     table = tiles(capability, group is not None)
-    tile = next(tile for least, tile in table if count >= least and tile.BM * tile.BN <= most)
+    tile = next(tile for least, tile in table if count >= least and most >= tile.BM * tile.BN)
     if group is None:
         return tile
     # An integer product takes at least 32 features.
