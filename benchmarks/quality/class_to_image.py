@@ -54,7 +54,8 @@ LADDER: dict[str, tuple[str, ...]] = {
     "+ asymmetric activations": NEAREST,
     "+ GPTQ": (),
 }  # fmt: skip
-SEARCH = "+ search"
+# Which rounding the candidates of the search had; nearest is the paper's. The plans themselves are rounded by GPTQ.
+SEARCHES = {"+ search": "nearest", "+ search by GPTQ": "recipe"}
 BASELINES = ("ptq4dm", "ptq4dit", "smoothquant", "gptq", "viditq")
 
 
@@ -62,8 +63,8 @@ def plan_of(args: argparse.Namespace, row: str, width: str, statistics: Statisti
     """A pipeline with its transformer quantized, and the plan; None for a row that cannot be had."""
     pipe = api.load(args.model)
     options: dict[str, Any] = {"statistics": statistics, "seed": args.seed}
-    if row == SEARCH:
-        path = args.plans / f"qdit-{width}-evolution-recipe.plan.json"
+    if row in SEARCHES:
+        path = args.plans / f"qdit-{width}-evolution-{SEARCHES[row]}.plan.json"
         if not path.is_file():
             print(f"{row}: there is no {path}; run granularity_search.py first", file=sys.stderr)
             return None
@@ -112,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bundled:emoji-class")
     parser.add_argument("--widths", nargs="+", default=["w4a8", "w4a4", "w3a8"])
-    parser.add_argument("--rows", nargs="+", default=[*LADDER, SEARCH, *BASELINES])
+    parser.add_argument("--rows", nargs="+", default=[*LADDER, *SEARCHES, *BASELINES])
     parser.add_argument("--per-class", type=int, default=7, help="pictures of every class")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -152,8 +153,9 @@ def main() -> None:
         for row, entry in about.items():
             entry |= {metric: measured.scores[row][metric].model_dump(mode="json") for metric in METRICS}
         result["rows"][width] = about
-        order = [row for row in (*LADDER, SEARCH) if row in drawn]
-        steps: dict[tuple[str, str], dict[str, Any]] = {pair: {} for pair in pairwise(order)}
+        order = [row for row in LADDER if row in drawn]
+        pairs = [*pairwise(order), *((order[-1], row) for row in SEARCHES if row in drawn and order)]
+        steps: dict[tuple[str, str], dict[str, Any]] = {pair: {} for pair in pairs}
         for d in measured.differences:
             if (d.a, d.b) in steps:
                 steps[d.a, d.b][d.metric] = {"gain": -d.difference.mean, "ci95": [-x for x in d.difference.ci95[::-1]]}
