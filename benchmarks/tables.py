@@ -52,7 +52,93 @@ def scaling(data: dict[str, Any]) -> list[str]:
     return out
 
 
+def ladder(rows: dict[str, Any]) -> list[str]:
+    """Distances to real pictures and to those of 16 bit, a row for each step of the ladder."""
+    columns = {
+        "FID": ("fid", 2), "KID x 1000": ("kid", 1), "IS": ("inception_score", 1), "precision": ("precision", 3),
+        "PSNR dB": ("psnr_db", 2), "latent SQNR dB": ("latent_sqnr_db", 2),
+    }  # fmt: skip
+
+    def cells(entry: dict[str, Any], part: str | None = None) -> str:
+        found = []
+        for title, (name, digits) in columns.items():
+            score = entry[name][part] if part else entry[name]
+            factor = 1000 if "1000" in title else 1
+            scaled = score and {"mean": score["mean"] * factor, "ci95": [x * factor for x in score["ci95"]]}
+            found.append(cell(scaled, digits) if scaled else "")
+        return " | ".join(found)
+
+    out = [f"| | {' | '.join(columns)} | size |", "| --- |" + " --- |" * (len(columns) + 1)]
+    out.append(f"| 16 bit | {cells(next(iter(rows.values())), 'reference')} | 1 |")
+    return out + [f"| {name} | {cells(entry)} | {entry['size_ratio']:.3f} |" for name, entry in rows.items()]
+
+
+def steps(found: dict[str, Any]) -> list[str]:
+    """What each step of the ladder changed, paired by prompt and seed."""
+    metrics = {"FID": ("fid", 2), "IS": ("inception_score", 1), "PSNR dB": ("psnr_db", 2)}
+    out = [f"| step | {' | '.join(metrics)} |", "| --- |" + " --- |" * len(metrics)]
+    for step, values in found.items():
+        gaps = [_gap(values[name]["gain"], values[name]["ci95"], digits) for name, digits in metrics.values()]
+        out.append(f"| {step} | {' | '.join(gaps)} |")
+    return out
+
+
+def searches(rows: dict[str, Any]) -> list[str]:
+    """Searched group sizes against uniform ones, on held-out pictures."""
+    out = [
+        "| | evaluated | fitness, dB | of the budget | prediction SQNR, dB | to uniform | latent SQNR to uniform |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for name, row in rows.items():
+        cells = [f"{row['evaluations']}", f"{row['search_fitness_db']:.2f}"]
+        cells += [f"{row['bit_operations'] / row['budget']:.4f}", cell(row["prediction_sqnr_db"], 2)]
+        for gap in (row["difference_prediction_sqnr_db"], row["difference_latent_sqnr_db"]):
+            cells.append("" if name.startswith("uniform") else _gap(gap["mean"], gap["ci95"], 2))
+        out.append(f"| {name} | {' | '.join(cells)} |")
+    return out
+
+
+def _gap(mean: float, ci95: list[float], digits: int) -> str:
+    return f"{mean:+.{digits}f} [{ci95[0]:+.{digits}f}, {ci95[1]:+.{digits}f}]"
+
+
+def roundings(rows: list[dict[str, Any]]) -> list[str]:
+    """Errors of single layers by GPTQ and its rivals."""
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    found = {(row["format"], row["rounding"]): row for row in rows}
+    out = [f"| rounding | {' | '.join(f'{x}: seen | held out' for x in formats)} |"]
+    out.append("| --- |" + " --- | --- |" * len(formats))
+    for way in dict.fromkeys(row["rounding"] for row in rows):
+        cells = [f"{found[x, way][rows_]:.4f}" for x in formats for rows_ in ("seen", "held out")]
+        out.append(f"| {way} | {' | '.join(cells)} |")
+    return out
+
+
+def models(rows: list[dict[str, Any]]) -> list[str]:
+    """SQNR of a whole transformer by recipes."""
+    out = ["| | bits | SQNR |", "| --- | --- | --- |"]
+    for row in rows:
+        out.append(
+            f"| {row['recipe']} | {row['bits']} | {row['sqnr_db']:.2f} dB [{row['low']:.2f}, {row['high']:.2f}] |"
+        )
+    return out
+
+
 def main() -> None:
+    if (path := RESULTS / "class_to_image.json").is_file():
+        data = json.loads(path.read_text())
+        for width, rows in data["rows"].items():
+            print(f"\n{width}, {data['pictures']} pictures a row\n")
+            print("\n".join([*ladder(rows), "", *steps(data["steps"][width])]))
+    for path in sorted(RESULTS.glob("granularity_search*.json")):
+        data = json.loads(path.read_text())
+        for recipe, rows in data["rows"].items():
+            print(f"\n{path.stem}: {recipe}\n")
+            print("\n".join(searches(rows)))
+    for name, table in (("layers", roundings), ("model", models)):
+        if (path := RESULTS / f"gptq_{name}.json").is_file():
+            print(f"\nGPTQ: {name}\n")
+            print("\n".join(table(json.loads(path.read_text())["rows"])))
     data = json.loads((RESULTS / "text_to_image.json").read_text())
     for table in data["tables"]:
         print(f"\n{table['title']}\n")
