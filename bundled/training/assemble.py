@@ -26,7 +26,7 @@ from diffusers import (
 from diffusion import SCHEDULER, ClassToImage, TextToImage
 from PIL import Image, ImageDraw
 from transformers import AutoTokenizer
-from video import TextToVideo
+from video import TextToVideo, evaluation
 
 NAMES = {"t2i": "emoji-t2i", "class": "emoji-class", "video": "emoji-video"}
 FOLDERS = {  # in the work folder: tokenizer and autoencoder
@@ -176,8 +176,7 @@ VIDEO_STEPS, VIDEO_GUIDANCE = 20, 4.0
 
 def video_sheet(pipe: DiffusionPipeline, path: Path) -> list[str]:
     """The first ten evaluation prompts, a clip a row, frame by frame."""
-    listed = Path(__file__).parents[1] / "src" / "ditq_bundled" / "prompts" / "emoji-video-evaluation.txt"
-    texts = listed.read_text(encoding="utf-8").splitlines()[:10]
+    texts = evaluation()
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe(
         prompt=texts, video_length=pipe.transformer.config.video_length, height=64, width=64, clean_caption=False,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clips import FRAMES, caption, captions, held_out
+from clips import FRAMES, captions
 from common import Ema, Run
 from diffusers import AutoencoderKL, LatteTransformer3DModel
 from diffusion import TRUNK, WIDTH, arguments, denoise, fit, optimizers, text_encoder, tokenizer
@@ -110,6 +110,12 @@ def encode(tok: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     return tokens
 
 
+def evaluation(count: int = 10) -> list[str]:
+    """The first prompts of the bundled list, which training holds out."""
+    listed = Path(__file__).parents[1] / "src" / "ditq_bundled" / "prompts" / "emoji-video-evaluation.txt"
+    return listed.read_text(encoding="utf-8").splitlines()[:count]
+
+
 @torch.no_grad()
 def sample(model: TextToVideo, tok: PreTrainedTokenizerFast, texts: list[str], guidance: float = 4.0) -> torch.Tensor:
     """Latents [B, F, C, H, W] of clips that were asked for one by one."""
@@ -137,7 +143,6 @@ def main() -> None:
     args = arguments(argparse.ArgumentParser(description=__doc__), steps=800, batch=32)
     with np.load(args.work / "clips.npz") as stored:
         latents, texts = torch.from_numpy(stored["latents"]), stored["caption"].tolist()
-    unseen = [caption(*pair) for pair in held_out()]
     vae = AutoencoderKL.from_pretrained(args.work / "video-vae").eval()
     tok = tokenizer(captions())
     tok.save_pretrained(args.work / "video-tokenizer")
@@ -163,7 +168,7 @@ def main() -> None:
         return latents[index].float(), shown, lengths[index], total
 
     fit(
-        run, args, len(latents), examples, lambda path: sheet(model, tok, unseen[::11][:10], vae, path),
+        run, args, len(latents), examples, lambda path: sheet(model, tok, evaluation(), vae, path),
         save_every=20, sheet_every=100,
     )  # fmt: skip
 
