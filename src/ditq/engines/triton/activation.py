@@ -54,7 +54,7 @@ def activation_kernel(
     else:
         y *= nonlinear(tl.load(gate_ptr + at, kept, 0.0).to(tl.float32), NAME)
     balance_and_quantize(
-        y, rows, c, tl.zeros((R,), tl.int32), kept, K, G,
+        y, rows, c, tl.zeros((R,), tl.int32), tl.zeros((R,), tl.int32), kept, K, G,
         smooth_ptr, signs_ptr, hadamard_ptr, given_ptr, given_stride, codes_ptr, scale_ptr, zero_ptr, sums_ptr,
         R, C, GROUP, BLOCK, BITS,
     )  # fmt: skip

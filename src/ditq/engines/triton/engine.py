@@ -65,7 +65,7 @@ class TritonEngine(TorchEngine):
         dynamic_tensor = scale is None and format.granularity == "tensor"
         if torch.compiler.is_compiling() or dynamic_tensor:
             return super().quantize_activations(balance(x, smooth, rotation), format, scale)
-        if rotation is not None and not rotates(rotation, x.shape[1] // groups):
+        if rotation is not None and not rotates(rotation, x.shape[1] // groups, x.device):
             x, smooth, rotation = balance(x, smooth, rotation), None, None
         from ditq.engines.triton.quantize import quantize_rows
         from ditq.engines.triton.rows import quantized, scaled_signs
@@ -96,6 +96,10 @@ class TritonEngine(TorchEngine):
         )  # fmt: skip
 
 
-def rotates(rotation: Rotation, width: int) -> bool:
-    """Whether the kernels have this rotation: blocks that a tensor core takes, none of them across two groups."""
-    return rotation.block in (16, 32, 64, 128) and width % rotation.block == 0
+def rotates(rotation: Rotation, width: int, device: torch.device) -> bool:
+    """Whether the kernels have this rotation: blocks that a tensor core takes, none of them across two groups.
+
+    Before Hopper the compiled kernels spill kilobytes of registers, so torch rotates there.
+    """
+    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return hopper and rotation.block in (16, 32, 64, 128) and width % rotation.block == 0

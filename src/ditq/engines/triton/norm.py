@@ -44,7 +44,7 @@ def norm_kernel(
         y *= 1.0 + tl.load(scale_in_ptr + sample * scale_in_row + c, c < K, 0.0).to(tl.float32)
         y += tl.load(shift_ptr + sample * shift_row + c, c < K, 0.0).to(tl.float32)
     balance_and_quantize(
-        y, rows, c, tl.zeros((R,), tl.int32), kept, K, G,
+        y, rows, c, tl.zeros((R,), tl.int32), tl.zeros((R,), tl.int32), kept, K, G,
         smooth_ptr, signs_ptr, hadamard_ptr, given_ptr, given_stride, codes_ptr, scale_ptr, zero_ptr, sums_ptr,
         R, C, GROUP, BLOCK, BITS,
     )  # fmt: skip

@@ -18,20 +18,21 @@ from ditq.engines.triton.rows import CODES, TARGET, Codes, Target, balance_and_q
 
 @triton.jit(do_not_specialize=["M"])
 def quantize_kernel(
-    x_ptr, x_row, M, WIDTH: tl.constexpr, K, G,
+    x_ptr, x_row, M, WIDTH, K, G,
     smooth_ptr, signs_ptr, hadamard_ptr, given_ptr, given_stride, codes_ptr, scale_ptr, zero_ptr, sums_ptr,
     R: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """A group is a row of its own: M = tokens * G rows of WIDTH columns."""
     row = tl.program_id(0) * R + tl.arange(0, R)
+    c = tl.arange(0, C)[None, :]
+    kept = (row < M)[:, None] & (c < WIDTH)
+    row = tl.where(row < M, row, 0)
     token = (row // G).to(tl.int64)
     group = row % G
-    c = tl.arange(0, C)
-    kept = (row < M)[:, None] & (c < WIDTH)[None, :]
-    columns = (group * WIDTH)[:, None] + c[None, :]
-    y = tl.load(x_ptr + (token * x_row)[:, None] + columns, kept, 0.0).to(tl.float32)
+    start = group * WIDTH
+    y = tl.load(x_ptr + (token * x_row + start)[:, None] + c, kept, 0.0).to(tl.float32)
     balance_and_quantize(
-        y, token, columns, group, kept, K, G,
+        y, token, c, start, group, kept, K, G,
         smooth_ptr, signs_ptr, hadamard_ptr, given_ptr, given_stride, codes_ptr, scale_ptr, zero_ptr, sums_ptr,
         R, C, C, BLOCK, BITS,
     )  # fmt: skip

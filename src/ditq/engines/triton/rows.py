@@ -80,7 +80,7 @@ def rotate_blocks(y, hadamard_ptr, BLOCK: tl.constexpr, R: tl.constexpr, C: tl.c
 
 @triton.jit
 def balance_and_quantize(
-    y, rows, columns, first_group, kept, K, G,
+    y, rows, columns, start, first_group, kept, K, G,
     smooth_ptr, signs_ptr, hadamard_ptr, given_ptr, given_stride, codes_ptr, scale_ptr, zero_ptr, sums_ptr,
     R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
@@ -88,15 +88,16 @@ def balance_and_quantize(
 
     Args:
         y: float32, 0 where not kept.
-        rows: int64 [R], the output row of each; columns: [R, C] or [1, C], the columns; kept: [R, C], which exist.
+        rows: int64 [R], the output row of each; columns: [1, C], counted from ``start`` [R]; kept:
+            [R, C], which exist.
         first_group: [R], the group of the first column; GROUP columns make one.
         given_ptr: static scales of the groups, float32, ``given_stride`` apart.
         zero_ptr: zero points; None where the codes are symmetric.
     """
     if smooth_ptr is not None:
-        y = y / tl.load(smooth_ptr + columns, kept, 1.0)
+        y = y / tl.load(smooth_ptr + start[:, None] + columns, kept, 1.0)
     if hadamard_ptr is not None:
-        y = rotate_blocks(y * tl.load(signs_ptr + columns, kept, 0.0), hadamard_ptr, BLOCK, R, C)
+        y = rotate_blocks(y * tl.load(signs_ptr + start[:, None] + columns, kept, 0.0), hadamard_ptr, BLOCK, R, C)
     y = tl.reshape(y, (R, C // GROUP, GROUP))
     kept = tl.reshape(tl.broadcast_to(kept, (R, C)), (R, C // GROUP, GROUP))
     columns = tl.reshape(tl.broadcast_to(columns, (R, C)), (R, C // GROUP, GROUP))
@@ -115,7 +116,7 @@ def balance_and_quantize(
         q = clip(q, -TOP, TOP)
     else:
         q = clip(q, -TOP - 1, TOP)
-    tl.store(codes_ptr + tl.expand_dims((rows * K)[:, None], 2) + columns, q.to(tl.int8), kept)
+    tl.store(codes_ptr + tl.expand_dims((rows * K + start)[:, None], 2) + columns, q.to(tl.int8), kept)
     at = rows[:, None] * G + groups
     tl.store(scale_ptr + at, scale, group_kept)
     tl.store(sums_ptr + at, tl.sum(tl.where(kept, q, 0), 2), group_kept)

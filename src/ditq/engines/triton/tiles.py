@@ -52,8 +52,8 @@ _TABLE: dict[int, tuple[tuple[int, Tile], ...]] = {
 
 # Sums of groups in float32 need registers of their own.
 _GROUPED: dict[int, tuple[tuple[int, Tile], ...]] = {
-    80: ((108, Tile(128, 64, 64, 4, 3)), (0, Tile(32, 64, 64, 4, 3))),
-    89: ((128, Tile(128, 64, 64, 4, 3)), (0, Tile(32, 64, 64, 4, 3))),
+    80: ((108, Tile(128, 64, 64, 8, 3)), (0, Tile(32, 64, 64, 4, 3))),
+    89: ((128, Tile(128, 64, 64, 8, 3)), (0, Tile(32, 64, 64, 4, 3))),
     90: ((66, Tile(64, 128, 128, 8, 3)), (0, Tile(32, 64, 128, 4, 4))),
 }
 
