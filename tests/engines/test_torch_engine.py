@@ -113,6 +113,31 @@ def test_constant_and_zero_rows(w_format: str, x_format: str) -> None:
     assert torch.equal(y[:, 0], torch.zeros(6))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("x_format", X_FORMATS)
+@pytest.mark.parametrize("w_format", ["channel-asym", "group32-asym", "channel-sym"])
+def test_a_token_that_is_not_finite_gives_nan_and_leaves_the_others_alone(
+    w_format: str, x_format: str, bad: float
+) -> None:
+    x, (weight, _) = torch.randn(6, 96), packed(torch.randn(11, 96), W_FORMATS[w_format])
+    fmt, scale = X_FORMATS[x_format], None if X_FORMATS[x_format].dynamic else torch.tensor([[0.02]])
+
+    def output(x: Tensor) -> Tensor:
+        return ENGINE.linear(ENGINE.quantize_activations(x, fmt, scale), fmt, weight, torch.randn(11), torch.float32)
+
+    torch.manual_seed(1)
+    clean = output(x)
+    x[2, 70] = bad
+    torch.manual_seed(1)
+    y = output(x)
+    assert bool(y[2].isnan().all())
+    others = torch.arange(6) != 2
+    if fmt.dynamic and fmt.granularity == "tensor":  # one scale for all of them
+        assert bool(y.isnan().all())
+    else:
+        assert torch.equal(y[others], clean[others])
+
+
 def test_non_contiguous_inputs() -> None:
     wide = torch.randn(10, 64)
     x, w = wide[:, ::2], torch.randn(32, 12).t()

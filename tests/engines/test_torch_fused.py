@@ -95,13 +95,16 @@ def test_codes_of_a_matrix_of_many_chunks() -> None:
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_that_is_not_finite_leaves_the_others_alone(bad: float) -> None:
+@pytest.mark.parametrize("fmt", [tokens(8), tokens(8, False), groups(4, True, 16), groups(4, False, 16)], ids=str)
+def test_a_row_that_is_not_finite_is_marked_and_leaves_the_others_alone(fmt: TensorFormat, bad: float) -> None:
     x = torch.randn(20, 48)
     x[7, 5] = bad
-    fast, slow = quantize_rows(x, tokens(8)), quantize(x, 8)
+    fast = quantize_rows(x, fmt)
+    slow = quantize(x, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size)
     others = torch.arange(20) != 7
     assert torch.equal(fast.codes[others], slow.codes[others])
-    assert torch.equal(fast.scale, slow.scale)
+    assert fast.scale[7].isnan().tolist() == [True] + [False] * (fast.scale.shape[1] - 1)
+    assert torch.equal(fast.scale.nan_to_num(-1), slow.scale.nan_to_num(-1))
 
 
 # ------------------------------------------------------------------------------------------ rescale_

@@ -15,6 +15,7 @@ from ditq.numerics import (
     dequantize,
     fake_quantize,
     group_view,
+    not_finite,
     quantize,
     scale_and_zero_point,
 )
@@ -304,6 +305,30 @@ def test_wrong_arguments_are_named(kwargs: dict[str, object], message: str) -> N
 def test_only_matrices() -> None:
     with pytest.raises(ValueError, match=r"matrix \[R, K\], got shape \(2, 3, 4\)"):
         quantize(torch.zeros(2, 3, 4), 8)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_what_is_not_finite_is_not_hidden(granularity: str, symmetric: bool, bad: float) -> None:
+    x = torch.randn(5, 32)
+    x[3, 9] = bad
+    options = {"symmetric": symmetric, "granularity": granularity, "group_size": 8 if granularity == "group" else None}
+    back = fake_quantize(x, 8, **options)
+    marked = back.isnan()
+    assert marked.reshape(-1, 8).all(1).eq(marked.reshape(-1, 8).any(1)).all()
+    wanted = {"tensor": slice(None), "row": slice(96, 128), "group": slice(104, 112)}[granularity]
+    expected = torch.zeros(160, dtype=torch.bool)
+    expected[wanted] = True
+    assert torch.equal(marked.flatten(), expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite(bad: float) -> None:
+    x = torch.tensor([[3e38, 3e38], [-3e38, bad], [0.0, -0.0]])
+    assert not_finite(x).isnan().flatten().tolist() == [False, True, False]
+    assert not_finite(x[::2]).tolist() == [[0.0], [0.0]]
+    assert not_finite(torch.zeros(2, 0)).shape == (2, 1)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

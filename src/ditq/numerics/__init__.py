@@ -25,6 +25,7 @@ from ditq.numerics.uniform import (
     dequantize,
     fake_quantize,
     group_view,
+    not_finite,
     quantize,
     scale_and_zero_point,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "inverse_factor",
     "is_supported",
     "largest_block",
+    "not_finite",
     "output_errors",
     "pack",
     "packed_bytes",

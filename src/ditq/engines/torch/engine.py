@@ -1,6 +1,7 @@
 """W8A8-style linears with ``torch._int_mm``: int8 x int8 -> int32, rescaled by an outer product of scales.
 
-All bit widths from 2 to 8 run on the 8-bit integer path; fewer bits save memory, not time.
+All bit widths from 2 to 8 run on the 8-bit integer path; fewer bits save memory, not time. A token with NaN or Inf
+among its numbers has the scale NaN, and so a row of NaN for output.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ditq.engines.base import Engine, QuantizedWeight
 from ditq.engines.torch.fused import quantize_rows, rescale_, row_slices, weight_codes
-from ditq.numerics import Quantized, dequantize, quantize, unpack
+from ditq.numerics import Quantized, dequantize, not_finite, quantize, unpack
 from ditq.plan import TensorFormat
 
 # int32 accumulators hold K products of 8-bit codes with 8-bit codes, minus their zero points
@@ -41,7 +42,7 @@ class TorchEngine(Engine):
     def quantize_activations(self, x: Tensor, format: TensorFormat, scale: Tensor | None) -> Quantized:
         if scale is None and format.granularity != "tensor":
             return quantize_rows(x, format)
-        return quantize(
+        found = quantize(
             x,
             format.bits,
             symmetric=format.symmetric,
@@ -49,6 +50,8 @@ class TorchEngine(Engine):
             group_size=format.group_size,
             scale=scale,
         )
+        # A static scale knows nothing of this input: it would turn NaN and Inf into plausible numbers.
+        return found if scale is None else found._replace(scale=found.scale + not_finite(x))
 
     def linear(
         self,
