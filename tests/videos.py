@@ -118,9 +118,31 @@ def stdit() -> Any:
     return _complete(OpenSoraPipeline, tiny_model("stdit"), tiny_vae(), scheduler)
 
 
+def stdit3() -> Any:
+    from ditq.architectures.opensora import OpenSora12Pipeline, OpenSoraVAE
+
+    torch.manual_seed(7)
+    vae = OpenSoraVAE(
+        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, temporal_channels=(8, 8, 16, 16),
+        temporal_layers=1, temporal_groups=4,
+    )  # fmt: skip
+    return _complete(OpenSora12Pipeline, tiny_model("stdit3"), vae, diffusers.FlowMatchEulerDiscreteScheduler())
+
+
+def latte_class() -> Any:
+    from ditq.architectures.vchitect import LatteClassPipeline
+
+    scheduler = diffusers.DDPMScheduler(beta_schedule="linear", variance_type="learned_range", clip_sample=False)
+    pipe = LatteClassPipeline(tiny_vae(), tiny_model("latte-class"), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "latte": (latte, {}),
+    "latte-class": (latte_class, {}),
     "stdit": (stdit, {}),
+    "stdit3": (stdit3, {**SMALL, "num_frames": 7}),
     "cogvideox": (cogvideox, {"max_sequence_length": 16}),
     "wan": (wan, {**SMALL, "num_frames": 5, "max_sequence_length": 8}),
     "hunyuanvideo": (

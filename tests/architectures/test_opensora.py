@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import PROMPTS, example_inputs, run, tiny_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from videos import stdit
+from videos import stdit, stdit3
 
+import ditq
 from ditq import architectures
 from ditq.architectures.official import from_official, load_official, official
 from ditq.architectures.opensora import STDiT, STDiT3
+from ditq.architectures.opensora.pipeline import flow_shift
 from ditq.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]
@@ -283,8 +287,31 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="truncated or damaged"):
         from_official(STDiT, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.pth is not a safetensors file.*weights_only"):
-        from_official(STDiT, tmp_path / "model.pth")
+    for name in ("model.pth", "model.bin", "pytorch_model.bin.index.json"):
+        with pytest.raises(CheckpointError, match=rf"{name} is not a safetensors file.*weights_only"):
+            from_official(STDiT, tmp_path / name)
+
+
+def test_several_files_are_read_by_their_index(name: str, tmp_path: Path) -> None:
+    arch = architectures.load(name)
+    assert arch.example is not None
+    tensors = tiny_checkpoint(generation(name))
+    names = sorted(tensors)
+    index = {key: f"model-{i % 2 + 1:05d}-of-00002.safetensors" for i, key in enumerate(names)}
+    for file in set(index.values()):
+        save_file({key: tensors[key] for key in names if index[key] == file}, tmp_path / file)
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    expected = tiny_model(name)
+    load_official(expected, tensors)
+    loaded = from_official(arch.model_class(), path, **arch.example.config)
+    assert torch.equal(run(loaded, name), run(expected, name))
+    (tmp_path / index[names[0]]).unlink()
+    with pytest.raises(CheckpointError, match="model-00001-of-00002.safetensors cannot be read.*missing"):
+        from_official(arch.model_class(), path, **arch.example.config)
+    path.write_text("{}")
+    with pytest.raises(CheckpointError, match="is no index of safetensors files"):
+        from_official(arch.model_class(), path, **arch.example.config)
 
 
 # --------------------------------------------------------------------------------------------- pipeline
@@ -327,3 +354,106 @@ def test_scheduler_without_learned_variance_takes_the_noise() -> None:
     pipe.scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
     video = pipe(PROMPTS[0], num_inference_steps=2, num_frames=2, height=24, width=16).frames
     assert [frame.size for frame in video[0]] == [(16, 24)] * 2
+
+
+# ------------------------------------------------------------------------------------- pipelines on disk
+
+
+@pytest.mark.parametrize("shards", ["10GB", "300KB"], ids=["one-file", "sharded"])
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("transformer", "temporal_blocks.1.attn.q.weight"), ("vae", "temporal_vae.decoder.conv_out.conv.bias")],
+)
+@pytest.mark.parametrize("how", ["missing", "misshaped", "surplus"])
+def test_a_pipeline_that_is_not_complete_is_refused_by_name(
+    how: str, part: str, key: str, shards: str, tmp_path: Path
+) -> None:
+    stdit3().save_pretrained(tmp_path, max_shard_size=shards)
+    files = sorted((tmp_path / part).glob("*.safetensors"))
+    assert (len(files) > 1) == (shards == "300KB")
+    if how == "surplus" and len(files) > 1:
+        pytest.skip("diffusers reads of several files what their index names")
+    for file in files:
+        tensors = load_file(file)
+        if key in tensors:
+            value = tensors.pop(key)
+            if how == "misshaped":
+                tensors[key] = torch.cat([value, value])
+            elif how == "surplus":
+                tensors |= {key: value, f"{key}.extra": value.clone()}
+            save_file(tensors, file, metadata={"format": "pt"})
+    complaint = {
+        "missing": "lacks tensor '",
+        "misshaped": "because ",
+        "surplus": "has, beside the model's own, tensor '",
+    }
+    with pytest.raises(CheckpointError, match=complaint[how] + re.escape(key)):
+        ditq.load(tmp_path)
+
+
+def test_a_pipeline_of_pickles_is_refused(tmp_path: Path) -> None:
+    stdit().save_pretrained(tmp_path)
+    (file,) = (tmp_path / "transformer").glob("*.safetensors")
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model.safetensors.*no pickles.*weights_only"):
+        ditq.load(tmp_path)
+
+
+def test_a_model_is_quantized_while_it_is_loaded(tmp_path: Path) -> None:
+    model = tiny_model("stdit3")
+    model.save_pretrained(tmp_path)
+    loaded = STDiT3.from_pretrained(tmp_path, quantization_config=ditq.DitqConfig(recipe="rtn-w8a8"))
+    ditq.quantize(model, "rtn-w8a8")
+    assert torch.equal(run(loaded, "stdit3"), run(model, "stdit3"))
+
+
+# -------------------------------------------------------------------------------------- pipeline of v1.2
+
+
+def test_v12_walks_the_published_way_from_noise_to_data() -> None:
+    """The sampler of v1.2.0 written down again: its times, and z + v dt with guidance on the velocity."""
+    pipe, steps = stdit3(), 3
+    seen: list[tuple[dict[str, Any], Tensor]] = []
+    pipe.transformer.register_forward_hook(
+        lambda _, args, kwargs, output: seen.append((kwargs, output[0])), with_kwargs=True
+    )
+    z = torch.randn(1, 4, 10, 2, 3)
+    size = {"height": 4, "width": 6, "num_frames": 34, "fps": 8.0}
+    out = pipe(
+        PROMPTS[0], **size, num_inference_steps=steps, guidance_scale=4.0, latents=z, output_type="latent"
+    ).frames
+    ratio = math.sqrt(4 * 6 / 512**2) * math.sqrt(34 // 17 * 5)
+    times = [ratio * t / (1 + (ratio - 1) * t) for t in (1 - i / steps for i in range(steps))]
+    for i, (kwargs, output) in enumerate(seen):
+        assert kwargs["timestep"].tolist() == pytest.approx([1000 * times[i]] * 2, rel=1e-6)
+        conditional, unconditional = output[:, :4].chunk(2)
+        velocity = unconditional + 4 * (conditional - unconditional)
+        z = z + velocity * (times[i] - (times[i + 1] if i + 1 < steps else 0))
+    torch.testing.assert_close(out, z)
+    assert {key: seen[0][0][key].tolist() for key in ("fps", "height", "width")} == {
+        "fps": [8.0] * 2, "height": [4.0] * 2, "width": [6.0] * 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("frames", "latent"), [(1, 1), (9, 3), (16, 4), (17, 5), (33, 5), (51, 15)])
+def test_v12_stays_longer_at_the_noisy_end_of_long_videos(frames: int, latent: int) -> None:
+    assert flow_shift(240, 426, frames) == pytest.approx(math.sqrt(240 * 426 * latent) / 512)
+
+
+def test_v12_draws_frames_of_any_length_and_names_a_score() -> None:
+    pipe = stdit3()
+    told: list[list[str]] = []
+    encode = pipe.encode_prompt
+    pipe.encode_prompt = lambda prompt: told.append(prompt) or encode(prompt)
+    calls: list[dict[str, Any]] = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    prompts = ["a cat", "a cat aesthetic score: 4.0."]
+    size = {"height": 4, "width": 8, "num_inference_steps": 1}
+    video = pipe(prompts, num_frames=19, **size).frames
+    assert [[frame.size for frame in frames] for frames in video] == [[(8, 4)] * 19] * 2
+    assert told == [["a cat aesthetic score: 6.5.", "a cat aesthetic score: 4.0."]]
+    pipe(prompts, num_frames=1, aesthetic_score=None, guidance_scale=1.0, output_type="latent", **size)
+    assert told[1] == prompts
+    assert calls[1]["fps"].tolist() == [120.0] * 2  # of a picture
+    assert len(calls[1]["hidden_states"]) == 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,21 @@ from ditq.errors import CheckpointError, unknown
 
 _OPEN_SORA = ((r"(.*attn\w*)\.[qkv]", r"\1.qkv"), (r"(.*cross_attn)\.[kv]_linear", r"\1.kv_linear"))
 _BLOCK = r"transformer_blocks\.(\d+)\."
+
+
+def _latte_block(found: re.Match[str]) -> str:
+    """Latte has one list of blocks, a spatial and a temporal one in turn."""
+    kind, pair, module = found.groups()
+    return f"blocks.{2 * int(pair) + (kind == 'temporal')}.{re.sub(r'^attn[.][qkv]$', 'attn.qkv', module)}"
+
+
 # Names of a class's modules and what the original repository calls them. Several with one original name are rows of
 # one tensor, one below the other (q, k and v), or copies of it (the time embedder in every block of DiT).
-ORIGINAL: dict[str, tuple[tuple[str, str], ...]] = {
+ORIGINAL: dict[str, tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]] = {
     "STDiT": _OPEN_SORA,
     "STDiT3": _OPEN_SORA,
+    "OpenSoraVAE": (),
+    "Latte": ((r"(spatial|temporal)_blocks\.(\d+)\.(.*)", _latte_block),),
     "LatteTransformer3DModel": (),
     "DiTTransformer2DModel": (
         (r"pos_embed\.proj", "x_embedder.proj"),
@@ -35,8 +46,8 @@ ORIGINAL: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 # What a checkpoint may have or not: these classes make positions for the size that they are called with.
-POSITIONS = ("pos_embed", "pos_embed_temporal", "pos_embed.pos_embed", "temp_pos_embed")
-OPTIONAL = ("rope.freqs",)
+POSITIONS = ("pos_embed", "pos_embed_temporal", "pos_embed.pos_embed", "temp_pos_embed", "temp_embed")
+OPTIONAL = ("rope.freqs", "shift", "scale")
 
 
 def official(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -101,27 +112,42 @@ def from_official(kind: Any, path: str | Path, **config: Any) -> Any:
     """A model of class ``kind`` from a safetensors file with original names.
 
     Args:
-        kind: STDiT or STDiT3 of ``ditq.architectures.opensora``, DiTTransformer2DModel or LatteTransformer3DModel.
+        kind: STDiT, STDiT3 or OpenSoraVAE of ``ditq.architectures.opensora``, Latte of
+            ``ditq.architectures.vchitect``, or DiTTransformer2DModel or LatteTransformer3DModel of diffusers.
+        path: the file; of several, their index (``model.safetensors.index.json``).
         config: of the model, where it differs from the class's defaults.
 
-    Files that hold pickles (.pth) are not read; convert them where you trust them:
-    ``save_file(torch.load(path, weights_only=True), "model.safetensors")``.
+    Files that hold pickles (.pth) are not read; convert them where you trust them, see the error.
 
     Raises:
-        CheckpointError: see :func:`load_official`; or the file is none of safetensors.
+        CheckpointError: see :func:`load_official`; or the file is none of safetensors, or damaged.
     """
+    model = kind(**config)
+    load_official(model, _read(Path(path)))
+    return model.eval()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if Path(path).suffix != ".safetensors":
+    if path.name.endswith(".safetensors.index.json"):
+        try:
+            files = sorted({path.parent / name for name in json.loads(path.read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{path} is no index of safetensors files ({error!r}).") from error
+    elif path.suffix == ".safetensors":
+        files = [path]
+    else:
         raise CheckpointError(
-            f"{path} is not a safetensors file. Convert a .pth that you trust: "
-            'save_file(torch.load(path, weights_only=True), "model.safetensors").'
+            f"{path} is not a safetensors file, and ditq reads no pickles, which can run code. Convert one that you "
+            'trust: tensors = torch.load(path, weights_only=True); tensors = tensors.get("ema", tensors); '
+            'save_file(tensors, "model.safetensors") of safetensors.torch.'
         )
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): truncated or damaged.") from error
-    model = kind(**config)
-    load_official(model, tensors)
-    return model.eval()
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}): missing, truncated or damaged.") from error
+    return tensors

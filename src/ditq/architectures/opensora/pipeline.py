@@ -1,45 +1,33 @@
-"""Open-Sora v1.0 text to video, of parts that diffusers has: T5, the VAE of Stable Diffusion, and its samplers."""
+"""Open-Sora v1.0 and v1.2 text to video, with T5 and samplers of diffusers."""
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
+import math
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
-from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-GUIDED = 3  # channels of the noise that guidance acts on; as published, the others are the conditional half's
+from ditq.architectures.pipeline import Generators, VideoPipeline
+
+PICTURE_RATE = 120  # frames a second that v1.2 is told for a single picture
 
 
-@dataclass
-class OpenSoraPipelineOutput(BaseOutput):
-    """``frames``: lists of pictures, or what ``output_type`` asks for."""
-
-    frames: Any
-
-
-class OpenSoraPipeline(DiffusionPipeline):
-    """Text to video with :class:`ditq.architectures.opensora.STDiT`.
+class OpenSoraPipeline(VideoPipeline):
+    """Text to video with :class:`ditq.architectures.opensora.STDiT`, and the VAE of Stable Diffusion.
 
     The published sampler is that of improved DDPM in 100 steps: ``DDPMScheduler(beta_schedule="linear",
     variance_type="learned_range", clip_sample=False)``. A scheduler without learned variance takes the noise only.
     Prompts are lower-cased; the published code also removes web addresses and markup.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    GUIDED = 3  # as published
 
     def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:
         super().__init__()
-        self.register_modules(
+        self._assembled(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
-        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
     def encode_prompt(self, prompt: list[str]) -> tuple[Tensor, Tensor]:
         """T5's output [n, length, channels] and mask [n, length] of prompts."""
@@ -50,6 +38,14 @@ class OpenSoraPipeline(DiffusionPipeline):
         text = self.text_encoder(found.input_ids, attention_mask=found.attention_mask)[0]
         return text.to(self.transformer.dtype), found.attention_mask
 
+    def _text(self, prompt: list[str], guided: bool) -> dict[str, Tensor]:
+        """The transformer's inputs for prompts; under guidance also for none, a text as long as the prompt's."""
+        text, mask = self.encode_prompt(prompt)
+        if guided:
+            nothing = self.transformer.y_embedder.y_embedding.to(text).expand_as(text)
+            text, mask = torch.cat([text, nothing]), torch.cat([mask, mask])
+        return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+
     @torch.no_grad()
     def __call__(
         self,
@@ -59,55 +55,89 @@ class OpenSoraPipeline(DiffusionPipeline):
         num_frames: int | None = None,
         num_inference_steps: int = 100,
         guidance_scale: float = 7.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
         """Videos of the size that the transformer was trained on, unless ``height``, ``width``, ``num_frames`` say."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        device = self._execution_device
         trained: tuple[int, ...] = tuple(self.transformer.config.input_size)
         sides = [
             n if given is None else given // self.vae_scale_factor
             for given, n in zip((height, width), trained[1:], strict=True)
         ]
         shape = (len(prompts), self.transformer.config.in_channels, num_frames or trained[0], *sides)
-        text, mask = self.encode_prompt(prompts)
-        guided = guidance_scale > 1
-        if guided:  # no prompt is a text of its own, as long as the prompt's
-            nothing = self.transformer.y_embedder.y_embedding.to(text).expand_as(text)
-            text, mask = torch.cat([text, nothing]), torch.cat([mask, mask])
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=text.dtype)
-            latents = latents * self.scheduler.init_noise_sigma
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} if takes_generator else {}
-        learned = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-            for t in self.scheduler.timesteps:
-                both = torch.cat([latents, latents]) if guided else latents
-                noise = self.transformer(
-                    hidden_states=self.scheduler.scale_model_input(both, t), timestep=t.expand(len(both)),
-                    encoder_hidden_states=text, encoder_attention_mask=mask, return_dict=False,
-                )[0]  # fmt: skip
-                if guided:
-                    noise, other = noise.chunk(2)
-                    least = other[:, :GUIDED]
-                    first = least + guidance_scale * (noise[:, :GUIDED] - least)
-                    noise = torch.cat([first, noise[:, GUIDED:]], dim=1)
-                if not learned:
-                    noise = noise.chunk(2, dim=1)[0]
-                latents = self.scheduler.step(noise, t, latents, **options, return_dict=False)[0]
-                bar.update()
-        frames: Any = latents if output_type == "latent" else self._decoded(latents, output_type)
-        self.maybe_free_model_hooks()
-        return OpenSoraPipelineOutput(frames=frames) if return_dict else (frames,)
+        inputs = self._text(prompts, guidance_scale > 1)
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        return self._video(shape, inputs, guidance_scale, generator, latents, output_type, return_dict)
 
-    def _decoded(self, latents: Tensor, output_type: str) -> Any:
-        """Each frame by itself."""
-        frames = latents.transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
-        pictures = torch.cat([self.vae.decode(frame, return_dict=False)[0] for frame in frames.split(1)])
-        video = pictures.unflatten(0, (len(latents), -1)).transpose(1, 2)
-        return self.video_processor.postprocess_video(video.float(), output_type=output_type)
+
+class OpenSora12Pipeline(OpenSoraPipeline):
+    """Text to video with STDiT3 and OpenSoraVAE of ``ditq.architectures.opensora``.
+
+    The published sampler is Euler's, in 30 steps, along straight lines from noise to data (rectified flow):
+    ``FlowMatchEulerDiscreteScheduler()``, whose shift is set for the size of each video, see :func:`flow_shift`.
+    """
+
+    GUIDED = 4
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | list[str],
+        height: int = 240,
+        width: int = 426,
+        num_frames: int = 51,
+        fps: float = 24.0,
+        aesthetic_score: float | None = 6.5,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 7.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Videos of ``num_frames`` frames; the VAE takes them 17 at a time, and a rest of any length.
+
+        Args:
+            fps: frames a second, of which the transformer is told.
+            aesthetic_score: said at the end of prompts that do not name one, as in training; None: not said.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if aesthetic_score is not None:
+            prompts = [
+                p if "aesthetic score:" in p else f"{p} aesthetic score: {aesthetic_score:.1f}." for p in prompts
+            ]
+        device = self._execution_device
+        inputs = self._text(prompts, guidance_scale > 1)
+        told = {"fps": fps if num_frames > 1 else PICTURE_RATE, "height": height, "width": width}
+        rows = len(inputs["encoder_hidden_states"])
+        inputs |= {name: torch.full((rows,), float(value), device=device) for name, value in told.items()}
+        shape = (
+            len(prompts), self.transformer.config.in_channels, self.vae.latent_frames(num_frames),
+            height // self.vae_scale_factor, width // self.vae_scale_factor,
+        )  # fmt: skip
+        self.scheduler.set_shift(flow_shift(height, width, num_frames))
+        sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        return self._video(
+            shape, inputs, guidance_scale, generator, latents, output_type, return_dict, num_frames=num_frames
+        )
+
+    def _direction(self, out: Tensor) -> Tensor:
+        """The transformer points from noise to data, the scheduler from data to noise."""
+        return -out
+
+    def _decoded(self, latents: Tensor, num_frames: int) -> Tensor:  # type: ignore[override]
+        return self.vae.decode(latents, num_frames)
+
+
+def flow_shift(height: int, width: int, num_frames: int) -> float:
+    """How much longer Open-Sora v1.2 stays at the noisy end: r in t' = r t / (1 + (r - 1) t).
+
+    r = sqrt(height width / 512^2) sqrt(latent frames), where the published code counts 5 latent frames for every full
+    17. Below 17 that would be none and no schedule; there it is what the VAE makes of them, one of four.
+    """
+    latent_frames = num_frames // 17 * 5 or math.ceil(num_frames / 4)
+    return math.sqrt(height * width) / 512 * math.sqrt(latent_frames)

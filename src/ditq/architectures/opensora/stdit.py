@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ditq.architectures.opensora import layers as nn_
+from ditq.architectures import layers as nn_
+from ditq.architectures.module import ModelMixin as ModelMixin
+from ditq.architectures.opensora.around import Around
 
 
 class STDiTBlock(nn.Module):
@@ -42,7 +42,7 @@ class STDiTBlock(nn.Module):
         return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
 
 
-class STDiT(ModelMixin, ConfigMixin):
+class STDiT(Around):
     """STDiT-XL/2 by default.
 
     Args:
@@ -69,13 +69,8 @@ class STDiT(ModelMixin, ConfigMixin):
         time_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        patch: tuple[int, int, int] = tuple(patch_size)  # type: ignore[assignment]
-        self.x_embedder = nn_.PatchEmbed(patch, in_channels, hidden_size)
-        self.t_embedder = nn_.ScalarEmbed(hidden_size)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, nn_.CHUNKS * hidden_size))
-        self.y_embedder = nn_.CaptionEmbed(caption_channels, hidden_size, model_max_length)
+        self._surround(in_channels, patch_size, hidden_size, caption_channels, model_max_length)
         self.blocks = nn.ModuleList(STDiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = nn_.FinalLayer(hidden_size, patch[0] * patch[1] * patch[2] * 2 * in_channels)
 
     def forward(
         self,
@@ -93,17 +88,12 @@ class STDiT(ModelMixin, ConfigMixin):
             encoder_attention_mask: [B, length], not 0 where there is text; None: everywhere.
         """
         config: Any = self.config
-        patch, width = self.x_embedder.patch, config.hidden_size
-        t, h, w = grid = tuple(-(-n // p) for n, p in zip(hidden_states.shape[2:], patch, strict=True))
+        t, h, w = self._grid(hidden_states)
         device = hidden_states.device
-        rows, columns = (torch.arange(n, device=device) / config.space_scale for n in (h, w))
-        x = self.x_embedder(hidden_states)
-        x = x + nn_.positions_2d(width, rows, columns).to(x.dtype).repeat(t, 1)
-        places = nn_.positions_1d(width, torch.arange(t, device=device) / config.time_scale).to(x.dtype)
+        x = self._embedded(hidden_states, *(torch.arange(n, device=device) / config.space_scale for n in (h, w)))
+        places = nn_.positions_1d(x.shape[-1], torch.arange(t, device=device) / config.time_scale).to(x.dtype)
         vector = self.t_embedder(timestep.expand(len(x)), x.dtype)
         time, text = self.t_block(vector), self.y_embedder(encoder_hidden_states)
         for i, block in enumerate(self.blocks):
             x = block(x, text, time, encoder_attention_mask, t, places if i == 0 else None)
-        x = nn_.to_video(self.final_layer(x, vector), grid, patch, 2 * config.in_channels)  # type: ignore[arg-type]
-        out = x[:, :, : hidden_states.shape[2], : hidden_states.shape[3], : hidden_states.shape[4]]
-        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+        return self._output(x, vector, hidden_states, return_dict)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ditq.architectures.opensora import layers as nn_
+from ditq.architectures import layers as nn_
+from ditq.architectures.module import ModelMixin as ModelMixin
+from ditq.architectures.opensora.around import Around
 
 
 class STDiT3Block(nn.Module):
@@ -52,7 +52,7 @@ class Rope(nn.Module):
         self.register_buffer("freqs", 10000.0 ** (-torch.arange(0, head, 2).float() / head))
 
 
-class STDiT3(ModelMixin, ConfigMixin):
+class STDiT3(Around):
     """STDiT3-XL/2 by default. Masks of frames (image and video conditions) are not supported.
 
     Args:
@@ -77,18 +77,13 @@ class STDiT3(ModelMixin, ConfigMixin):
         qk_norm: bool = True,
     ) -> None:
         super().__init__()
-        patch: tuple[int, int, int] = tuple(patch_size)  # type: ignore[assignment]
-        self.rope = Rope(hidden_size // num_heads)
-        self.x_embedder = nn_.PatchEmbed(patch, in_channels, hidden_size)
-        self.t_embedder = nn_.ScalarEmbed(hidden_size)
+        self._surround(in_channels, patch_size, hidden_size, caption_channels, model_max_length)
         self.fps_embedder = nn_.ScalarEmbed(hidden_size)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, nn_.CHUNKS * hidden_size))
-        self.y_embedder = nn_.CaptionEmbed(caption_channels, hidden_size, model_max_length)
+        self.rope = Rope(hidden_size // num_heads)
         self.spatial_blocks, self.temporal_blocks = (
             nn.ModuleList(STDiT3Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
             for _ in range(2)
         )
-        self.final_layer = nn_.FinalLayer(hidden_size, patch[0] * patch[1] * patch[2] * 2 * in_channels)
 
     def forward(
         self,
@@ -110,8 +105,7 @@ class STDiT3(ModelMixin, ConfigMixin):
             height, width: [B], in pixels, the same for all; None: eight times the latents'.
         """
         config: Any = self.config
-        patch = self.x_embedder.patch
-        t, h, w = grid = tuple(-(-n // p) for n, p in zip(hidden_states.shape[2:], patch, strict=True))
+        t, h, w = self._grid(hidden_states)
         pixels = [
             float(given.flatten()[0]) if given is not None else 8.0 * n
             for given, n in zip((height, width), hidden_states.shape[3:], strict=True)
@@ -119,15 +113,11 @@ class STDiT3(ModelMixin, ConfigMixin):
         unit = (pixels[0] * pixels[1]) ** 0.5 / config.input_sq_size
         base = round((h * w) ** 0.5)
         device = hidden_states.device
-        rows, columns = (torch.arange(n, device=device) / unit * (base / n) for n in (h, w))
-        x = self.x_embedder(hidden_states)
-        x = x + nn_.positions_2d(config.hidden_size, rows, columns).to(x.dtype).repeat(t, 1)
+        x = self._embedded(hidden_states, *(torch.arange(n, device=device) / unit * (base / n) for n in (h, w)))
         rate = torch.full((len(x),), 24.0, device=device) if fps is None else fps.expand(len(x))
         vector = self.t_embedder(timestep.expand(len(x)), x.dtype) + self.fps_embedder(rate, x.dtype)
         time, text = self.t_block(vector), self.y_embedder(encoder_hidden_states)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             x = spatial(x, text, time, encoder_attention_mask, t, None)
             x = temporal(x, text, time, encoder_attention_mask, t, self.rope.freqs)
-        x = nn_.to_video(self.final_layer(x, vector), grid, patch, 2 * config.in_channels)  # type: ignore[arg-type]
-        out = x[:, :, : hidden_states.shape[2], : hidden_states.shape[3], : hidden_states.shape[4]]
-        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+        return self._output(x, vector, hidden_states, return_dict)

@@ -1,4 +1,4 @@
-"""What both generations are made of. Modules are named as in the official checkpoints, with q, k and v apart."""
+"""What the transformers that diffusers lacks are made of, named as in their checkpoints, with q, k and v apart."""
 
 from __future__ import annotations
 
@@ -78,6 +78,17 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         t, h, w = (-size % p for size, p in zip(x.shape[2:], self.patch, strict=True))
         return self.proj(F.pad(x, (0, w, 0, h, 0, t))).flatten(2).transpose(1, 2)
+
+
+class PatchEmbed2d(nn.Module):
+    """Pictures [B, C, H, W] to tokens [B, H' W', channels]."""
+
+    def __init__(self, patch: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class ScalarEmbed(nn.Module):
