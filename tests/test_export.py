@@ -165,9 +165,10 @@ def test_comparison_times_graphs_but_does_not_look_into_them(folders: tuple[str,
         (lambda f: next((f / "openvino").glob("*.bin")).write_bytes(b"x"), "changed since it was exported"),
         (lambda f: edit(f, {"name": "tensorrt"}), "names the engine"),
         (lambda f: edit(f, {"name": "openvino", "options": {"A": [1]}}), "names the engine"),
+        (lambda f: edit(f, {"name": "openvino", "attention": "f16"}), "names the engine"),
         (lambda f: edit(f, {"name": "openvino", "options": {"NO_SUCH_PROPERTY": "1"}}), "OpenVINO"),
     ],
-    ids=["no manifest", "damaged graph", "unknown engine", "odd option", "unknown option"],
+    ids=["no manifest", "damaged graph", "unknown engine", "odd option", "odd attention", "unknown option"],
 )
 def test_damaged_exports_are_refused(
     folders: tuple[str, Path, Path], damage: Any, complaint: str, tmp_path: Path
@@ -188,11 +189,11 @@ def edit(folder: Path, engine: dict[str, Any]) -> None:
 def test_options_are_kept_and_used(folders: tuple[str, Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["export", str(folders[1]), "--out", str(out), "--option", "INFERENCE_NUM_THREADS=1", "--quiet"]
-    command += ["--shapes", "static"]
+    command += ["--shapes", "static", "--attention", "bf16"]
     assert run(command) == 0
     config = json.loads((out / "transformer" / "config.json").read_text())["quantization_config"]
     assert config["engine"] == {
-        "name": "openvino", "shapes": "static", "options": {"INFERENCE_NUM_THREADS": "1"}
+        "name": "openvino", "shapes": "static", "attention": "bf16", "options": {"INFERENCE_NUM_THREADS": "1"}
     }  # fmt: skip
     blocks = ditq.load(out).transformer.transformer_blocks
     assert blocks[0].program.shapes == "static"
@@ -208,6 +209,8 @@ def test_what_cannot_be_exported(
         api.export(tmp_path / "plain", tmp_path / "out")
     with pytest.raises(UsageError, match="Unknown kind of shapes 'fixed'"):
         api.export(source, tmp_path / "out", shapes="fixed")
+    with pytest.raises(UsageError, match="Unknown precision of attention 'f16'"):
+        api.export(source, tmp_path / "out", attention="f16")
     with pytest.raises(UsageError, match="Unknown engine to export to 'onnx'"):
         api.export(source, tmp_path / "out", engine="onnx")
     with pytest.raises(UsageError, match="exists already"):

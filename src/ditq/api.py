@@ -330,6 +330,7 @@ def export(
     *,
     engine: str = "openvino",
     shapes: str = "dynamic",
+    attention: str = "auto",
     options: Mapping[str, str | int] | None = None,
     condition: str | None = None,
     whole_pipeline: bool = False,
@@ -345,6 +346,8 @@ def export(
         source: a folder.
         shapes: "dynamic" compiles the graphs once for calls of any size; "static" anew for each size that comes,
             which takes seconds and is faster from then on.
+        attention: "bf16" computes its two products in bf16, "f32" as everything else in float32; "auto" is bf16 on
+            CPUs that have the instructions for it.
         options: of the runtime by its own names, e.g. ``{"INFERENCE_NUM_THREADS": 4}``; kept in the config.
         condition: what an example call draws; any prompt or class will do.
         whole_pipeline: the decoder of the VAE and T5 text encoders become graphs too, in floats.
@@ -367,10 +370,13 @@ def export(
         raise unknown("engine to export to", engine, ["openvino"])
     if shapes not in ("dynamic", "static"):
         raise unknown("kind of shapes", shapes, ["dynamic", "static"])
+    if attention not in ("auto", "f32", "bf16"):
+        raise unknown("precision of attention", attention, ["auto", "f32", "bf16"])
     folder = resolve(source)
     if not isinstance(folder, Path) or (plan := read_plan(folder)) is None:
         raise UsageError(f"{source} is no folder with a pipeline that ditq has quantized; run ditq quantize first.")
-    config = DitqConfig(plan, engine={"name": engine, "shapes": shapes, "options": dict(options or {})})
+    runtime = {"name": engine, "shapes": shapes, "attention": attention, "options": dict(options or {})}
+    config = DitqConfig(plan, engine=runtime)
     with new_folder(out) as temporary:
         with use_engine("torch"):
             pipe = load(folder)
@@ -388,7 +394,7 @@ def export(
         content = json.loads(path.read_text())
         content["quantization_config"] = config.to_dict()
         path.write_text(json.dumps(content, indent=2) + "\n")
-        rest = components.export_components(pipe, temporary, config.engine or {}) if whole_pipeline else {}
+        rest = components.export_components(pipe, temporary, {**runtime, "attention": "f32"}) if whole_pipeline else {}
     lines = [f"{name}: {f'stays in torch: {why}' if why else 'in floats'}." for name, why in rest.items()]
     return "\n".join([report.summary(), *lines])
 

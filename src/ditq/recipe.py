@@ -137,12 +137,15 @@ class Recipe(_Strict):
         for pattern in self.keep_layers:
             if re.search(pattern, name):
                 return None, None, f"keep_layers: {pattern}"
-        for prefix in sorted(self.roles, key=len, reverse=True):
-            if role == prefix or role.startswith(prefix + "."):
-                own = self.roles[prefix]
-                reason = f"the recipe keeps role {prefix} in 16 bit" if own.weights is None else ""
-                return own.weights, own.activations if own.weights else None, reason
+        if (own := self.own(role)) is not None:
+            reason = f"the recipe keeps role {role} in 16 bit" if own.weights is None else ""
+            return own.weights, own.activations if own.weights else None, reason
         return self.weights, self.activations, ""
+
+    def own(self, role: str) -> RoleFormats | None:
+        """The formats that the recipe gives to this role, or to the narrowest one that holds it."""
+        prefixes = [prefix for prefix in self.roles if role == prefix or role.startswith(prefix + ".")]
+        return self.roles[max(prefixes, key=len)] if prefixes else None
 
     def override(self, assignments: list[str]) -> Recipe:
         """A copy with ``key=value`` assignments applied; keys are dotted, values are YAML.

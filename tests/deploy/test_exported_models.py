@@ -702,3 +702,19 @@ def test_stands_in_a_stock_pipeline(kind: str) -> None:
     assert type(pipe.transformer).__module__.startswith("diffusers.")
     assert pipe.device.type == "cpu"
     assert float((draw(pipe) - expected).square().mean()) < 1e-5  # 50 dB
+
+
+def test_copies_of_a_layer_are_executed_once_and_in_integers(tmp_path: Path) -> None:
+    eight = "{weights: {bits: 8, granularity: channel}, activations: {bits: 8, granularity: token, dynamic: true}}"
+    model = tiny_model("dit")
+    first, *others = model.transformer_blocks
+    for block in others:
+        block.norm1.emb.load_state_dict(first.norm1.emb.state_dict())
+    recipe = load_recipe("rtn-w8a8").override([f"roles.embedder={eight}", "keep=[modulation, final]"])
+    quantize_model(model, architectures.load("dit"), recipe, None)
+    report = export(model, architectures.load("dit"), example_inputs("dit"), tmp_path)
+    copies = [layer for layer in report.layers if layer.twin]
+    assert {layer.name.rpartition("linear_")[0] for layer in copies} == {
+        f"transformer_blocks.{i}.norm1.emb.timestep_embedder." for i in range(1, len(others) + 1)
+    }
+    assert all(report.executions[layer.name] == "int8" for layer in copies)

@@ -277,3 +277,15 @@ def test_linears_that_read_tensors_of_their_own_have_hessians_of_their_own(monke
     assert seen[f"{attention}.to_out.0"] is not seen[f"{attention}.to_add_out"]
     assert plan[f"{attention}.to_out.0"].smooth == plan[f"{attention}.to_add_out"].smooth
     assert plan[f"{attention}.to_out.0"].smooth.folded == "v"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart"])
+def test_modulation_is_rounded_as_its_own_role_says(name: str) -> None:
+    model = tiny_model(name)
+    exact = run(model, name)
+    eight = "{weights: {bits: 8, granularity: channel}, activations: {bits: 8, granularity: token, dynamic: true}}"
+    plan = ditq.quantize(model, "rtn-w8a8", overrides=[f"roles.modulation={eight}", "keep=[embedder, final]"]).plan
+    modulation = [layer for layer in plan.layers if layer.role == "modulation"]
+    assert modulation
+    assert all(layer.activation is not None and layer.activation.bits == 8 for layer in modulation)
+    assert sqnr(exact, run(model, name)) > 30

@@ -17,22 +17,25 @@ def checked(engine: Any) -> dict[str, Any]:
     """The ``engine`` field of a config that somebody else may have written.
 
     Raises:
-        CheckpointError: it is not ``{"name": "openvino", "shapes": "dynamic", "options": {NAME: text or number}}``.
+        CheckpointError: it is not ``{"name": "openvino", "shapes": "dynamic", "attention": "auto", "options":
+            {NAME: text or number}}``.
     """
     options = engine.get("options", {}) if isinstance(engine, dict) else None
     shapes = engine.get("shapes", "dynamic") if isinstance(engine, dict) else None
+    attention = engine.get("attention", "f32") if isinstance(engine, dict) else None
     if (
         not isinstance(options, dict)
-        or engine.keys() - {"name", "shapes", "options"}
+        or engine.keys() - {"name", "shapes", "attention", "options"}
         or engine.get("name") != OPENVINO
         or shapes not in ("dynamic", "static")
+        or attention not in ("auto", "f32", "bf16")
         or not all(isinstance(k, str) and isinstance(v, str | int) for k, v in options.items())
     ):
         raise CheckpointError(
             f"The config names the engine {engine!r}; known is {{'name': '{OPENVINO}', "
-            "'shapes': 'dynamic' or 'static', 'options': {NAME: value}}."
+            "'shapes': 'dynamic' or 'static', 'attention': 'auto', 'f32' or 'bf16', 'options': {NAME: value}}."
         )
-    return {"name": OPENVINO, "shapes": shapes, "options": options}
+    return {"name": OPENVINO, "shapes": shapes, "attention": attention, "options": options}
 
 
 def compile_graphs(model: nn.Module, engine: dict[str, Any] | None, folder: Path) -> bool:
@@ -49,5 +52,5 @@ def compile_graphs(model: nn.Module, engine: dict[str, Any] | None, folder: Path
     cache = cache_root() / OPENVINO
     cache.mkdir(parents=True, exist_ok=True)
     options = {"CACHE_DIR": str(cache), **engine["options"]}
-    openvino.load(folder / OPENVINO, model, properties=options, shapes=engine["shapes"])
+    openvino.load(folder / OPENVINO, model, properties=options, shapes=engine["shapes"], attention=engine["attention"])
     return True

@@ -17,6 +17,9 @@ def export(
     shapes: Annotated[
         str, typer.Option(help="dynamic: one graph for all sizes; static: compiled for each size, faster then.")
     ] = "dynamic",
+    attention: Annotated[
+        str, typer.Option(help="Precision of attention: f32, bf16, or auto: bf16 on CPUs with bf16 instructions.")
+    ] = "auto",
     options: Annotated[
         list[str] | None, typer.Option("--option", help="NAME=VALUE of the runtime, e.g. INFERENCE_NUM_THREADS=4.")
     ] = None,
@@ -43,7 +46,7 @@ def export(
             raise UsageError(f"--option takes NAME=VALUE, got {option!r}.")
         settings[name] = value
     text = api.export(
-        pipeline, out_dir, engine=engine, shapes=shapes, options=settings, architecture=architecture,
+        pipeline, out_dir, engine=engine, shapes=shapes, attention=attention, options=settings, architecture=architecture,
         allow_float=allow_float, whole_pipeline=whole_pipeline,
     )  # fmt: skip
     if not quiet:

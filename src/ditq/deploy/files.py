@@ -10,6 +10,7 @@ from typing import Any
 from ditq.deploy.constants import keep_bf16, shrink
 from ditq.deploy.manifest import FILE, Segment
 from ditq.deploy.program import Program, Shapes
+from ditq.deploy.rewrite import rewrite
 from ditq.engines.openvino.probe import core
 from ditq.errors import CheckpointError, UsageError
 
@@ -22,6 +23,7 @@ def write(graph: Any, folder: Path, place: str) -> dict[str, str]:
 
     path = folder / f"{place}.xml"
     shrink(graph)
+    rewrite(graph)
     ov.save_model(graph, str(path), compress_to_fp16=False)  # scales keep their float32
     return {name: _digest(folder / name) for name in (path.name, path.with_suffix(".bin").name)}
 

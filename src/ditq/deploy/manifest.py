@@ -32,7 +32,11 @@ class Input(_Strict):
 
 
 class Layer(_Strict):
-    """A linear layer: its kernel, or None where it keeps floating-point weights; ``reason`` says why not int8."""
+    """A linear layer: its kernel, or None where it keeps floating-point weights; ``reason`` says why not int8.
+
+    ``twin`` names the first layer with the same weights, bit for bit (DiT has a copy of its embedders in every block):
+    OpenVINO computes both at once where their inputs are one tensor.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     columns: Annotated[int, Field(ge=1)]
@@ -41,6 +45,7 @@ class Layer(_Strict):
     weight_group: Annotated[int, Field(ge=1)] | None = None
     activations: Activations = "float"
     reason: str = ""
+    twin: str = ""
 
     @property
     def kernel(self) -> Kernel | None:

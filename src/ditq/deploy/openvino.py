@@ -14,6 +14,7 @@ from torch import nn
 from ditq.architectures import Architecture
 from ditq.arguments import parameters
 from ditq.deploy import files
+from ditq.deploy.attention import Attention, in_bf16, resolved
 from ditq.deploy.calls import variations
 from ditq.deploy.capture import capture
 from ditq.deploy.compiled import CompiledStack
@@ -93,6 +94,7 @@ def load(
     *,
     properties: Mapping[str, str | int] | None = None,
     shapes: Shapes = "dynamic",
+    attention: Attention = "f32",
     allow_float: bool = False,
 ) -> Report:
     """Puts the compiled blocks of an exported folder into a transformer of the same class, in place of its own.
@@ -105,6 +107,7 @@ def load(
             (compiled models are kept there), ``INFERENCE_PRECISION_HINT`` (``bf16`` is faster on CPUs that have
             it, and rounds everything between the linears).
         shapes: "static" compiles anew for the sizes of a call, see :class:`ditq.deploy.program.Program`.
+        attention: "bf16" computes it in bf16, "auto" does so on CPUs with the instructions for it.
         allow_float: takes layers that this machine cannot execute on integers.
 
     Raises:
@@ -118,7 +121,8 @@ def load(
     for segment in manifest.segments:
         _check_place(model, segment)
     config = compile_config(manifest.group_size, properties)
-    programs = [files.program(folder, segment, config, shapes) for segment in manifest.segments]
+    change = in_bf16 if resolved(attention) == "bf16" else None
+    programs = [files.program(folder, segment, config, shapes, change) for segment in manifest.segments]
     report = examine(manifest, programs, config[PRECISION], allow_float)
     for segment, program in zip(manifest.segments, programs, strict=True):
         _install(model, segment, program)
@@ -132,6 +136,7 @@ def compile_in_place(
     *,
     properties: Mapping[str, str | int] | None = None,
     shapes: Shapes = "dynamic",
+    attention: Attention = "f32",
     allow_float: bool = False,
 ) -> Report:
     """:func:`export` and :func:`load` without a folder that stays. Arguments and errors as there."""
@@ -140,7 +145,7 @@ def compile_in_place(
         # Elsewhere than on Windows a deleted file stays mapped, and mapped weights need no memory of their own.
         extra = {files.MMAP: "NO"} if os.name == "nt" else {}
         options = {**(properties or {}), **extra}
-        return load(folder, model, properties=options, shapes=shapes, allow_float=allow_float)
+        return load(folder, model, properties=options, shapes=shapes, attention=attention, allow_float=allow_float)
 
 
 def _require_engine() -> None:

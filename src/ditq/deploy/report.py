@@ -62,6 +62,8 @@ def examine(manifest: Manifest, programs: Iterable[Program], precision: str, all
         intact = multiplies(
             program.compiled, {layer.name: layer.kernel for layer in segment.layers if layer.kernel is not None}
         )
+        # Of copies of one layer the compiled graph has one, under the name of any of them.
+        executed = {layer.twin or layer.name for layer in segment.layers if intact.get(layer.name)}
         for layer in segment.layers:
             kernel = layer.kernel
             executions[layer.name] = "float"
@@ -72,7 +74,7 @@ def examine(manifest: Manifest, programs: Iterable[Program], precision: str, all
                 raise DitqError(
                     f"OpenVINO quantizes the input of {layer.name!r}, which has 16-bit activations by its plan."
                 )
-            if intact[layer.name]:
+            if (layer.twin or layer.name) in executed:
                 executions[layer.name] = found
             if kernel.integer and executions[layer.name] == "float":
                 failed.setdefault(str(kernel), []).append(layer.name)

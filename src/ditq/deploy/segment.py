@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,6 +171,7 @@ def _kept(stack: str, numbers: range, calls: tuple[StackCall, StackCall]) -> tup
 def _layers(
     blocks: Mapping[str, nn.Module], specs: Mapping[str, LinearSpec], reasons: Mapping[str, str]
 ) -> Iterator[Layer]:
+    known: dict[bytes, str] = {}
     for prefix, block in blocks.items():
         for name, module in block.named_modules(prefix=prefix):
             if not isinstance(module, nn.Linear) or isinstance(module, TimestepLinear):
@@ -180,10 +182,21 @@ def _layers(
                 continue
             kernel = specs[name].kernel
             reason = "" if kernel.integer else reasons.get(name, "16-bit activations by the plan")
+            first = known.setdefault(_weights(specs[name]), name)
             yield Layer(
                 name=name, columns=columns, rows=rows, storage=kernel.storage,
                 weight_group=kernel.weight_group, activations=kernel.activations, reason=reason,
+                twin="" if first == name else first,
             )  # fmt: skip
+
+
+def _weights(spec: LinearSpec) -> bytes:
+    """A digest of everything that tells a layer from another one with the same kernel."""
+    weight = spec.weight
+    digest = hashlib.sha256(repr((spec.kernel, weight.format, spec.activation, spec.rotation)).encode())
+    for tensor in (weight.packed, weight.scale, weight.zero_point, spec.bias, spec.smooth, spec.input_scale):
+        digest.update(b"none" if tensor is None else tensor.detach().float().cpu().numpy().tobytes())
+    return digest.digest()
 
 
 def _open_shape(a: Tensor, b: Tensor) -> tuple[int | None, ...]:

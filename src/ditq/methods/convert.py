@@ -34,9 +34,10 @@ def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[
     for linear in architecture.linears(model):
         weight, activation, reason = recipe.formats(linear.name, linear.role)
         weight, activation = (_fitted(fmt, linear, recipe.fit_groups) for fmt in (weight, activation))
-        if weight is not None and linear.name not in quantizable:
-            # Not in a stack: nothing is known about its input, so only its weight can be quantized.
-            activation = None
+        if activation is not None and linear.name not in quantizable:
+            # Not in a stack: nothing is known about its input. It is rounded where its role is given a format for it
+            # that needs no calibration, else only the weight is quantized.
+            activation = activation if recipe.own(linear.role) and activation.dynamic else None
         rounding = recipe.rounding if weight and linear.name in quantizable else "nearest"
         layers.append(
             LayerPlan(
