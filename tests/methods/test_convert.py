@@ -279,7 +279,6 @@ def test_linears_that_read_tensors_of_their_own_have_hessians_of_their_own(monke
     assert plan[f"{attention}.to_out.0"].smooth.folded == "v"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart"])
 def test_modulation_is_rounded_as_its_own_role_says(name: str) -> None:
     model = tiny_model(name)
     exact = run(model, name)
@@ -288,4 +287,4 @@ def test_modulation_is_rounded_as_its_own_role_says(name: str) -> None:
     modulation = [layer for layer in plan.layers if layer.role == "modulation"]
     assert modulation
     assert all(layer.activation is not None and layer.activation.bits == 8 for layer in modulation)
-    assert sqnr(exact, run(model, name)) > 30
+    assert sqnr_db(exact, run(model, name)) > 30

@@ -36,7 +36,7 @@ class DitqConfig(QuantizationConfigMixin):
     ``DitqConfig(recipe="rtn-w8a8")`` quantizes while loading, for recipes that need no calibration.
     A config without plan and recipe is that of a component in floats which an engine executes (a VAE, a text encoder).
     ``engine`` names a runtime whose graphs lie in a folder of that name beside the weights (``ditq export``), and its
-    options: ``{"name": "openvino", "shapes": "dynamic", "attention": "auto", "options": {"INFERENCE_NUM_THREADS": 4}}``.
+    options: ``{"name": "openvino", "shapes": "dynamic", "attention": "auto", "options": {"NUM_STREAMS": 1}}``.
     """
 
     def __init__(

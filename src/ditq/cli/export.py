@@ -46,8 +46,8 @@ def export(
             raise UsageError(f"--option takes NAME=VALUE, got {option!r}.")
         settings[name] = value
     text = api.export(
-        pipeline, out_dir, engine=engine, shapes=shapes, attention=attention, options=settings, architecture=architecture,
-        allow_float=allow_float, whole_pipeline=whole_pipeline,
+        pipeline, out_dir, engine=engine, shapes=shapes, attention=attention, options=settings,
+        architecture=architecture, allow_float=allow_float, whole_pipeline=whole_pipeline,
     )  # fmt: skip
     if not quiet:
         out.print(text, markup=False)
