@@ -28,7 +28,7 @@ from ditq.errors import DitqError, UsageError, unknown
 from ditq.methods import draft, plan_layers
 from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
-from ditq.sampling import Samples, fingerprint, sample
+from ditq.sampling import Samples, batches, fingerprint, sample
 
 STRATEGIES = ("evolution", "random", "program", "uniform")
 ROUNDINGS = ("nearest", "recipe")
@@ -244,8 +244,10 @@ def _moments(
 ) -> list[Call]:
     """Kept calls along the trajectories of all pictures, those of one timestep side by side."""
     calls: list[Call] = []
-    for begin in range(0, len(conditions), batch_size):
-        batch, seed = conditions[begin : begin + batch_size], drawing["seed"] + begin
+    done = 0
+    for numbers in batches(pipe, conditions, batch_size):
+        batch, seed = [conditions[i] for i in numbers], drawing["seed"] + done
+        done += len(batch)
         with kept_moments(pipe.transformer, architecture, moments, seed) as recorder:
             sample(pipe, architecture, batch, batch_size=len(batch), decode=False, **{**drawing, "seed": seed})
         calls += recorder.calls()

@@ -16,7 +16,7 @@ from ditq.architectures import Architecture
 from ditq.calibration.capture import Capture
 from ditq.calibration.statistics import Statistics, merge
 from ditq.recipe import Calibration
-from ditq.sampling import cache_root, sample
+from ditq.sampling import batches, cache_root, sample
 
 # Added to the seed of every calibration, so that it never sees the noise that the same seed compares models with.
 NOISE_OFFSET = 10_000
@@ -52,7 +52,7 @@ def calibrate(
     seed += NOISE_OFFSET
     prompts = list(prompts)[: settings.prompts]
     size = _batch_size(pipe.transformer, settings)
-    batches = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    together = [[prompts[i] for i in numbers] for numbers in batches(pipe, prompts, size)]
     model, experts = getattr(pipe, component), (pipe.transformer, getattr(pipe, "transformer_2", None))
     groups = architecture.groups(model)
     folder = (cache or cache_root() / "calibration") / _key(
@@ -61,9 +61,10 @@ def calibrate(
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = max(1, settings.rows // (len(batches) * settings.steps * 2))
-    parts = []
-    for i, batch in enumerate(batches):
+    rows = max(1, settings.rows // (len(together) * settings.steps * 2))
+    parts: list[Statistics] = []
+    drawn = 0
+    for i, batch in enumerate(together):
         path = folder / f"batch-{i:05d}.safetensors"
         if path.exists():
             parts.append(Statistics.load(path))
@@ -71,14 +72,15 @@ def calibrate(
             capture = Capture(architecture, groups, rows, seed + i, settings.calls, len(prompts))
             with capture.watching(model):
                 sample(
-                    pipe, architecture, batch, seed=seed + i * size, steps=settings.steps,
+                    pipe, architecture, batch, seed=seed + drawn, steps=settings.steps,
                     guidance_scale=settings.guidance_scale, batch_size=len(batch), decode=False,
                     **settings.arguments,
                 )  # fmt: skip
             parts.append(capture.statistics())
             parts[-1].save(path)
+        drawn += len(batch)
         if progress:
-            progress(i + 1, len(batches))
+            progress(i + 1, len(together))
     return merge(parts)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ditq.architectures import Architecture
 from ditq.errors import UsageError
-from ditq.sampling.sample import call_arguments, quiet, resolve_conditions
+from ditq.sampling.sample import batches, call_arguments, quiet, resolve_conditions
 
 Call = dict[str, Any]
 
@@ -27,7 +27,7 @@ def record(pipe: Any, architecture: Architecture, conditions: Sequence[str]) -> 
     """The keyword arguments of the first call of a pipeline's transformer, which is not carried out.
 
     Args:
-        conditions: what to draw at once, prompts or names or numbers of classes.
+        conditions: what to draw at once, prompts or names or numbers of classes; as many of them as go together.
     """
     found: list[Call] = []
 
@@ -38,8 +38,9 @@ def record(pipe: Any, architecture: Architecture, conditions: Sequence[str]) -> 
     hook = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         resolved = resolve_conditions(pipe, architecture, conditions)
+        first = [resolved[i] for i in batches(pipe, resolved, len(resolved))[0]]
         with quiet(pipe):
-            pipe(**call_arguments(pipe, architecture, resolved, steps=2, guidance_scale=None))
+            pipe(**call_arguments(pipe, architecture, first, steps=2, guidance_scale=None))
     except _Recorded:
         pass
     finally:

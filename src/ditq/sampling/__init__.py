@@ -2,6 +2,6 @@
 
 from ditq.sampling.cache import PictureCache, cache_root
 from ditq.sampling.fingerprint import fingerprint
-from ditq.sampling.sample import Samples, sample
+from ditq.sampling.sample import Samples, batches, sample
 
-__all__ = ["PictureCache", "Samples", "cache_root", "fingerprint", "sample"]
+__all__ = ["PictureCache", "Samples", "batches", "cache_root", "fingerprint", "sample"]

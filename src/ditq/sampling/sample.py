@@ -96,7 +96,7 @@ def sample(
 ) -> Samples:
     """Draws one picture or video for each condition; number i starts from the noise of seed ``seed + i``.
 
-    The noise does not depend on the batch size. ``overrides`` go to the pipeline's call. With a ``cache``,
+    Nothing depends on the batch size, up to rounding. ``overrides`` go to the pipeline's call. With a ``cache``,
     what it holds for this pipeline, condition, seed and sampler is not drawn again (whatever the batch size
     was), and what is drawn is added batch by batch, so that an interrupted run goes on from there.
 
@@ -118,8 +118,8 @@ def sample(
             on_batch(len(found))
     missing = [i for i in range(len(resolved)) if i not in found]
     with quiet(pipe):
-        for begin in range(0, len(missing), batch_size):
-            batch = missing[begin : begin + batch_size]
+        for numbers in batches(pipe, [resolved[i] for i in missing], batch_size):
+            batch = [missing[n] for n in numbers]
             kwargs = call_arguments(
                 pipe, architecture, [resolved[i] for i in batch], steps=steps, guidance_scale=guidance_scale
             )
@@ -143,6 +143,39 @@ def sample(
     )  # fmt: skip
 
 
+def batches(pipe: Any, conditions: Sequence[Any], batch_size: int) -> list[list[int]]:
+    """Numbers of conditions that one call of the pipeline draws, in their order; most take any together.
+
+    LattePipeline has no mask for its text, so only prompts of as many tokens go together.
+    """
+    alike: dict[int, list[int]] = {}
+    for i, condition in enumerate(conditions):
+        length = 0
+        if _cuts_single_texts(pipe):
+            length = len(pipe.tokenizer(pipe._text_preprocessing(condition, _cleans_captions(pipe))[0]).input_ids)
+        alike.setdefault(length, []).append(i)
+    return [group[i : i + batch_size] for group in alike.values() for i in range(0, len(group), batch_size)]
+
+
+def _cuts_single_texts(pipe: Any) -> bool:
+    """LattePipeline: a single prompt is cut to its tokens, several are padded to 120, which draws other videos."""
+    return "mask_feature" in inspect.signature(pipe.__call__).parameters
+
+
+def _cleans_captions(pipe: Any) -> bool:
+    """Whether the pipeline takes web addresses and the like out of prompts: by default, if it has what it takes."""
+    asked = inspect.signature(pipe.__call__).parameters["clean_caption"].default
+    return bool(asked and importlib.util.find_spec("bs4") and importlib.util.find_spec("ftfy"))
+
+
+@torch.no_grad()
+def _texts_as_single(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
+    """What the pipeline makes of each prompt by itself, side by side: [B, tokens, channels]."""
+    pairs = [pipe.encode_prompt(prompt, clean_caption=_cleans_captions(pipe)) for prompt in prompts]
+    positive, negative = (torch.cat(texts) for texts in zip(*pairs, strict=True))
+    return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+
+
 def _pictures(output: Any) -> list[Any]:
     """Pictures of an image pipeline, lists of frames of a video pipeline."""
     if hasattr(output, "images"):
@@ -158,7 +191,11 @@ def call_arguments(
     steps: int | None,
     guidance_scale: float | None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one pipeline call; what is None is left to the pipeline's default."""
+    """Keyword arguments of one pipeline call; what is None is left to the pipeline's default.
+
+    Args:
+        batch: what goes together in one call, see :func:`batches`.
+    """
     if steps == 1 and "PixArt" in type(pipe).__name__:
         raise UsageError("PixArt's pipelines cannot sample in one step; ask for at least 2.")
     accepted = inspect.signature(pipe.__call__).parameters
@@ -180,8 +217,10 @@ def call_arguments(
         longest = max(len(ids) for ids in pipe.tokenizer([str(c) for c in batch]).input_ids)
         limit = accepted["max_sequence_length"].default
         kwargs["max_sequence_length"] = min(limit, -(-longest // 8) * 8)
-    if "clean_caption" in accepted and not (importlib.util.find_spec("bs4") and importlib.util.find_spec("ftfy")):
+    if "clean_caption" in accepted and not _cleans_captions(pipe):
         kwargs["clean_caption"] = False
+    if _cuts_single_texts(pipe):
+        kwargs |= {**_texts_as_single(pipe, kwargs["prompt"]), "prompt": None, "negative_prompt": None}
     return kwargs
 
 
