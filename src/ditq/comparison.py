@@ -156,6 +156,7 @@ def compare(
     steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int = 8,
+    arguments: Mapping[str, Any] | None = None,
     architecture: str | Path | Architecture | None = None,
     metrics: Sequence[str] | Literal["all"] = BASIC,
     network: str = "auto",
@@ -173,6 +174,7 @@ def compare(
 
     Args:
         quantized: one model, a list (named by their folders) or a mapping of names.
+        arguments: of the pipelines' calls, e.g. ``{"height": 256, "width": 256, "num_frames": 17}``.
         metrics, network: see :func:`ditq.metrics.measure.measure`.
         real: real pictures, or a folder of them. A ``bundled:`` reference brings its own, with its own network.
         cache: where pictures are kept; None keeps none.
@@ -186,7 +188,8 @@ def compare(
         DitqError: a model draws NaN or Inf.
     """
     named = _named(quantized)
-    options = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
+    options: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
+    extra = dict(arguments or {})
 
     def tell(stage: str, total: int) -> Any:
         done = 0
@@ -216,7 +219,7 @@ def compare(
         arch = architectures.load(architecture) if architecture else architectures.match(pipe.transformer)
         samples = sample(
             pipe, arch, prompts, batch_size=batch_size, cache=cache, on_batch=tell(stage, len(prompts)),
-            **options,  # type: ignore[arg-type]
+            **options, **extra,
         )  # fmt: skip
         if not bool(torch.isfinite(samples.trajectory).all()):
             raise DitqError(f"The {stage} model draws NaN or Inf.")
@@ -237,12 +240,12 @@ def compare(
             shown = list(prompts)[:explain]
             if _compiled(pipe.transformer):  # graphs have no layers to look into
                 with torch.no_grad():
-                    call = record(base, arch, shown)
+                    call = record(base, arch, shown, extra)
                     first.step_time, subject.step_time = step_times(base.transformer, pipe.transformer, (), call)
             else:
                 subject.errors, first.step_time, subject.step_time = layer_errors(
                     base, pipe.transformer, subject.plan, arch, shown,
-                    on_step=tell(f"layers of {name}", 0), **options,  # type: ignore[arg-type]
+                    on_step=tell(f"layers of {name}", 0), arguments=extra, **options,
                 )  # fmt: skip
         del pipe
         gc.collect()
@@ -257,7 +260,8 @@ def compare(
     )  # fmt: skip
     if cache is not None:
         cache.prune()
-    return Comparison(first, models, measurement, {**options, "batch_size": batch_size}, real, environment())
+    settings = {**options, "batch_size": batch_size, **({"arguments": extra} if extra else {})}
+    return Comparison(first, models, measurement, settings, real, environment())
 
 
 def _model_report(

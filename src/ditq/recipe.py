@@ -54,14 +54,15 @@ class Calibration(_Strict):
     ``rows`` bounds the sample of every layer's input, ``calls`` is how many timesteps, chosen at random, of each
     prompt's trajectory are kept whole, both halves of the guidance included, for what must run blocks again: at
     least so many, more where prompts or tokens are few (``ditq.calibration.capture.ROWS_PER_INPUT``); 0 keeps none.
-    ``batch_size: auto`` draws 8 prompts at once, and up to 32 of small pictures.
+    ``batch_size`` is how many prompts are drawn at once: by default 8 pictures, with ``auto`` up to 32 small ones;
+    either way as many videos as have 2^17 latent numbers, at most 8.
     ``arguments`` go to the pipeline's call as they are, e.g. ``{height: 256, width: 256, num_frames: 17}``.
     ``timesteps`` says which ones count in ranges, scales and the sample: ``all``, or those that PTQ4DM would draw
     from a skewed normal distribution, ``normal``.
     """
 
     prompts: Annotated[int, Field(ge=1)] = 32
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 8
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     steps: Annotated[int, Field(ge=1)] = 20
     guidance_scale: float | None = None
     rows: Annotated[int, Field(ge=16)] = 2048

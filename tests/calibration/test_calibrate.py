@@ -167,13 +167,41 @@ def test_calibration_leaves_the_pipeline_as_it_was(name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "asked", "expected"),
     [({}, 3, 3), ({"sample_size": 8}, "auto", 32), ({"sample_size": 32}, "auto", 16),
-     ({"sample_size": 128}, "auto", 8), ({"sample_size": None}, "auto", 8)],
-    ids=["as-asked", "small", "DiT-256", "large", "unknown"],
+     ({"sample_size": 128}, "auto", 8), ({"sample_size": None}, "auto", 8), ({"sample_size": 8}, None, 8)],
+    ids=["as-asked", "small", "DiT-256", "large", "unknown", "default"],
 )  # fmt: skip
 def test_small_pictures_are_drawn_in_larger_batches(config: dict[str, Any], asked: Any, expected: int) -> None:
-    model = SimpleNamespace(config=SimpleNamespace(in_channels=4, **config))
-    settings = SETTINGS.model_copy(update={"batch_size": asked})
-    assert calibration_run._batch_size(model, settings) == expected  # type: ignore[arg-type]
+    assert batch_size(lambda prompt: None, config, asked) == expected
+
+
+@pytest.mark.parametrize("asked", [None, "auto"])
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"sample_size": 16, "video_length": 8}, 8), ({"sample_size": 32, "video_length": 16}, 2),
+     ({"sample_size": 64, "video_length": 16}, 1), ({}, 1)],
+    ids=["emoji-video", "Latte-256", "Latte-512", "unknown"],
+)  # fmt: skip
+def test_a_video_counts_as_its_frames(config: dict[str, Any], asked: Any, expected: int) -> None:
+    assert batch_size(lambda prompt, video_length: None, config, asked) == expected
+
+
+def batch_size(call: Any, config: dict[str, Any], asked: Any) -> int:
+    """What calibration would draw at once by a pipeline with this call and this config of its transformer."""
+    transformer = SimpleNamespace(config=SimpleNamespace(in_channels=4, **config))
+    pipe = SimpleNamespace(transformer=transformer, __call__=call)
+    return calibration_run._batch_size(pipe, SETTINGS.model_copy(update={"batch_size": asked}))
+
+
+def test_samples_of_all_layers_together_stay_below_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SETTINGS.model_copy(update={"rows": 960, "prompts": 2})
+
+    def taken() -> int:
+        found = calibrate(tiny_dit(), architectures.load("dit"), CLASSES, settings, cache=tmp_path)
+        return sum(group.sample.numel() * group.sample.element_size() for group in found.groups.values())
+
+    everything = taken()
+    monkeypatch.setattr(calibration_run, "SAMPLE_BYTES", everything // 4)
+    assert everything // 8 < taken() <= everything // 4
 
 
 def test_nan_activation_names_the_layer_and_the_timestep() -> None:

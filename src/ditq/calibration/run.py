@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq.architectures import Architecture
+from ditq.architectures import Architecture, InputGroup
 from ditq.calibration.capture import Capture
 from ditq.calibration.statistics import Statistics, merge
 from ditq.recipe import Calibration
-from ditq.sampling import batches, cache_root, sample
+from ditq.sampling import batches, cache_root, draws_videos, sample
 
 # Added to the seed of every calibration, so that it never sees the noise that the same seed compares models with.
 NOISE_OFFSET = 10_000
+
+# What the samples of all layers' inputs may take together. A Latte-1 in float32 has 2.2 MB in a row of each.
+SAMPLE_BYTES = 2**30
 
 Progress = Callable[[int, int], None]
 
@@ -38,8 +41,8 @@ def calibrate(
 ) -> Statistics:
     """Statistics of every input group over the sampling trajectories of ``prompts``.
 
-    Deterministic under ``seed``. Memory is bounded: maxima are [timesteps, conditions, channels], samples
-    at most about ``settings.rows`` rows a group, whole calls ``settings.calls`` a prompt
+    Deterministic under ``seed``. Memory is bounded: maxima are [timesteps, conditions, channels], samples at most
+    about ``settings.rows`` rows a group and :data:`SAMPLE_BYTES` in all, whole calls ``settings.calls`` a prompt
     or what :data:`ditq.calibration.capture.ROWS_PER_INPUT` asks for.
 
     Args:
@@ -51,7 +54,7 @@ def calibrate(
     """
     seed += NOISE_OFFSET
     prompts = list(prompts)[: settings.prompts]
-    size = _batch_size(pipe.transformer, settings)
+    size = _batch_size(pipe, settings)
     together = [[prompts[i] for i in numbers] for numbers in batches(pipe, prompts, size)]
     model, experts = getattr(pipe, component), (pipe.transformer, getattr(pipe, "transformer_2", None))
     groups = architecture.groups(model)
@@ -61,7 +64,8 @@ def calibrate(
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = max(1, settings.rows // (len(together) * settings.steps * 2))
+    most = min(settings.rows, SAMPLE_BYTES // _bytes_of_a_row(model, groups))
+    rows = max(1, most // (len(together) * settings.steps * 2))
     parts: list[Statistics] = []
     drawn = 0
     for i, batch in enumerate(together):
@@ -84,15 +88,26 @@ def calibrate(
     return merge(parts)
 
 
-def _batch_size(model: nn.Module, settings: Calibration) -> int:
-    """As asked; or as many as have 2^16 latent numbers, from 8 to 32: small batches leave a processor waiting."""
-    if settings.batch_size != "auto":
+def _batch_size(pipe: Any, settings: Calibration) -> int:
+    """As asked; else 8 pictures, or by ``auto`` as many as have 2^16 latent numbers, from 8 to 32: small batches leave
+    a processor waiting. Of videos as many as have 2^17, up to 8, and one where their size is not the transformer's.
+    """
+    if isinstance(settings.batch_size, int):
         return settings.batch_size
-    config: Any = model.config
-    side = getattr(config, "sample_size", None)
-    if not isinstance(side, int) or settings.arguments:
+    config, video = pipe.transformer.config, draws_videos(pipe)
+    side, frames = getattr(config, "sample_size", None), getattr(config, "video_length", None)
+    if not isinstance(side, int) or settings.arguments or (video and not frames):
+        return 1 if video else 8
+    if not video and settings.batch_size is None:
         return 8
-    return min(max(2**16 // (config.in_channels * side**2), 8), 32)
+    numbers = config.in_channels * side**2 * (frames or 1)
+    return min(max(2**17 // numbers, 1), 8) if video else min(max(2**16 // numbers, 8), 32)
+
+
+def _bytes_of_a_row(model: nn.Module, groups: Sequence[InputGroup]) -> int:
+    """Of the inputs of every group together, one row each."""
+    size = next(model.parameters()).element_size()
+    return sum(group.linears[0].module.in_features for group in groups) * size
 
 
 def _key(

@@ -93,9 +93,9 @@ class Statistics:
             calls.append(content)
             tensors |= own
         temporary = path.with_suffix(".tmp")
-        # Cloned, since calls of one moment may share tensors.
+        # Calls of one moment may share tensors, which the format does not; samples, the large ones, never do.
         save_file(
-            {k: v.clone().contiguous() for k, v in tensors.items()},
+            {k: v.clone().contiguous() if k.startswith(_CALLS) else v.contiguous() for k, v in tensors.items()},
             temporary,
             metadata={"ditq": json.dumps({"version": 1, "calls": calls})},
         )
@@ -140,11 +140,14 @@ class Statistics:
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of several batches of prompts as one: maxima of maxima, samples and calls side by side."""
+    """Statistics of several batches of prompts as one: maxima of maxima, samples and calls side by side.
+
+    Takes the groups out of ``parts``, one after the other: no sample is in memory twice.
+    """
     first = parts[0]
     groups = {}
-    for name in first.groups:
-        all_of = [part.groups[name] for part in parts]
+    for name in list(first.groups):
+        all_of = [part.groups.pop(name) for part in parts]
         groups[name] = GroupStatistics(
             torch.stack([g.absmax for g in all_of]).amax(0),
             torch.cat([g.sample for g in all_of]),

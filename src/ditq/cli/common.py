@@ -30,6 +30,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no table
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps; default: the pipeline's.", min=1)]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's.")]
+Frames = Annotated[
+    int | None, typer.Option(help="Frames of a video; default: what the model or the pipeline says.", min=1)
+]
+Height = Annotated[int | None, typer.Option(help="Pixels; default: what the model or the pipeline says.", min=1)]
+Width = Annotated[int | None, typer.Option(help="Pixels; default: what the model or the pipeline says.", min=1)]
+FramesPerSecond = Annotated[
+    float | None, typer.Option("--fps", help="Frames a second that videos play at; default: 8.", min=0.1)
+]
 BatchSize = Annotated[int, typer.Option(help="Pictures drawn at once.", min=1)]
 PromptFile = Annotated[
     Path | None, typer.Option("--prompts", help="Text file, one prompt (or class name, or class number) a line.")
@@ -99,6 +107,20 @@ def pick_architecture(pipe: Any, name: str | None) -> Architecture:
     from ditq import architectures
 
     return architectures.load(name) if name else architectures.match(pipe.transformer)
+
+
+def pick_fps(fps: float | None, pipe: Any) -> float:
+    """Frames a second of ``--fps``.
+
+    Raises:
+        UsageError: the pipeline draws pictures.
+    """
+    from ditq.report.video import FRAMES_PER_SECOND
+    from ditq.sampling import draws_videos
+
+    if fps is not None and not draws_videos(pipe):
+        raise UsageError(f"{type(pipe).__name__} draws pictures; --fps is for pipelines of videos.")
+    return fps or FRAMES_PER_SECOND
 
 
 def pick_prompts(

@@ -15,17 +15,22 @@ from ditq.cli.common import (
     BatchSize,
     Device,
     Dtype,
+    Frames,
+    FramesPerSecond,
     Guidance,
+    Height,
     PromptFile,
     Quiet,
     Seed,
     Steps,
+    Width,
     comparison_table,
     open_pipeline,
     out,
     pick_architecture,
     pick_device,
     pick_dtype,
+    pick_fps,
     pick_prompts,
     print_json,
     progress_bars,
@@ -56,6 +61,10 @@ def compare(
     cached: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep pictures, and use those kept.")] = True,
     steps: Steps = None,
     guidance: Guidance = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    fps: FramesPerSecond = None,
     batch_size: BatchSize = 8,
     architecture: ArchitectureOption = None,
     seed: Seed = 0,
@@ -71,8 +80,8 @@ def compare(
     from ditq import api, comparison
     from ditq.metrics.measure import BASIC
     from ditq.report import attach, html
-    from ditq.report.sheet import sheet
-    from ditq.sampling import PictureCache
+    from ditq.report.video import overview, save_side_by_side
+    from ditq.sampling import PictureCache, size_arguments
 
     if out_dir is not None:
         html.check_installed()
@@ -82,19 +91,22 @@ def compare(
     base = open_pipeline(reference, device, dtype)
     arch = pick_architecture(base, architecture)
     wanted = pick_prompts(reference, base, arch, prompts, "evaluation", count)
+    size, rate = size_arguments(base, frames=frames, height=height, width=width), pick_fps(fps, base)
     del base
     where = pick_device(device)
     chosen = BASIC if metrics == "basic" else "all" if metrics == "all" else metrics.replace(" ", "").split(",")
     with progress_bars(quiet or as_json) as progress:
         found = comparison.compare(
             reference, quantized, wanted, seed=seed, steps=steps, guidance_scale=guidance, batch_size=batch_size,
-            architecture=arch, metrics=chosen, network=network, real=real, cache=PictureCache() if cached else None,
-            explain=explain, device=where, dtype=pick_dtype(dtype, where), progress=progress,
+            arguments=size, architecture=arch, metrics=chosen, network=network, real=real,
+            cache=PictureCache() if cached else None, explain=explain, device=where, dtype=pick_dtype(dtype, where),
+            progress=progress,
         )  # fmt: skip
     data = {"reference": reference, "quantized": quantized[0] if len(quantized) == 1 else quantized, **found.as_dict()}
-    notes = []
+    notes: list[str] = []
     if out_dir is not None:
         given = {"--prompts": prompts, "--count": count, "--steps": steps, "--guidance": guidance, "--real": real,
+                 "--frames": frames, "--height": height, "--width": width, "--fps": fps,
                  "--architecture": architecture, "--batch-size": batch_size, "--metrics": metrics,
                  "--network": network, "--explain": explain, "--seed": seed, "--device": device, "--dtype": dtype,
                  "--out": out_dir}  # fmt: skip
@@ -102,24 +114,20 @@ def compare(
         command = shlex.join(["ditq", "compare", reference, *quantized, *options])
         report, pictures = found.report(command=command), found.pictures()
         with api.new_folder(out_dir) as folder:
+            if report.kind == "video":
+                report.sampler["fps"] = rate
+                notes += save_side_by_side(pictures, report.prompts, folder, rate)
             html.write(report, pictures, folder)
             (folder / "values.json").write_text(json.dumps(found.measurement.values, indent=1))
-            shown = slice(0, 12)
-            rows = [(name, _stills(images[shown])) for name, images in pictures.items()]
-            sheet(rows, report.prompts[shown]).save(folder / "sheet.png")
+            overview(pictures, report.prompts).save(folder / "sheet.png")
             if card:
-                notes = [attach.attach(report, model, folder / "report.html") for model in report.models]
+                notes += [attach.attach(report, model, folder / "report.html") for model in report.models]
     if as_json:
         print_json(data)
     elif not quiet:
         out.print(comparison_table(f"{len(wanted)} prompts, seed {seed}, mean and 95 % interval", found))
         for line in (*notes, *([f"report: {out_dir / 'report.html'}"] if out_dir else [])):
             out.print(line, markup=False)
-
-
-def _stills(images: list) -> list:  # type: ignore[type-arg]
-    """Pictures as they are; of a video the frame in the middle."""
-    return [image[len(image) // 2] if isinstance(image, list) else image for image in images]
 
 
 VERB = compare

@@ -1,4 +1,4 @@
-"""``ditq demo``: a trained model, quantized six ways, beside its 16-bit self, with numbers and a page to look at."""
+"""``ditq demo``: a trained model, quantized several ways, beside its 16-bit self: numbers, pictures and a page."""
 
 from __future__ import annotations
 
@@ -9,22 +9,40 @@ from typing import Annotated, Any
 
 import typer
 
-from ditq.cli.common import Quiet, Seed, metrics_table, open_pipeline, out, pick_prompts, progress_bars
+from ditq.cli.common import (
+    Quiet,
+    Seed,
+    comparison_table,
+    metrics_table,
+    open_pipeline,
+    out,
+    pick_prompts,
+    progress_bars,
+)
 
 RECIPES = ("rtn-static-w8a8", "viditq-w8a8", "rtn-w4a8", "viditq-w4a8", "rtn-w4a4", "viditq-w4a4")
+VIDEO_RECIPES = ("viditq-w8a8", "viditq-w4a8", "rtn-w4a8")
 KEPT = "viditq-w4a8"  # its checkpoint stays in the output folder
+PICTURES, VIDEOS = "bundled:emoji-t2i", "bundled:emoji-video"
+# As the card of emoji-video says: LattePipeline's own 50 steps at 7.5 are those of a model a hundred times its size.
+VIDEO_SAMPLER: dict[str, Any] = {"steps": 20, "guidance_scale": 4.0}
 
 
 def demo(
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for pictures, numbers and a checkpoint.")] = Path(
-        "ditq-out/demo"
-    ),
-    model: Annotated[str, typer.Option(help="A bundled model.")] = "bundled:emoji-t2i",
-    count: Annotated[int, typer.Option(help="Held-out prompts to draw.", min=1)] = 16,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Folder for pictures, numbers and a checkpoint.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"A bundled model; default: {PICTURES}, with --video {VIDEOS}.")
+    ] = None,
+    video: Annotated[bool, typer.Option("--video", help="Show a model of videos, as one animation.")] = False,
+    count: Annotated[
+        int | None, typer.Option(help="Held-out prompts to draw; default: 16, of videos 12.", min=1)
+    ] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a bundled trained model to W8A8, W4A8 and W4A4, draw held-out prompts, compare.
+    """Quantize a bundled trained model to W8A8, W4A8 and (pictures) W4A4, draw held-out prompts, compare.
 
     Example: ditq demo
     """
@@ -33,16 +51,26 @@ def demo(
     from ditq import api, architectures
     from ditq.calibration import calibrate
     from ditq.comparison import compare
+    from ditq.errors import UsageError
     from ditq.recipe import Calibration
     from ditq.report import html
-    from ditq.report.sheet import sheet
+    from ditq.report.video import overview, save_side_by_side
+    from ditq.sampling import draws_videos
 
     begin = time.perf_counter()
     html.check_installed()
+    model = model or (VIDEOS if video else PICTURES)
     pipe = open_pipeline(model)
+    if video and not draws_videos(pipe):
+        raise UsageError(f"{model} draws pictures; leave out --video, or show {VIDEOS}.")
+    video = draws_videos(pipe)
+    out_dir = out_dir or Path("ditq-out/demo-video" if video else "ditq-out/demo")
+    sampler = VIDEO_SAMPLER if video else {}
+    recipes = VIDEO_RECIPES if video else RECIPES
     arch = architectures.match(pipe.transformer)
-    wanted = pick_prompts(model, pipe, arch, None, "evaluation", count)
+    wanted = pick_prompts(model, pipe, arch, None, "evaluation", count or (12 if video else 16))
     calibration = pick_prompts(model, pipe, arch, None, "calibration")
+    notes: list[str] = []
     with progress_bars(quiet) as progress, api.new_folder(out_dir, overwrite=True) as folder:
 
         def show(stage: str, done: int, total: int) -> None:
@@ -51,7 +79,7 @@ def demo(
 
         # Calibration looks at the 16-bit model only, so one run serves all recipes.
         statistics = calibrate(
-            pipe, arch, calibration, Calibration(), seed=seed, progress=lambda d, t: show("calibrate", d, t)
+            pipe, arch, calibration, Calibration(**sampler), seed=seed, progress=lambda d, t: show("calibrate", d, t)
         )
 
         def quantized(recipe: str) -> Any:
@@ -65,30 +93,37 @@ def demo(
             return make
 
         found = compare(
-            model, {recipe: quantized(recipe) for recipe in RECIPES}, wanted, seed=seed, batch_size=16,
-            metrics="all", explain=1, progress=show,
+            model, {recipe: quantized(recipe) for recipe in recipes}, wanted, seed=seed, batch_size=16,
+            metrics="all", explain=1, progress=show, **sampler,
         )  # fmt: skip
-        report, pictures = found.report(command="ditq demo"), found.pictures()
+        report, pictures = found.report(command="ditq demo --video" if video else "ditq demo"), found.pictures()
         html.write(report, pictures, folder)
-        shown = slice(0, 10)
-        labels = ["16 bit", *RECIPES]
-        rows = [(label, images[shown]) for label, images in zip(labels, pictures.values(), strict=True)]
-        sheet(rows, wanted[shown]).save(folder / "sheet.png")
+        labelled = dict(zip(("16 bit", *recipes), pictures.values(), strict=True))
+        overview(labelled, wanted).save(folder / "sheet.png")
+        if video:
+            notes = save_side_by_side(labelled, wanted, folder)
         (folder / "demo.json").write_text(json.dumps(found.as_dict(), indent=1))
     seconds = time.perf_counter() - begin
     if not quiet:
-        full = found.reference.transformer_bytes
-        table = [
-            (name, dict(found.measurement.scores[name]),
-             f"{subject.transformer_bytes / 1e6:.1f} MB ({subject.transformer_bytes / full:.2f})")
-            for name, subject in found.models.items()
-        ]  # fmt: skip
         title = f"{model}, {len(wanted)} held-out prompts, seed {seed}: closeness to 16 bit (± 95 %)"
-        out.print(metrics_table(title, table))
+        if video:
+            out.print(comparison_table(title, found))
+        else:
+            full = found.reference.transformer_bytes
+            table = [
+                (name, dict(found.measurement.scores[name]),
+                 f"{subject.transformer_bytes / 1e6:.1f} MB ({subject.transformer_bytes / full:.2f})")
+                for name, subject in found.models.items()
+            ]  # fmt: skip
+            out.print(metrics_table(title, table))
         out.print(
             f"{seconds:.0f} s on {torch.get_num_threads()} threads; a checkpoint: {out_dir / KEPT}", markup=False
         )
-    out.print(f"pictures: {out_dir / 'sheet.png'}\nreport: {out_dir / 'report.html'}", markup=False)
+    files = {"side by side": "side-by-side.gif"} if video else {}
+    for what, name in {**files, "pictures": "sheet.png", "report": "report.html"}.items():
+        out.print(f"{what}: {out_dir / name}", markup=False)
+    for note in notes:
+        out.print(note, markup=False)
 
 
 VERB = demo

@@ -1,9 +1,9 @@
-"""``ditq generate``: draw pictures with a 16-bit or a quantized pipeline."""
+"""``ditq generate``: draw pictures or videos with a 16-bit or a quantized pipeline."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,18 +12,28 @@ from ditq.cli.common import (
     BatchSize,
     Device,
     Dtype,
+    Frames,
+    FramesPerSecond,
     Guidance,
+    Height,
     Pipeline,
     PromptFile,
     Quiet,
     Seed,
     Steps,
+    Width,
     open_pipeline,
     out,
     pick_architecture,
+    pick_fps,
     pick_prompts,
     progress_bars,
 )
+
+if TYPE_CHECKING:
+    from ditq.report.video import Video
+
+PICTURES, VIDEOS = ("png", "jpg", "webp"), ("gif", "mp4")  # what --format takes; VIDEOS are both written by default
 
 
 def generate(
@@ -33,8 +43,16 @@ def generate(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the pictures; must not exist.")] = Path(
         "pictures"
     ),
+    file_format: Annotated[
+        str | None,
+        typer.Option("--format", help=f"Of pictures: {', '.join(PICTURES)}; of videos: gif, mp4 (default: gif,mp4)."),
+    ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    fps: FramesPerSecond = None,
     batch_size: BatchSize = 8,
     architecture: ArchitectureOption = None,
     seed: Seed = 0,
@@ -42,15 +60,19 @@ def generate(
     dtype: Dtype = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Draw one picture for each prompt; picture i starts from the noise of seed + i.
+    """Draw a picture or a video for each prompt; number i starts from the noise of seed + i.
 
     Example: ditq generate emoji-w4a8 --prompt "a noto style emoji of a red apple" --out pictures
     """
     from ditq import api
-    from ditq.sampling import sample
+    from ditq.sampling import draws_videos, sample, size_arguments
 
     pipe = open_pipeline(pipeline, device, dtype)
     arch = pick_architecture(pipe, architecture)
+    video = draws_videos(pipe)
+    formats = pick_formats(file_format, video, type(pipe).__name__)
+    rate = pick_fps(fps, pipe)
+    size = size_arguments(pipe, frames=frames, height=height, width=width)
     wanted = prompt or pick_prompts(pipeline, pipe, arch, prompts, "evaluation", 8)
     with api.new_folder(out_dir) as folder, progress_bars(quiet) as progress:
         done = 0
@@ -62,13 +84,60 @@ def generate(
                 progress("generate", done, len(wanted))
 
         drawn = sample(
-            pipe, arch, wanted, seed=seed, steps=steps, guidance_scale=guidance, batch_size=batch_size, on_batch=tick
-        )
+            pipe, arch, wanted, seed=seed, steps=steps, guidance_scale=guidance, batch_size=batch_size, on_batch=tick,
+            **size,
+        )  # fmt: skip
         for i, image in enumerate(drawn.images):
-            image.save(folder / f"{i:04d}.png")
+            for suffix in formats:
+                _save(image, folder / f"{i:04d}.{suffix}", rate)
+        if video:
+            _sheet_of_frames(drawn.images, wanted, folder / "sheet.png")
         (folder / "prompts.txt").write_text("\n".join(map(str, wanted)) + "\n")
     if not quiet:
-        out.print(f"{len(wanted)} pictures in {out_dir}", markup=False)
+        what = f"videos of {len(drawn.images[0])} frames" if video else "pictures"
+        out.print(f"{len(wanted)} {what} in {out_dir}", markup=False)
+
+
+def pick_formats(asked: str | None, video: bool, pipeline: str) -> tuple[str, ...]:
+    """The suffixes of ``--format``, checked before anything is drawn.
+
+    Raises:
+        UsageError: not a format of what the pipeline draws.
+        DitqError: MP4 without OpenCV.
+    """
+    from ditq.errors import UsageError
+    from ditq.report.video import check_mp4
+
+    known = VIDEOS if video else PICTURES
+    formats = tuple(dict.fromkeys(x.strip() for x in asked.split(","))) if asked else known if video else known[:1]
+    if wrong := [x for x in formats if x not in known]:
+        what = "videos" if video else "pictures"
+        hint = " Frames as pictures are in sheet.png, beside the videos." if video else ""
+        raise UsageError(
+            f"{pipeline} draws {what}: --format takes {', '.join(known)}, with commas between, got {wrong[0]!r}.{hint}"
+        )
+    if "mp4" in formats:
+        check_mp4()
+    return formats
+
+
+def _save(image: Any, path: Path, fps: float) -> None:
+    from ditq.report.video import save_gif, save_mp4
+
+    if path.suffix == ".gif":
+        save_gif(image, path, fps)
+    elif path.suffix == ".mp4":
+        save_mp4(image, path, fps)
+    else:
+        image.convert("RGB").save(path, quality=95)
+
+
+def _sheet_of_frames(videos: list[Video], prompts: list[str], path: Path) -> None:
+    """A video a row, its frames from left to right."""
+    from ditq.report.sheet import sheet
+    from ditq.report.video import stills
+
+    sheet([(prompt, stills(video)) for prompt, video in zip(prompts, videos, strict=True)]).save(path)
 
 
 VERB = generate

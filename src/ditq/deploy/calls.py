@@ -23,11 +23,14 @@ class _Recorded(Exception):  # noqa: N818 - ends a pipeline call early, nothing 
 
 
 @torch.no_grad()
-def record(pipe: Any, architecture: Architecture, conditions: Sequence[str]) -> Call:
+def record(
+    pipe: Any, architecture: Architecture, conditions: Sequence[str], arguments: Mapping[str, Any] | None = None
+) -> Call:
     """The keyword arguments of the first call of a pipeline's transformer, which is not carried out.
 
     Args:
         conditions: what to draw at once, prompts or names or numbers of classes; as many of them as go together.
+        arguments: of the pipeline's call.
     """
     found: list[Call] = []
 
@@ -40,7 +43,8 @@ def record(pipe: Any, architecture: Architecture, conditions: Sequence[str]) -> 
         resolved = resolve_conditions(pipe, architecture, conditions)
         first = [resolved[i] for i in batches(pipe, resolved, len(resolved))[0]]
         with quiet(pipe):
-            pipe(**call_arguments(pipe, architecture, first, steps=2, guidance_scale=None))
+            chosen = call_arguments(pipe, architecture, first, steps=2, guidance_scale=None)
+            pipe(**{**chosen, **(arguments or {})})
     except _Recorded:
         pass
     finally:

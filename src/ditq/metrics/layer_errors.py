@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,7 @@ def layer_errors(
     seed: int = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
     runs: int = 7,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[LayerErrors, StepTime, StepTime]:
@@ -73,6 +74,7 @@ def layer_errors(
 
     Args:
         quantized: the quantized transformer; on the device of the reference.
+        arguments: of the pipeline's call.
         runs: how often one call is timed for each model.
         on_step: called with 1 after every transformer call.
 
@@ -112,7 +114,7 @@ def layer_errors(
         try:
             sample(
                 reference, architecture, conditions, seed=seed, steps=steps, guidance_scale=guidance_scale,
-                batch_size=len(conditions),
+                batch_size=len(conditions), **(arguments or {}),
             )  # fmt: skip
         finally:
             handle.remove()

@@ -141,13 +141,15 @@ def measure(
         on_metric: called with (metrics done, metrics in all).
 
     Raises:
-        UsageError: an unknown metric or network; prompts or seeds differ; or a metric that was asked for by name
-            cannot be measured.
+        UsageError: an unknown metric or network; prompts, seeds or sizes differ; or a metric that was asked for by
+            name cannot be measured.
         MissingWeights: a metric that was asked for by name needs a network that is not on this machine.
     """
     for name, samples in models.items():
         if samples.conditions != reference.conditions or samples.seeds != reference.seeds:
             raise UsageError(f"{name} and the reference were not drawn from the same prompts and seeds.")
+        if (here := _size(samples)) != (there := _size(reference)):
+            raise UsageError(f"{name} draws {here}, the reference {there}; only equal sizes can be compared.")
     known = {m.description.name: m for m in MEASURES if m.fits(reference.is_video)}
     for name in () if metrics == "all" else metrics:
         if name not in known:
@@ -174,6 +176,14 @@ def measure(
     for name, samples in models.items():
         found.curves[name] = _curve(reference, samples)
     return found
+
+
+def _size(samples: Samples) -> str:
+    """What was drawn, in words: the medium, and the sizes there are."""
+    first = samples.images[0]
+    frames = [first] if isinstance(first, Image.Image) else first
+    pixels = f"{frames[0].width} x {frames[0].height} pixels"
+    return f"videos of {len(frames)} frames of {pixels}" if samples.is_video else f"pictures of {pixels}"
 
 
 def feature_network(name: str) -> Callable[[], Extractor]:

@@ -15,9 +15,9 @@ from ditq.report import charts, heatmap, wording
 from ditq.report.document import ModelReport, Report
 from ditq.report.pictures import LOSSLESS_SIDE, Picture, pairs
 from ditq.report.rows import rows
+from ditq.report.video import FRAMES_PER_SECOND
 
 QUALITY = "psnr_db"  # what stands against memory in the Pareto plot
-FRAMES_PER_SECOND = 8  # of videos whose sampler names no rate
 
 
 def render(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:

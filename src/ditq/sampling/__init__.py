@@ -3,5 +3,15 @@
 from ditq.sampling.cache import PictureCache, cache_root
 from ditq.sampling.fingerprint import fingerprint
 from ditq.sampling.sample import Samples, batches, sample
+from ditq.sampling.size import draws_videos, size_arguments
 
-__all__ = ["PictureCache", "Samples", "batches", "cache_root", "fingerprint", "sample"]
+__all__ = [
+    "PictureCache",
+    "Samples",
+    "batches",
+    "cache_root",
+    "draws_videos",
+    "fingerprint",
+    "sample",
+    "size_arguments",
+]
