@@ -90,8 +90,8 @@ def compare(
         api.resolve(path)
     base = open_pipeline(reference, device, dtype)
     arch = pick_architecture(base, architecture)
-    wanted = pick_prompts(reference, base, arch, prompts, "evaluation", count)
     size, rate = size_arguments(base, frames=frames, height=height, width=width), pick_fps(fps, base)
+    wanted = pick_prompts(reference, base, arch, prompts, "evaluation", count)
     del base
     where = pick_device(device)
     chosen = BASIC if metrics == "basic" else "all" if metrics == "all" else metrics.replace(" ", "").split(",")
