@@ -8,10 +8,10 @@ PIP     := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SOURCES := src tests bundled $(wildcard benchmarks docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo demo-video test check format bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 install: $(STAMP)  ## make .venv with everything that the demo and the tests need
 
@@ -31,6 +31,9 @@ $(STAMP): pyproject.toml constraints.txt bundled/pyproject.toml
 
 demo: install  ## quantize a bundled model, generate pictures, write the report
 	@$(BIN)/ditq demo
+
+demo-video: install  ## the same with a bundled model of videos: one animation, side by side
+	@$(BIN)/ditq demo --video
 
 test: install  ## run the tests
 	@$(BIN)/python -m pytest

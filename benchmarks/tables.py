@@ -24,6 +24,37 @@ def quality(table: dict[str, Any]) -> list[str]:
     return out
 
 
+def motion(rows: dict[str, Any]) -> list[str]:
+    """Closeness of videos to those of 16 bit, and how they move."""
+    columns = {
+        "PSNR dB": ("psnr_db", 1), "SSIM": ("ssim", 3), "latent SQNR dB": ("latent_sqnr_db", 1),
+        "ΔFlow px": ("delta_flow", 3), "warping error": ("warping_error", 4), "smoothness": ("motion_smoothness", 3),
+        "concept accuracy": ("concept_accuracy", 3),
+    }  # fmt: skip
+    out = [f"| recipe | {' | '.join(columns)} | size |", "| --- |" + " --- |" * (len(columns) + 1)]
+    own = next(iter(rows.values()))
+    references = [own[name].get("reference") for name, _ in columns.values()]
+    cells = [cell(r, digits) if r else "" for r, (_, digits) in zip(references, columns.values(), strict=True)]
+    out.append(f"| 16 bit | {' | '.join(cells)} | 1 |")
+    for name, row in rows.items():
+        cells = [cell(row[metric], digits) for metric, digits in columns.values()]
+        out.append(f"| {name} | {' | '.join(cells)} | {row['size_ratio']:.3f} |")
+    return out
+
+
+def gaps(found: dict[str, Any], digits: int) -> list[str]:
+    """Paired differences of ViDiT-Q to the other methods, a row for each width."""
+    table: dict[str, dict[str, str]] = {}
+    for pair, d in found.items():
+        first, other = pair.split(" - ")
+        method, width = other.rsplit("-", 1)
+        if first == f"viditq-{width}":
+            table.setdefault(width, {})[method] = _gap(d["mean"], d["ci95"], digits)
+    methods = list(next(iter(table.values()), {}))
+    out = ["| bits | " + " | ".join(f"− {method}" for method in methods) + " |", "| --- |" + " --- |" * len(methods)]
+    return out + [f"| {width} | {' | '.join(row[m] for m in methods)} |" for width, row in table.items()]
+
+
 def speed(data: dict[str, Any]) -> list[str]:
     """Medians with ratios to every baseline that ran; what did not run is left out here, the JSON says why."""
     rows = [row for row in data["rows"] if row["status"] == "ok"]
@@ -145,6 +176,13 @@ def main() -> None:
         print("\n".join(quality(table)))
         for name, d in table["paired_psnr_db"].items():
             print(f"    {name}: {d['mean']:+.2f} [{d['ci95'][0]:+.2f}, {d['ci95'][1]:+.2f}]")
+    if (path := RESULTS / "text_to_video.json").is_file():
+        data = json.loads(path.read_text())
+        print(f"\nvideos: {len(data['prompts'])} prompts\n")
+        print("\n".join(motion(data["rows"])))
+        for metric, digits in (("psnr_db", 2), ("delta_flow", 3)):
+            print(f"\nViDiT-Q minus the other, {metric}\n")
+            print("\n".join(gaps(data["paired"][metric], digits)))
     for path in sorted(RESULTS.glob("cpu_*.json")):
         data = json.loads(path.read_text())
         print(f"\n{data['title']}; {data['cpu']}, {data['threads']} threads\n")

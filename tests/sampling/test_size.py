@@ -22,7 +22,8 @@ def test_pipelines_of_videos_are_told_from_those_of_pictures() -> None:
 @pytest.mark.parametrize(
     ("make", "frames", "others"),
     [
-        (videos.latte, 3, [2, 4]), (videos.stdit, None, [99]), (videos.wan, 9, [8, 10]), (videos.ltx, 9, [8, 12]),
+        (videos.latte, 3, [2, 4]), (videos.stdit, None, [99]), (videos.latte_class, None, [99]),
+        (videos.wan, 9, [8, 10]), (videos.ltx, 9, [8, 12]),
         (videos.cogvideox, 9, [8]), (videos.mochi, 7, [6, 8]),
     ],
 )  # fmt: skip

@@ -12,8 +12,10 @@ _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae
 
 
 def draws_videos(pipe: Any) -> bool:
-    """Whether a pipeline draws videos: its call takes a number of frames."""
-    return _frames_argument(pipe) is not None
+    """Whether a pipeline draws videos: its call takes a number of frames, or it is one of ditq's own."""
+    from ditq.architectures.pipeline import VideoPipeline
+
+    return _frames_argument(pipe) is not None or isinstance(pipe, VideoPipeline)
 
 
 def size_arguments(
@@ -28,13 +30,14 @@ def size_arguments(
     accepted = inspect.signature(pipe.__call__).parameters
     found: dict[str, Any] = {}
     if frames is not None:
-        if name is None:
+        if not draws_videos(pipe):
             raise UsageError(f"{kind} draws pictures, which have no frames; --frames is for pipelines of videos.")
-        found[name] = _checked(pipe, frames)
+        _check_frames(pipe, frames)
+        found |= {name: frames} if name else {}
     for side, pixels in (("height", height), ("width", width)):
         if pixels is not None:
             if side not in accepted:
-                raise UsageError(f"{kind} draws pictures of one size, that of its transformer; leave out --{side}.")
+                raise UsageError(f"{kind} draws one size, that of its transformer; leave out --{side}.")
             found[side] = pixels
     return found
 
@@ -44,22 +47,29 @@ def _frames_argument(pipe: Any) -> str | None:
     return next((name for name in ("video_length", "num_frames") if name in accepted), None)
 
 
-def _checked(pipe: Any, frames: int) -> int:
-    kind, config = type(pipe).__name__, pipe.transformer.config
-    trained = getattr(config, "video_length", None) or (getattr(config, "input_size", None) or [None])[0]
-    if trained is not None:  # Latte and STDiT have an embedding for each frame
+def _trained_frames(pipe: Any) -> int | None:
+    """How many frames a transformer with an embedding for each of them has: those of Latte and STDiT."""
+    config = pipe.transformer.config
+    if _frames_argument(pipe) is None:
+        return int(config.num_frames)
+    size = getattr(config, "input_size", None)
+    return getattr(config, "video_length", None) or (size[0] if size else None)
+
+
+def _check_frames(pipe: Any, frames: int) -> None:
+    kind, trained = type(pipe).__name__, _trained_frames(pipe)
+    if trained is not None:
         if frames != trained:
             raise UsageError(
                 f"This {kind} draws videos of {trained} frames, as it was trained; got --frames {frames}."
             )
-        return frames
+        return
     factor = next((getattr(pipe, n) for n in _TEMPORAL if hasattr(pipe, n)), 1)
     extra = 0 if kind.startswith("Allegro") else 1  # elsewhere the first frame stands for itself
-    if frames < 1 or (frames - extra) % factor:
-        less = max(frames - extra, 0) // factor * factor + extra
+    if (frames - extra) % factor:
+        less = (frames - extra) // factor * factor + extra
         near = [str(n) for n in (less, less + factor) if n > 0]
         raise UsageError(
             f"{kind} draws {factor} frames for each frame of latents{', and one before them' if extra else ''}: "
             f"--frames {frames} is none of its numbers; the nearest are {' and '.join(near)}."
         )
-    return frames
