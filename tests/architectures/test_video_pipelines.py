@@ -122,6 +122,82 @@ def test_frames_folded_into_the_batch_are_not_taken_for_conditions(guidance: flo
             assert torch.equal(absmax[0, 0], first.abs().amax((0, 1)))
 
 
+@pytest.mark.parametrize("guidance", [3.0, 1.0], ids=["guided", "unguided"])
+def test_two_calls_of_one_moment_are_two_conditions(guidance: float, tmp_path: Path) -> None:
+    """Wan calls its transformer once with the prompt, once without, at every timestep."""
+    pipe, arch = videos.wan(), architectures.load("wan")
+    seen: dict[str, list[Tensor]] = {"blocks.1.attn2.to_k": [], "blocks.0.ffn.net.0.proj": []}
+    for layer, inputs in seen.items():
+        pipe.transformer.get_submodule(layer).register_forward_pre_hook(
+            lambda _, args, inputs=inputs: inputs.append(args[0].detach())
+        )
+    settings = Calibration(
+        **{**FEW, "prompts": 1, "batch_size": 1}, guidance_scale=guidance, arguments=videos.PIPELINES["wan"][1]
+    )
+    statistics = calibrate(pipe, arch, PROMPTS, settings, cache=tmp_path)
+    conditions = 2 if guidance > 1 else 1
+    for layer, inputs in seen.items():
+        assert len(inputs) == 2 * conditions
+        expected = torch.stack([x.abs().amax((0, 1)) for x in inputs]).unflatten(0, (2, conditions))
+        assert torch.equal(statistics.groups[layer].absmax, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (videos.mochi, ["transformer_blocks.0.attn1.add_q_proj", "transformer_blocks.0.ff_context.net.2"]),
+        (
+            videos.hunyuanvideo,
+            [
+                "context_embedder.token_refiner.refiner_blocks.0.attn.to_q",
+                "transformer_blocks.0.attn.add_q_proj",
+                "single_transformer_blocks.1.attn.to_q",
+                "single_transformer_blocks.1.proj_out",
+            ],
+        ),
+    ],
+    ids=["mochi", "hunyuanvideo"],
+)
+def test_padded_text_does_not_count(make: Callable[[], Any], layers: list[str], tmp_path: Path) -> None:
+    name, pipe = make.__name__, make()
+    arch = architectures.load(name)
+    rows: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    masks: list[Tensor] = []
+
+    def call(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        masks.append(kwargs["encoder_attention_mask"] > 0)
+
+    def read(layer: str) -> Any:
+        def observe(_: Any, args: Any) -> None:
+            x, mask = args[0].detach(), masks[-1]
+            kept = torch.cat([torch.ones(len(x), x.shape[1] - mask.shape[1], dtype=torch.bool), mask], 1)
+            rows[layer].append(x[kept])
+
+        return observe
+
+    pipe.transformer.register_forward_pre_hook(call, with_kwargs=True)
+    for layer in layers:
+        pipe.transformer.get_submodule(layer).register_forward_pre_hook(read(layer))
+    settings = Calibration(**FEW, guidance_scale=1.0, arguments=videos.PIPELINES[name][1])
+    statistics = calibrate(pipe, arch, PROMPTS, settings, cache=tmp_path)
+    assert not all(bool(mask.all()) for mask in masks)
+    for layer in layers:
+        expected = torch.stack([x.abs().amax(0) for x in rows[layer]])
+        assert torch.equal(statistics.groups[layer].absmax.amax(1), expected)
+
+
+def test_a_condition_without_any_text_has_no_maxima(tmp_path: Path) -> None:
+    """Mochi's published pipeline masks all of the empty prompt."""
+    pipe = videos.mochi()
+    pipe.register_to_config(force_zeros_for_empty_prompt=True)
+    settings = Calibration(**FEW, guidance_scale=3.0, arguments=videos.PIPELINES["mochi"][1])
+    statistics = calibrate(pipe, architectures.load("mochi"), PROMPTS, settings, cache=tmp_path)
+    absmax = statistics.groups["transformer_blocks.0.attn1.add_q_proj"].absmax
+    assert bool((absmax[:, 0] > 0).all())
+    assert bool((absmax[:, 1] == 0).all())
+    assert bool((statistics.groups["transformer_blocks.0.attn1.to_q"].absmax > 0).all())
+
+
 def test_video_keeps_the_size_that_latte_was_trained_for() -> None:
     frames, _ = draw(videos.latte(), "latte")
     assert [frame.size for frame in frames] == [(16, 16)] * 3

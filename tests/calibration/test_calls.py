@@ -192,8 +192,15 @@ def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
 def test_padded_text_is_left_out() -> None:
     x = torch.randn(2, 3, 4)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    assert torch.equal(attended(x, mask), torch.stack([x[0, 0], x[0, 1], x[1, 0]]))
-    assert torch.equal(attended(x, None), x.reshape(6, 4))
+    text = torch.stack([x[0, 0], x[0, 1], x[1, 0]])
+    assert torch.equal(attended(x, mask, "all"), text)
+    assert torch.equal(attended(x, None, "all"), x.reshape(6, 4))
+    assert torch.equal(attended(x, mask, None), x.reshape(6, 4))
+    latents = torch.randn(2, 5, 4)
+    both = attended(torch.cat([latents, x], 1), mask, "last")
+    assert torch.equal(both, torch.cat([latents[0], text[:2], latents[1], text[2:]]))
+    folded = torch.randn(6, 3, 4)  # rows that the mask does not fit: nothing is left out
+    assert torch.equal(attended(folded, mask, "all"), folded.reshape(18, 4))
 
 
 def test_positional_arguments_get_their_names() -> None:

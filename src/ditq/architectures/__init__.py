@@ -1,5 +1,14 @@
 """What each model family *is*, as data: the role of every linear layer and what feeds it. One YAML a family."""
 
-from ditq.architectures.architecture import Architecture, InputGroup, Linear, load, match, names, pipeline_class
+from ditq.architectures.architecture import (
+    Architecture,
+    Condition,
+    InputGroup,
+    Linear,
+    load,
+    match,
+    names,
+    pipeline_class,
+)
 
-__all__ = ["Architecture", "InputGroup", "Linear", "load", "match", "names", "pipeline_class"]
+__all__ = ["Architecture", "Condition", "InputGroup", "Linear", "load", "match", "names", "pipeline_class"]

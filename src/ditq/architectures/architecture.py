@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module, resources
 from pathlib import Path
@@ -67,12 +67,14 @@ class Group(_Strict):
 
     ``separate``: each reads a tensor of its own, but a scale has to serve them all, since it is folded into
     something that feeds them all (the values of both streams of a joint attention).
+    ``text``: where the rows of a sequence of both kinds are text's; text alone is known by its roles.
     ``has``, ``lacks``: the group is there only in blocks that have, or lack, this module.
     """
 
     input: Input
     linears: dict[str, str]
     separate: bool = False
+    text: Literal["last"] | None = None
     has: str | None = None
     lacks: str | None = None
 
@@ -124,6 +126,15 @@ class InputGroup:
     input: Input
     linears: tuple[Linear, ...]
     separate: bool = False
+    text_last: bool = False
+
+    @property
+    def text(self) -> Literal["all", "last"] | None:
+        """Which rows of a sequence are text's: all of them, the last, or none."""
+        role = self.linears[0].role
+        if self.input.online == "text" or ".txt." in role or role.startswith("refiner."):
+            return "all"
+        return "last" if self.text_last else None
 
     @property
     def name(self) -> str:
@@ -135,7 +146,7 @@ class InputGroup:
         """The group once for each tensor that it reads: itself, unless its linears read separate ones."""
         if not self.separate:
             return (self,)
-        return tuple(InputGroup(self.block, self.input, (linear,)) for linear in self.linears)
+        return tuple(replace(self, linears=(linear,), separate=False) for linear in self.linears)
 
 
 class Architecture(_Strict):
@@ -189,7 +200,7 @@ class Architecture(_Strict):
                         continue
                     names = {f"{stack}.{i}.{path}": role for path, role in group.linears.items()}
                     linears = tuple(Linear(n, role, _linear(model, n, self.name)) for n, role in names.items())
-                    yield InputGroup(f"{stack}.{i}", group.input, linears, group.separate)
+                    yield InputGroup(f"{stack}.{i}", group.input, linears, group.separate, group.text == "last")
 
     def linears(self, model: nn.Module) -> list[Linear]:
         """Every ``nn.Linear`` of the model with its role.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditq.architectures import Architecture
 from ditq.arguments import filled, leaves
@@ -135,10 +135,20 @@ def _joined(batch: list[Call], architecture: Architecture) -> Call:
     return joined
 
 
-def attended(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows [R, K] of an input [..., K], without those of padded text, which is never attended to."""
+def attended(x: Tensor, mask: Tensor | None, text: Literal["all", "last"] | None) -> Tensor:
+    """Rows [R, K] of an input [..., K], without those of padded text, which is never attended to.
+
+    Args:
+        mask: [B, length], not 0 where there is text; None: nothing is known, and all rows count.
+        text: which rows of x [B, rows, K] are text's, see ``InputGroup.text``.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    return rows[mask.reshape(-1) > 0] if mask is not None and mask.numel() == len(rows) else rows
+    if mask is None or text is None:
+        return rows
+    kept = mask.to(x.device) > 0
+    if text == "last" and x.ndim == 3 and kept.ndim == 2 and x.shape[1] > kept.shape[1]:
+        kept = nn.functional.pad(kept, (x.shape[1] - kept.shape[1], 0), value=True)
+    return rows[kept.reshape(-1)] if kept.numel() == len(rows) else rows
 
 
 def to_plain(call: Call, prefix: str) -> tuple[Any, dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditq.architectures import Architecture, InputGroup
+from ditq.architectures import Architecture, Condition, InputGroup
 from ditq.arguments import bound
 from ditq.calibration.calls import Recorder, attended, call_time
 from ditq.calibration.statistics import GroupStatistics, Statistics
@@ -20,6 +20,9 @@ from ditq.errors import DitqError
 # Hessian of K channels from R rows is off by about sqrt(K / R). The papers have more (Q-DiT on DiT-XL/2 28 rows a
 # channel, from 256 pictures of 256 tokens), a bundled model's 64 pictures of 16 tokens only 2 with one call each.
 ROWS_PER_INPUT = 16
+
+CONDITIONS: tuple[Condition, ...] = ("conditional", "unconditional")
+"""The order of conditions in statistics."""
 
 
 class Capture:
@@ -48,6 +51,7 @@ class Capture:
         self._recorder, self._samples, self._wanted = Recorder(architecture, calls, seed), samples, 0.0
         self._mask: Tensor | None = None
         self._batch = 0
+        self._turn = 0  # of the calls that make one moment under guidance by calls
         self._absmax: dict[str, dict[tuple[int, int], Tensor]] = {g.name: {} for g in groups}
         self._rows: dict[str, list[Tensor]] = {g.name: [] for g in groups}
         self._times: dict[str, list[float]] = {g.name: [] for g in groups}
@@ -59,7 +63,7 @@ class Capture:
         for group in self.groups:
             for tensor in group.tensors:
                 module = model.get_submodule(tensor.name)
-                handles.append(module.register_forward_pre_hook(self._observer(group)))
+                handles.append(module.register_forward_pre_hook(self._observer(group, tensor)))
         try:
             yield
         finally:
@@ -71,6 +75,8 @@ class Capture:
         time = call_time(self.architecture, call)
         if not self.timesteps or self.timesteps[-1] != time:
             self.timesteps.append(time)
+            self._turn = -1
+        self._turn = (self._turn + 1) % max(1, len(self.architecture.guidance.order))
         if self.calls == 1 and self._recorder.keep:
             slots = self._recorder.slots
             wanted = math.ceil(self._wanted * slots / (self._samples or slots))
@@ -81,34 +87,34 @@ class Capture:
         mask = self.architecture.forward.text_mask
         self._mask = call.get(mask) if mask else None
 
-    def _observer(self, group: InputGroup) -> Any:
+    def _observer(self, group: InputGroup, tensor: InputGroup) -> Any:
         def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
             x: Tensor = args[0].detach()
             if self.calls == 1 and group.input.online != "text":  # text is the same at any time
                 self._wanted = max(self._wanted, ROWS_PER_INPUT * x.shape[-1] ** 2 / x.numel())
-            for condition, part in enumerate(self._conditions(x)):
-                mask = None
-                if group.input.online == "text" and self._mask is not None:
-                    mask = self._conditions(self._mask)[condition]
-                self._record(group.name, condition, part, mask)
+            masks = {} if self._mask is None else self._conditions(self._mask)
+            for condition, part in self._conditions(x).items():
+                self._record(group.name, condition, attended(part, masks.get(condition), tensor.text))
 
         return observe
 
-    def _conditions(self, x: Tensor) -> list[Tensor]:
-        """The conditional and the unconditional half of a batch, in this order; or all of it.
+    def _conditions(self, x: Tensor) -> dict[int, Tensor]:
+        """The conditional (0) and the unconditional (1) half of a batch; or all of it, by the condition of its call.
 
         The first axis of ``x`` may be longer than the batch, which is then its slower part: frames or positions
         of a video are folded into it. Where it is no multiple of the batch, nothing is known about it.
         """
         guidance = self.architecture.guidance
+        if guidance.style == "calls":
+            return {CONDITIONS.index(guidance.order[self._turn]): x}
         if guidance.style != "batch" or len(guidance.order) != 2 or self._batch % 2 or x.shape[0] % self._batch:
-            return [x]
+            return {0: x}
         halves = dict(zip(guidance.order, x.chunk(2), strict=True))
-        return [halves["conditional"], halves["unconditional"]]
+        return {i: halves[condition] for i, condition in enumerate(CONDITIONS)}
 
-    def _record(self, name: str, condition: int, x: Tensor, mask: Tensor | None) -> None:
-        rows = attended(x, mask)
-        largest = rows.abs().amax(0).float().cpu()
+    def _record(self, name: str, condition: int, rows: Tensor) -> None:
+        """Rows [R, K] of the current call; none at all where a condition has no text."""
+        largest = rows.abs().amax(0).float().cpu() if len(rows) else torch.zeros(rows.shape[1])
         if not torch.isfinite(largest).all():
             raise DitqError(f"The input of layer {name!r} contains NaN or Inf at timestep {self.timesteps[-1]:g}.")
         key = (len(self.timesteps) - 1, condition)
@@ -130,9 +136,10 @@ class Capture:
             seen = self._absmax[group.name]
             if not seen:
                 raise DitqError(f"Layer {group.name!r} was never called during calibration.")
-            conditions = max(c for _, c in seen) + 1
+            conditions = sorted({condition for _, condition in seen})
+            nothing = torch.zeros_like(next(iter(seen.values())))  # of a moment that lacks a condition
             absmax = torch.stack(
-                [torch.stack([seen[t, c] for c in range(conditions)]) for t in range(len(self.timesteps))]
+                [torch.stack([seen.get((t, c), nothing) for c in conditions]) for t in range(len(self.timesteps))]
             )
             self._rows[group.name] = [torch.cat(self._rows[group.name])]  # in memory once, not twice
             groups[group.name] = GroupStatistics(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -132,8 +132,7 @@ def _observed(
                         width = plan.in_features
                         shared[key] = InputHessian(torch.zeros(width, width, device=linear.module.weight.device))
                         online = scale if plan.smooth and plan.smooth.folded is None else None
-                        text = tensor.input.online == "text"
-                        hook = _observer(shared[key].matrix, plan, online, mask if text else [None])
+                        hook = _observer(shared[key].matrix, plan, online, mask, tensor.text)
                         handles.append(linear.module.register_forward_pre_hook(hook))
                     found[linear.name] = shared[key]
                 if plan.smooth and plan.smooth.folded and scale is not None:
@@ -144,9 +143,15 @@ def _observed(
             handle.remove()
 
 
-def _observer(hessian: Tensor, plan: LayerPlan, scale: Tensor | None, mask: list[Tensor | None]) -> Any:
+def _observer(
+    hessian: Tensor,
+    plan: LayerPlan,
+    scale: Tensor | None,
+    mask: list[Tensor | None],
+    text: Literal["all", "last"] | None,
+) -> Any:
     def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = attended(args[0], None if mask[0] is None else mask[0].to(args[0].device))
+        rows = attended(args[0], mask[0], text)
         add_inputs(hessian, balanced(rows, scale, plan.rotate, weight=False))
 
     return observe
