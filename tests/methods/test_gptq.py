@@ -13,6 +13,7 @@ import torch
 from helpers import (
     CLASSES,
     QUICK,
+    example_inputs,
     layer_plan,
     run,
     tiny_dit,
@@ -315,6 +316,30 @@ def test_bare_transformer_is_calibrated_by_a_function(family: str) -> None:
     plan = ditq.quantize(model, "gptq-w4a8", calibrate_with=run_it).plan
     assert any(layer.rounding == "gptq" for layer in plan.quantized)
     assert not any(module._forward_pre_hooks for module in model.modules() if isinstance(module, QuantizedLinear))
+
+
+@pytest.mark.parametrize("family", ["pixart", "stdit3", "mochi", "hunyuanvideo"])
+def test_what_padded_text_holds_changes_no_weight(family: str) -> None:
+    """It never reaches a picture, so neither maxima nor Hessians count it, in streams of text and of both kinds."""
+    forward = architectures.load(family).forward
+    assert forward.text and forward.text_mask
+    weights = []
+    for held in (0.1, 30.0):
+        model = tiny_model(family)
+
+        def run_it(m: nn.Module, held: float = held) -> None:
+            for seed in range(2):
+                inputs = example_inputs(family, seed=seed)
+                mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
+                inputs[forward.text_mask] = mask.to(inputs[forward.text_mask].dtype)
+                inputs[forward.text][mask == 0] *= held
+                with torch.no_grad():
+                    m(**inputs)
+
+        ditq.quantize(model, "smoothquant-w4a8", calibrate_with=run_it, overrides=["rounding=gptq"])
+        weights.append({n: m.qweight for n, m in model.named_modules() if isinstance(m, QuantizedLinear)})
+    first, second = weights
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 # ---------------------------------------------------------------------------------------------- memory
