@@ -211,6 +211,8 @@ def test_what_cannot_be_exported(
         api.export(source, tmp_path / "out", shapes="fixed")
     with pytest.raises(UsageError, match="Unknown precision of attention 'f16'"):
         api.export(source, tmp_path / "out", attention="f16")
+    with pytest.raises(UsageError, match="needs shapes='static'"):
+        api.export(source, tmp_path / "out", attention="bf16")
     with pytest.raises(UsageError, match="Unknown engine to export to 'onnx'"):
         api.export(source, tmp_path / "out", engine="onnx")
     with pytest.raises(UsageError, match="exists already"):

@@ -224,6 +224,8 @@ def _numpy(call: Call) -> list[Any]:
 # channel and token.
 _EIGHT = "{weights: {bits: 8, granularity: channel}, activations: {bits: 8, granularity: token, dynamic: true}}"
 _WEIGHTS = "{weights: {bits: 8, granularity: channel}}"  # of embedders: a thousandth of the time
+# With static scales, and no zero points, OpenVINO writes codes straight out of the product of the layer before.
+SYMMETRIC = "weights={bits: 8, symmetric: true, granularity: channel}"
 MODULATION = (f"roles.modulation={_EIGHT}", f"roles.embedder={_WEIGHTS}", "keep=[final]")
 
 
@@ -282,6 +284,9 @@ REGISTRY: dict[str, Callable[[Case], Variant]] = {
     "ditq W4A8 and modulation, OpenVINO": partial(ours, recipe="rtn-w4a8", engine="openvino", overrides=MODULATION),
     "ditq W8A8 and modulation, OpenVINO, any size": partial(
         ours, recipe="rtn-w8a8", engine="openvino", overrides=MODULATION, shapes="dynamic"
+    ),
+    "ditq W8A8 static and modulation, OpenVINO": partial(
+        ours, recipe="smoothquant-static-w8a8", engine="openvino", overrides=(*MODULATION, SYMMETRIC)
     ),
     "ditq W8A8, OpenVINO bf16": partial(ours, recipe="rtn-w8a8", engine="openvino", hint="bf16"),
     "ditq ViDiT-Q W8A8, OpenVINO": partial(ours, recipe="viditq-w8a8", engine="openvino"),

@@ -5,8 +5,8 @@ turn, and writes ``benchmarks/results/cpu_model_dit-xl_256.json`` and a bar plot
 transformer, at batch 2 (one picture with guidance). The error is that of the output against fp32 on the same
 inputs: ``|y - y_fp32| / |y_fp32|``. Recipes of ditq are ``rtn-w8a8`` and ``rtn-w4a8``, which need no calibration,
 unless a row says otherwise; the static peers calibrate on ``--calls`` random calls, ViDiT-Q too. Peers quantize
-all linear layers, ditq those of its plan: the modulation stays in float. ``--memory`` also runs each
-variant in a process of its own for its peak memory during a call (slow).
+all linear layers, ditq those of its plan: in rows without "and modulation" the modulation stays in 16 bit.
+``--memory`` also runs each variant in a process of its own for its peak memory during a call (slow).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 
 import torch
 from _measure import Row, in_subprocess, interleaved, peak_bytes, relative_error, row, save, trim
-from _models import MODELS, make
+from _models import FRAMES, MODELS, make
 from _variants import REGISTRY, build
 
 BASELINES = ("torch bf16", "torch fp32", "OpenVINO bf16", "OpenVINO f32", "NNCF static int8")
@@ -75,7 +75,8 @@ def main() -> None:
             seconds_to_build=known.seconds_to_build,
         )  # fmt: skip
     pixels = 8 * side
-    title = f"{args.model} {pixels}x{pixels}, {blocks} blocks, batch {args.batch}, {(side // 2) ** 2} tokens"
+    tokens = (side // 2) ** 2 * (FRAMES if args.model == "latte" else 1)
+    title = f"{args.model} {pixels}x{pixels}, {blocks} blocks, batch {args.batch}, {tokens} tokens"
     name = args.name or f"cpu_model_{args.model}_{pixels}"
     fields = {"arguments": vars(args), "blocks_of_the_published_model": MODELS[args.model][2]}
     save(name, title, list(rows.values()), BASELINES, **fields)

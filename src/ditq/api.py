@@ -346,8 +346,8 @@ def export(
         source: a folder.
         shapes: "dynamic" compiles the graphs once for calls of any size; "static" anew for each size that comes,
             which takes seconds and is faster from then on.
-        attention: "bf16" computes its two products in bf16, "f32" as everything else in float32; "auto" is bf16 on
-            CPUs that have the instructions for it.
+        attention: "bf16" computes its two products in bf16 where they are long (shapes="static" only), "f32" as
+            everything else in float32; "auto" is bf16 on CPUs that have the instructions for it.
         options: of the runtime by its own names, e.g. ``{"INFERENCE_NUM_THREADS": 4}``; kept in the config.
         condition: what an example call draws; any prompt or class will do.
         whole_pipeline: the decoder of the VAE and T5 text encoders become graphs too, in floats.
@@ -372,6 +372,8 @@ def export(
         raise unknown("kind of shapes", shapes, ["dynamic", "static"])
     if attention not in ("auto", "f32", "bf16"):
         raise unknown("precision of attention", attention, ["auto", "f32", "bf16"])
+    if attention == "bf16" and shapes == "dynamic":
+        raise UsageError("attention='bf16' needs shapes='static': graphs for all sizes compute it in float32.")
     folder = resolve(source)
     if not isinstance(folder, Path) or (plan := read_plan(folder)) is None:
         raise UsageError(f"{source} is no folder with a pipeline that ditq has quantized; run ditq quantize first.")

@@ -18,7 +18,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as op
 
-from ditq.deploy.attention import in_bf16, resolved
+from ditq.deploy.attention import LONG, in_bf16, resolved
 from ditq.deploy.rewrite import rewrite
 from ditq.engines.openvino.probe import core
 
@@ -56,29 +56,41 @@ def test_other_gelus_stay() -> None:
     assert kinds(model).count("Gelu") == 1
 
 
-def attention(masked: bool) -> Any:
-    sizes = [[2, 3, -1, 16]] * 3 + ([[2, 1, -1, -1]] if masked else [])
-    inputs = [op.parameter(size, ov.Type.f32) for size in sizes]
-    y = op.scaled_dot_product_attention(*inputs)
+def attention(keys: int, masked: bool, scale: float | None = None) -> Any:
+    sizes = [[2, 3, 9, 24], [2, 3, keys, 24], [2, 3, keys, 24], [2, 1, 9, keys]]
+    inputs = [op.parameter(size, ov.Type.f32) for size in sizes[: 4 if masked else 3]]
+    given = [op.constant(np.float32(0))] if scale and not masked else []
+    given += [op.constant(np.float32(scale))] if scale else []
+    y = op.scaled_dot_product_attention(*inputs, *given)
     return ov.Model([op.multiply(y, op.constant(np.float32(2)))], inputs)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_rounds_its_inputs_to_bf16(masked: bool) -> None:
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_long_attention_rounds_its_inputs_to_bf16(masked: bool, scale: float | None) -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 8, 16) for _ in range(3))
-    mask = torch.zeros(2, 1, 8, 8)
-    mask[1, :, :, 5:] = -10000.0
+    q, k, v = (torch.randn(2, 3, tokens, 24) for tokens in (9, LONG, LONG))
+    mask = torch.zeros(2, 1, 9, LONG)
+    mask[1, :, :, 50:] = -10000.0
     inputs = (q, k, v, mask) if masked else (q, k, v)
-    exact = 2 * F.scaled_dot_product_attention(q, k, v, mask if masked else None)
-    plain, model = attention(masked), in_bf16(attention(masked))
+    exact = 2 * F.scaled_dot_product_attention(q, k, v, mask if masked else None, scale=scale)
+    plain, model = (attention(LONG, masked, scale) for _ in range(2))
+    in_bf16(model)
     node = next(x for x in model.get_ordered_ops() if x.get_type_name() == "ScaledDotProductAttention")
     assert {port.get_element_type().get_type_name() for port in node.inputs()} == {"bf16"}
     assert model.outputs[0].get_element_type().get_type_name() == "f32"
     torch.testing.assert_close(call(plain, *inputs), exact, rtol=1e-4, atol=1e-5)
     found = call(model, *inputs)
     error = float((found - exact).norm() / exact.norm())
-    assert 1e-4 < error < 1e-2  # rounded, and by no more than bf16 rounds
+    assert 1e-4 < error < 1e-2  # rounded, and by little more than bf16 rounds
+
+
+def test_short_attention_and_open_sizes_stay() -> None:
+    for model in (attention(LONG - 1, False), attention(LONG, False)):
+        if model.inputs[1].get_shape()[2] == LONG:
+            model.reshape({1: ov.PartialShape([2, 3, -1, 24]), 2: ov.PartialShape([2, 3, -1, 24])})
+        in_bf16(model)
+        assert "Convert" not in kinds(model)
 
 
 def test_auto_is_what_openvino_prefers() -> None:

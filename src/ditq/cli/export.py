@@ -18,7 +18,7 @@ def export(
         str, typer.Option(help="dynamic: one graph for all sizes; static: compiled for each size, faster then.")
     ] = "dynamic",
     attention: Annotated[
-        str, typer.Option(help="Precision of attention: f32, bf16, or auto: bf16 on CPUs with bf16 instructions.")
+        str, typer.Option(help="Long attention with static shapes: f32, bf16, or auto: bf16 where the CPU has it.")
     ] = "auto",
     options: Annotated[
         list[str] | None, typer.Option("--option", help="NAME=VALUE of the runtime, e.g. INFERENCE_NUM_THREADS=4.")

@@ -34,11 +34,13 @@ def program(
     config: Mapping[str, str],
     shapes: Shapes = "dynamic",
     change: Callable[[Any], Any] | None = None,
+    half: bool = False,
 ) -> Program:
     """The compiled graph of a segment.
 
     Args:
         change: makes another graph of the one in the file.
+        half: long attention in bf16, see :class:`ditq.deploy.program.Program`.
 
     Raises:
         CheckpointError: a file is missing, was changed, or is not the graph that the manifest speaks of.
@@ -60,7 +62,7 @@ def program(
     if inputs.keys() != {spec.name for spec in segment.inputs} or len(graph.outputs) != segment.outputs:
         raise CheckpointError(f"{path} does not have the inputs and outputs that {FILE} says.")
     try:
-        return Program(graph if change is None else change(graph), config, shapes)
+        return Program(graph if change is None else change(graph), config, shapes, half)
     except RuntimeError as error:
         raise UsageError(f"OpenVINO cannot compile {path}: {first_line(error)}") from error
 

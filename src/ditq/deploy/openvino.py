@@ -14,7 +14,7 @@ from torch import nn
 from ditq.architectures import Architecture
 from ditq.arguments import parameters
 from ditq.deploy import files
-from ditq.deploy.attention import Attention, in_bf16, resolved
+from ditq.deploy.attention import Attention, resolved
 from ditq.deploy.calls import variations
 from ditq.deploy.capture import capture
 from ditq.deploy.compiled import CompiledStack
@@ -107,7 +107,8 @@ def load(
             (compiled models are kept there), ``INFERENCE_PRECISION_HINT`` (``bf16`` is faster on CPUs that have
             it, and rounds everything between the linears).
         shapes: "static" compiles anew for the sizes of a call, see :class:`ditq.deploy.program.Program`.
-        attention: "bf16" computes it in bf16, "auto" does so on CPUs with the instructions for it.
+        attention: "bf16" computes it in bf16 where it is long and sizes are fixed (``shapes="static"``), "auto" does
+            so on CPUs with the instructions for it.
         allow_float: takes layers that this machine cannot execute on integers.
 
     Raises:
@@ -121,8 +122,8 @@ def load(
     for segment in manifest.segments:
         _check_place(model, segment)
     config = compile_config(manifest.group_size, properties)
-    change = in_bf16 if resolved(attention) == "bf16" else None
-    programs = [files.program(folder, segment, config, shapes, change) for segment in manifest.segments]
+    half = resolved(attention) == "bf16"
+    programs = [files.program(folder, segment, config, shapes, half=half) for segment in manifest.segments]
     report = examine(manifest, programs, config[PRECISION], allow_float)
     for segment, program in zip(manifest.segments, programs, strict=True):
         _install(model, segment, program)

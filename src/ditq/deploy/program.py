@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ditq.deploy.attention import in_bf16
 from ditq.engines.openvino.probe import core
 
 logger = logging.getLogger(__name__)
@@ -25,13 +26,13 @@ class Program:
     With ``shapes="static"`` the graph is compiled anew for the sizes of a call, unless those of the last call were
     the same: it then runs faster (small pictures by a third), and the first call of a size takes seconds. Only one
     compiled graph is kept, so weights are in memory once. A model that is called in many sizes goes back to one graph
-    for all of them.
+    for all of them. ``half`` has attention over many keys computed in bf16, in graphs that are compiled for a size.
 
     Outputs are copies. A lock serializes calls from several threads, since a request of OpenVINO serves one.
     """
 
-    def __init__(self, graph: Any, config: Mapping[str, str], shapes: Shapes = "dynamic") -> None:
-        self.config, self.shapes = dict(config), shapes
+    def __init__(self, graph: Any, config: Mapping[str, str], shapes: Shapes = "dynamic", half: bool = False) -> None:
+        self.config, self.shapes, self._half = dict(config), shapes, half
         self._graph = graph if shapes == "static" else None
         self._sizes: tuple[tuple[int, ...], ...] | None = None
         self._compilations = 0
@@ -69,6 +70,8 @@ class Program:
         else:
             graph = graph.clone()
             graph.reshape({name: ov.PartialShape(list(shape)) for name, shape in sizes.items()})
+            if self._half:
+                in_bf16(graph)
             self._compilations, self._sizes = self._compilations + 1, key
         del self._request, self.compiled  # the old weights go before the new ones come
         self._use(core().compile_model(graph, "CPU", self.config))
