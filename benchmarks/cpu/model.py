@@ -67,6 +67,7 @@ def main() -> None:
                 name, weights_bytes=variant.weights_bytes, relative_error=error, seconds_to_build=seconds
             )  # fmt: skip
     cases = {n: lambda v=v: v.run(case.call) for n in names if (v := variants.get(n))}
+    print(f"  timing {len(cases)} variants, {args.rounds} rounds", flush=True)
     times = interleaved(cases, args.rounds, warmup=2)  # what lay idle while the others were built is paged in again
     for name, values in times.items():
         known = rows[name]
