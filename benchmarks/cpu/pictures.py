@@ -22,6 +22,7 @@ from ditq import api, architectures
 from ditq.calibration import calibrate
 from ditq.deploy.calls import record
 from ditq.deploy.openvino import compile_in_place
+from ditq.deploy.program import Shapes
 from ditq.metrics.fidelity import psnr_db
 from ditq.recipe import Calibration, load
 from ditq.sampling import Samples, sample
@@ -29,7 +30,7 @@ from ditq.sampling import Samples, sample
 BASELINES = ("torch bf16", "torch fp32")
 
 
-def pipelines(model: str, recipes: list[str], calibration: list[str], seed: int) -> dict[str, Any]:
+def pipelines(model: str, recipes: list[str], calibration: list[str], seed: int, shapes: Shapes) -> dict[str, Any]:
     """Every variant as a pipeline of its own."""
     out = {"torch fp32": api.load(model), "torch bf16": api.load(model, dtype=torch.bfloat16)}
     arch = architectures.match(out["torch fp32"].transformer)
@@ -44,7 +45,7 @@ def pipelines(model: str, recipes: list[str], calibration: list[str], seed: int)
             if engine == "OpenVINO":
                 properties = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
                 call = record(pipe, arch, calibration[:1])
-                compile_in_place(pipe.transformer, arch, call, properties=properties)
+                compile_in_place(pipe.transformer, arch, call, properties=properties, shapes=shapes)
             out[f"ditq {recipe}, {engine}"] = pipe
     trim()
     return out
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=(1, 8))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=4, help="batches that every pipeline draws")
+    parser.add_argument("--shapes", choices=("dynamic", "static"), default="static", help="of ditq export")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="cpu_pictures", help="of the result files")
     args = parser.parse_args()
@@ -71,7 +73,7 @@ def main() -> None:
     for model in args.models:
         calibration = ditq_bundled.prompts(model, "calibration")[:16]
         prompts = ditq_bundled.prompts(model, "evaluation")
-        pipes = pipelines(f"bundled:{model}", list(args.recipes), calibration, args.seed)
+        pipes = pipelines(f"bundled:{model}", list(args.recipes), calibration, args.seed, args.shapes)
         arch = architectures.match(pipes["torch fp32"].transformer)
         for batch in args.batch_sizes:
             seconds: dict[str, list[float]] = {name: [] for name in pipes}

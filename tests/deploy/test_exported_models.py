@@ -547,6 +547,26 @@ def test_static_shapes_change_nothing_but_time(
     assert program.compiled is last
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_graphs_of_several_sizes_are_kept_while_they_are_small(
+    torch_model: nn.Module, name: str, folder: Path, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not small:
+        monkeypatch.setattr("ditq.deploy.program.SMALL", 1)
+    model = copy.deepcopy(torch_model)
+    load(folder, model, shapes="static")
+    program = model.transformer_blocks[0].program
+    call = example_inputs(name)
+    larger = {k: repeated(v, 3) for k, v in call.items()}
+    first = run(model, name, **call)
+    compiled = program.compiled
+    run(model, name, **larger)
+    assert program.compiled is not compiled
+    again = run(model, name, **call)
+    assert torch.equal(first, again)
+    assert (program.compiled is compiled) == small
+
+
 def repeated(value: Any, batch: int) -> Any:
     return value[:1].repeat(batch, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
 
