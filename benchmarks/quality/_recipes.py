@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from itertools import combinations
+from pathlib import Path
 from typing import Any
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 import ditq
 from ditq import architectures
@@ -87,7 +94,7 @@ def tabulate(
     metrics: Sequence[str],
     columns: Sequence[Column] = FIDELITY,
     network: str = "auto",
-    cache: PictureCache | None = None,
+    folder: Path | None = None,
 ) -> Table:
     """Quantizes a fresh pipeline by every recipe, draws ``prompts``, and compares with the 16-bit pictures.
 
@@ -96,8 +103,12 @@ def tabulate(
         wanted: by the row's name the recipe and its overrides.
         sampler: steps, guidance scale, batch size.
         metrics: all that is measured; ``columns`` are printed.
-        cache: keeps what was drawn, so that a run that was cut off goes on.
+        folder: keeps what was drawn and every finished row, so that a run that was cut off goes on. A row is made anew
+            after any change of ditq, the model, the prompts or what is asked for.
     """
+    cache = PictureCache(folder / "pictures") if folder else None
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     pipe = load()
     arch = architectures.match(pipe.transformer)
 
@@ -117,21 +128,64 @@ def tabulate(
     table = Table(title, pictures={"16 bit": reference.images})
     print(f"\n{title}: {len(prompts)} held-out prompts, {len(reference.timesteps)} steps, seed {seed}")
     print(f"{'recipe':24} " + " ".join(f"{column.title:>23}" for column in columns) + "  bits  size    s")
+    asked = [own_code(), reference.fingerprint, list(prompts), seed, dict(sampler), list(metrics), network,
+             float(sum(group.absmax.double().sum() for group in statistics.groups.values()))]  # fmt: skip
     for name, (recipe, overrides) in wanted.items():
         begin = time.perf_counter()
-        pipe = load()
-        plan = ditq.quantize(pipe, recipe, overrides=overrides, statistics=statistics, seed=seed).plan
-        samples = draw(pipe, name)
-        found = measure(reference, {name: samples}, metrics=metrics, network=network, seed=seed)
-        table.pictures[name], table.values[name] = samples.images, found.values[name]
-        table.values["16 bit"] = found.values[""]
-        table.rows[name] = {
-            **{metric: score.model_dump(mode="json") for metric, score in found.scores[name].items()}, **facts(plan),
-        }  # fmt: skip
+        kept = Kept(folder, [*asked, name, recipe, overrides])
+        if (row := kept.row(reference, cache, sampler)) is None:
+            pipe = load()
+            plan = ditq.quantize(pipe, recipe, overrides=overrides, statistics=statistics, seed=seed).plan
+            samples = draw(pipe, name)
+            found = measure(reference, {name: samples}, metrics=metrics, network=network, seed=seed)
+            scores = {metric: score.model_dump(mode="json") for metric, score in found.scores[name].items()}
+            row = {
+                "scores": {**scores, **facts(plan)}, "values": found.values[name], "own": found.values[""],
+                "fingerprint": samples.fingerprint,
+            }  # fmt: skip
+            kept.write(row)
+            row["pictures"] = samples.images
+        table.pictures[name], table.values[name], table.rows[name] = row["pictures"], row["values"], row["scores"]
+        table.values["16 bit"] = row["own"]
         cells = [_cell(table.rows[name][column.metric], column.digits) for column in columns]
         size = f"{plan.average_bits:5.2f} {table.rows[name]['size_ratio']:5.3f} {time.perf_counter() - begin:4.0f}"
         print(f"{name:24} {' '.join(cells)} {size}", flush=True)
     return table
+
+
+class Kept:
+    """A finished row in a file of its own, named by all that it depends on."""
+
+    def __init__(self, folder: Path | None, asked: list[Any]) -> None:
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+        self.path = folder / "rows" / f"{digest}.json" if folder else None
+
+    def row(self, reference: Samples, cache: PictureCache | None, sampler: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The row, with its pictures; None if it is not there, or a picture is not."""
+        if self.path is None or cache is None or not self.path.is_file():
+            return None
+        row: dict[str, Any] = json.loads(self.path.read_text())
+        options = {"steps": None, "guidance_scale": None, **sampler}
+        options.pop("batch_size", None)
+        keys = [cache.key(row["fingerprint"], c, s, options)
+                for c, s in zip(reference.conditions, reference.seeds, strict=True)]  # fmt: skip
+        found = [cache.get(key) for key in keys]
+        row["pictures"] = [sample.picture for sample in found if sample is not None]
+        return row if all(found) else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(row))
+
+
+def own_code() -> str:
+    """A digest of all of ditq: code, recipes, architectures."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(str(resources.files("ditq"))).rglob("*")):
+        if path.suffix in (".py", ".yaml"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def facts(plan: Plan) -> dict[str, Any]:

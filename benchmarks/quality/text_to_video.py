@@ -2,8 +2,9 @@
 
 ``python benchmarks/quality/text_to_video.py`` quantizes ``bundled:emoji-video`` by all recipes, draws 32 held-out
 prompts with each, prints a table with 95 % bootstrap intervals and paired differences, and writes
-``benchmarks/results/text_to_video.json``, a sheet of frames and an animation of four rows side by side. Values of PSNR
-and SSIM are means over the frames of a video. Videos are kept in ``--folder``: run it again to go on.
+``benchmarks/results/text_to_video.json``, a sheet of frames and an animation of four rows side by side. Values of
+PSNR and SSIM are means over the frames of a video. Videos and finished rows are kept in ``--folder``: run it again to
+go on; several processes, each with other ``--widths``, may fill it before one run over all of them writes the table.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from ditq.calibration import calibrate
 from ditq.comparison import BUNDLED_NETWORK
 from ditq.recipe import Calibration
 from ditq.report.video import overview, save_gif, side_by_side
-from ditq.sampling import PictureCache
 
 ANIMATED = ("16 bit", "viditq-w8a8", "viditq-w4a8", "rtn-w4a8")
 METHODS = ("rtn-static", "rtn", "smoothquant", "quarot", "ptq4dit", "qdit", "viditq")
@@ -73,7 +73,7 @@ def main() -> None:
         args.model, lambda: api.load(args.model), prompts, statistics, wanted, seed=args.seed,
         sampler={"steps": args.steps, "guidance_scale": args.guidance, "batch_size": args.batch_size},
         metrics=[*(column.metric for column in COLUMNS), *MOTION], columns=COLUMNS, network=BUNDLED_NETWORK,
-        cache=PictureCache(args.folder / "videos"),
+        folder=args.folder,
     )  # fmt: skip
     differences = {metric: table.differences(metric, args.methods, args.widths) for metric in DIFFERENCES}
     for metric, found in differences.items():
