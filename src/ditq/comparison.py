@@ -21,7 +21,7 @@ from ditq.errors import DitqError, UsageError
 from ditq.metrics.interval import Interval
 from ditq.metrics.layer_errors import LayerErrors, StepTime, layer_errors, step_times
 from ditq.metrics.measure import BASIC, Measurement, measure
-from ditq.metrics.real import Real, from_features, from_folder
+from ditq.metrics.real import Real, from_features, from_folder, videos_from_folder
 from ditq.metrics.score import Curve, Score
 from ditq.plan import Plan
 from ditq.report.document import MetricInfo, ModelReport, Report, Skipped
@@ -176,7 +176,8 @@ def compare(
         quantized: one model, a list (named by their folders) or a mapping of names.
         arguments: of the pipelines' calls, e.g. ``{"height": 256, "width": 256, "num_frames": 17}``.
         metrics, network: see :func:`ditq.metrics.measure.measure`.
-        real: real pictures, or a folder of them. A ``bundled:`` reference brings its own, with its own network.
+        real: real pictures or videos, or a folder of them. A ``bundled:`` reference of pictures brings its own, with
+            its own network.
         cache: where pictures are kept; None keeps none.
         explain: prompts on which the error of every layer and the time of a transformer call are measured
             (0: neither), where both sides are models.
@@ -250,10 +251,11 @@ def compare(
         del pipe
         gc.collect()
     if network == "auto" and isinstance(reference, str) and reference.startswith("bundled:"):
-        network, real = BUNDLED_NETWORK, real or bundled_real()
+        network, real = BUNDLED_NETWORK, real or (None if first.samples.is_video else bundled_real())
     if isinstance(real, Path):
-        picture = first.samples.images[0]
-        real = from_folder(real, (picture[0] if first.samples.is_video else picture).size)
+        drawn = first.samples.images[0]
+        video = first.samples.is_video
+        real = videos_from_folder(real, drawn[0].size) if video else from_folder(real, drawn.size)
     measurement = measure(
         first.samples, {name: s.samples for name, s in models.items()}, metrics=metrics, network=network,
         real=real, on_metric=None if progress is None else lambda done, total: progress("metrics", done, total),

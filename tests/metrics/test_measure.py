@@ -196,3 +196,42 @@ def test_shuffled_frames_show_in_the_temporal_metrics() -> None:
     assert scores["psnr_db"].mean < 40
     same = measure(videos(), {"same": videos()}, metrics=["warping_error", "motion_smoothness"], network="colours")
     assert {s.verdict for s in same.scores["same"].values()} == {"same"}
+
+
+def walk(word: str, seed: int, jump: float) -> list[Image.Image]:
+    """Eight frames whose colour drifts, or jumps."""
+    start = np.asarray(picture(word, 0, seed)).astype(float)
+    steps = jump * np.random.default_rng(seed).standard_normal((8, 3)).cumsum(0)
+    return [Image.fromarray((start + step).clip(0, 255).astype(np.uint8)) for step in steps]
+
+
+def videos_of(jump: float, n: int = 40, seed: int = 0) -> list[list[Image.Image]]:
+    return [walk(WORDS[i % 3], seed + i, jump) for i in range(n)]
+
+
+def test_videos_are_compared_with_real_ones_and_motion_counts() -> None:
+    def drawn(jump: float) -> Samples:
+        base = samples(n=40)
+        return Samples(
+            base.conditions, base.seeds, videos_of(jump, seed=500), base.trajectory, base.timesteps, [0.1] * 40
+        )
+
+    options: dict[str, Any] = {"metrics": ["kvd"], "network": "colours"}
+    found = measure(drawn(2), {"calm": drawn(2), "jumping": drawn(60)}, real=Real("r", videos=videos_of(2)), **options)
+    assert found.scores["calm"]["kvd"].verdict == "same"
+    assert found.scores["jumping"]["kvd"].verdict == "worse"
+    assert found.scores["jumping"]["kvd"].network == "colours"
+    with pytest.raises(UsageError, match="no real videos"):
+        measure(drawn(2), {"calm": drawn(2)}, **options)
+    with pytest.raises(UsageError, match="real pictures, not videos"):
+        measure(drawn(2), {"calm": drawn(2)}, real=real(), **options)
+
+
+def test_media_and_numbers_of_frames_must_agree() -> None:
+    base = samples(n=3)
+    clips = Samples(base.conditions, base.seeds, videos_of(2, n=3), base.trajectory, base.timesteps, [0.1] * 3)
+    shorter = Samples(**{**vars(clips), "images": [frames[:5] for frames in clips.images]})
+    with pytest.raises(UsageError, match="q draws videos of 5 frames of 24 x 24 pixels, the reference videos of 8"):
+        measure(clips, {"q": shorter})
+    with pytest.raises(UsageError, match="the reference pictures of 24 x 24 pixels"):
+        measure(base, {"q": clips})

@@ -50,7 +50,8 @@ def compare(
         str, typer.Option(help="Feature network; auto takes the model's own, else one that is installed.")
     ] = "auto",
     real: Annotated[
-        Path | None, typer.Option(help="Folder of real pictures for KID, FID, precision and recall.")
+        Path | None,
+        typer.Option(help="Folder of real pictures for KID, FID, precision and recall, or of videos for KVD, FVD."),
     ] = None,
     explain: Annotated[
         int, typer.Option(help="Prompts for the error of every layer and the speed of a call; 0: neither.", min=0)

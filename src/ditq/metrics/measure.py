@@ -87,7 +87,7 @@ class Measure:
 
     Attributes:
         function: paired: (reference, quantized) views to values; own: a view to values; set: a view, features of
-            real pictures and a seed to an estimate.
+            real pictures (or of the frames of each real video) and a seed to an estimate.
         through: the network it looks through, whose name stands beside the number: the feature network, or CLIP.
         medium: what it is for.
     """
@@ -243,11 +243,13 @@ def _take(
             gap = paired_difference(taken[key], taken[""])
             found.scores[key][name] = _against(aggregate(taken[key]), own, gap, better, label)
         return
-    features = None
+    features: Any = None
     if name != "inception_score":  # the only one that knows no real pictures
         if real is None:
-            raise UsageError("there are no real pictures to compare with: --real FOLDER names some")
-        features = real.seen_by(reference.network())
+            what = "videos" if entry.medium == "video" else "pictures"
+            raise UsageError(f"there are no real {what} to compare with: --real FOLDER names some")
+        look = real.videos_seen_by if entry.medium == "video" else real.seen_by
+        features = look(reference.network())
     for key, view in views.items():
         estimates[key][name] = entry.function(view, features, seed)
     own = estimates[""][name].interval()
@@ -344,6 +346,12 @@ def _estimate(name: str) -> Callable[[View, Features, int], distribution.Estimat
     return lambda view, real, seed: function(real, Features.cat(view.features), seed)
 
 
+def _of_videos(
+    function: Callable[[Sequence[Features], Sequence[Features], int], distribution.Estimate],
+) -> Callable[[View, Sequence[Features], int], distribution.Estimate]:
+    return lambda view, real, seed: function(real, view.features, seed)
+
+
 def _of_motion(function: Callable[[temporal.Motion], float]) -> Callable[[View], list[float]]:
     return lambda view: [function(motion) for motion in view.motions]
 
@@ -386,6 +394,8 @@ def _measures() -> tuple[Measure, ...]:
         Measure(about["concept_score"], "own", _by_concept(alignment.concept_score), "features"),
         Measure(about["concept_accuracy"], "own", _by_concept(alignment.concept_accuracy), "features"),
         *(Measure(d, "set", _estimate(d.name), "features", "picture") for d in distribution.DISTRIBUTION),
+        Measure(about["kvd"], "set", _of_videos(temporal.kvd), "features", "video"),
+        Measure(about["fvd"], "set", _of_videos(temporal.fvd), "features", "video"),
         Measure(about["delta_flow"], "paired", _delta_flow, None, "video"),
         Measure(about["flow_score"], "own", _of_motion(temporal.flow_score), None, "video"),
         Measure(about["dynamic_degree"], "own", _of_motion(temporal.dynamic_degree), None, "video"),

@@ -1,4 +1,4 @@
-"""Real pictures that distribution metrics compare with: a folder of one's own, or features that come with a model."""
+"""Real pictures or videos that distribution metrics compare with: a folder of one's own, or features of a model's."""
 
 from __future__ import annotations
 
@@ -7,24 +7,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 from ditq.errors import CheckpointError, UsageError
-from ditq.metrics.extractors import Extractor, Features
+from ditq.metrics.extractors import Extractor, Features, MissingWeights
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEO_SUFFIXES = (".gif", ".mp4")
 
 
 @dataclass
 class Real:
-    """Real pictures, or what networks saw in them."""
+    """Real pictures, or what networks saw in them; or real videos."""
 
     name: str
     images: Sequence[Image.Image] = ()
     features: Mapping[str, Features] = field(default_factory=dict)
+    videos: Sequence[Sequence[Image.Image]] = ()
+    _video_features: dict[str, list[Features]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.images) or max(map(len, self.features.values()), default=0)
+        return len(self.videos) or len(self.images) or max(map(len, self.features.values()), default=0)
+
+    def videos_seen_by(self, network: Extractor) -> list[Features]:
+        """Features of the frames of each real video; computed once.
+
+        Raises:
+            UsageError: these are pictures.
+        """
+        if not self.videos:
+            raise UsageError(f"{self.name!r} are real pictures, not videos: --real FOLDER with GIF or MP4 files")
+        if network.name not in self._video_features:
+            self._video_features[network.name] = [network(frames) for frames in self.videos]
+        return self._video_features[network.name]
 
     def seen_by(self, network: Extractor) -> Features:
         """Features of the real pictures; computed once.
@@ -59,6 +74,49 @@ def from_folder(folder: Path, size: tuple[int, int]) -> Real:
         except (OSError, Image.DecompressionBombError) as error:
             raise UsageError(f"{path} is no picture that can be read: {error}.") from error
     return Real(folder.name, images)
+
+
+def videos_from_folder(folder: Path, size: tuple[int, int]) -> Real:
+    """All GIF and MP4 files of a folder, frames resized and cropped from the middle to ``size`` (w, h).
+
+    Raises:
+        UsageError: there is no such folder, it has fewer than two videos, or one has no frames that can be read.
+        MissingWeights: there is an MP4 file, and no OpenCV.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder of real videos {folder}.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
+    if len(paths) < 2:
+        raise UsageError(f"The folder of real videos {folder} has {len(paths)} videos ({', '.join(VIDEO_SUFFIXES)}).")
+    videos = []
+    for path in paths:
+        frames = _gif(path) if path.suffix.lower() == ".gif" else _mp4(path)
+        if not frames:
+            raise UsageError(f"{path} is no video that can be read.")
+        videos.append([ImageOps.fit(frame, size, Image.Resampling.LANCZOS) for frame in frames])
+    return Real(folder.name, videos=videos)
+
+
+def _gif(path: Path) -> list[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    except (OSError, Image.DecompressionBombError):
+        return []
+
+
+def _mp4(path: Path) -> list[Image.Image]:
+    try:
+        import cv2
+    except ImportError as error:
+        raise MissingWeights(f"Reading {path} needs OpenCV: pip install 'ditq[metrics]' ({error}).") from error
+    reader = cv2.VideoCapture(str(path))
+    frames: list[Image.Image] = []
+    while True:
+        more, pixels = reader.read()
+        if not more:
+            return frames
+        frames.append(Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)))
 
 
 def from_features(name: str, network: str, path: Path) -> Real:
