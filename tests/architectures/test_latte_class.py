@@ -14,7 +14,7 @@ from videos import latte_class
 
 from ditq.architectures.official import load_official, official
 from ditq.architectures.vchitect import Latte
-from ditq.errors import CheckpointError
+from ditq.errors import CheckpointError, UsageError
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -172,7 +172,7 @@ def test_guidance_acts_on_the_noise_and_not_on_the_variance() -> None:
 
 
 def test_labels_that_the_model_does_not_have_are_refused() -> None:
-    with pytest.raises(ValueError, match="class_labels must be 0 to 9, got 10"):
+    with pytest.raises(UsageError, match="class_labels must be 0 to 9, got 10"):
         latte_class()([3, 10])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ditq.architectures.pipeline import Generators, VideoPipeline
+from ditq.errors import UsageError
 
 
 class LatteClassPipeline(VideoPipeline):
@@ -37,7 +38,7 @@ class LatteClassPipeline(VideoPipeline):
         """A video for each label; an unconditional model looks only at how many there are, and at no guidance.
 
         Raises:
-            ValueError: a label is none of the model's.
+            UsageError: a label is none of the model's.
         """
         labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
         config = self.transformer.config
@@ -47,7 +48,7 @@ class LatteClassPipeline(VideoPipeline):
         else:
             wrong = [label for label in labels if not 0 <= label < config.num_classes]
             if wrong:
-                raise ValueError(f"class_labels must be 0 to {config.num_classes - 1}, got {wrong[0]}")
+                raise UsageError(f"class_labels must be 0 to {config.num_classes - 1}, got {wrong[0]}.")
             nothing = [config.num_classes] * len(labels) if guidance_scale > 1 else []
             inputs["class_labels"] = torch.tensor(labels + nothing, device=self._execution_device)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
