@@ -116,7 +116,7 @@ def test_constant_and_zero_rows(w_format: str, x_format: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("x_format", X_FORMATS)
 @pytest.mark.parametrize("w_format", ["channel-asym", "group32-asym", "channel-sym"])
-def test_a_token_that_is_not_finite_gives_nan_and_leaves_the_others_alone(
+def test_output_of_a_token_that_is_not_finite_is_not_and_leaves_the_others_alone(
     w_format: str, x_format: str, bad: float
 ) -> None:
     x, (weight, _) = torch.randn(6, 96), packed(torch.randn(11, 96), W_FORMATS[w_format])
@@ -130,10 +130,10 @@ def test_a_token_that_is_not_finite_gives_nan_and_leaves_the_others_alone(
     x[2, 70] = bad
     torch.manual_seed(1)
     y = output(x)
-    assert bool(y[2].isnan().all())
+    assert not y[2].isfinite().any()
     others = torch.arange(6) != 2
     if fmt.dynamic and fmt.granularity == "tensor":  # one scale for all of them
-        assert bool(y.isnan().all())
+        assert not y.isfinite().any()
     else:
         assert torch.equal(y[others], clean[others])
 

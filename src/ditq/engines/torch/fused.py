@@ -45,16 +45,16 @@ def quantize_rows(x: Tensor, format: TensorFormat) -> Quantized:
 def _grid(low: Tensor, high: Tensor, bottom: int, top: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point, both float32, of ranges: the arithmetic of ``numerics.scale_and_zero_point``.
 
-    A range that is not finite has the scale NaN, which the product carries into the whole row.
+    A range that is not finite has a scale that is not, which the product carries into the whole row.
     """
     tiny = torch.finfo(torch.float32).tiny
     if symmetric:
         largest = torch.maximum(high, -low)
         # A row of zeros (padding) has no range: any positive scale will do, its codes are zero.
-        return torch.where(largest == 0, 1.0 / top, (largest / top).clamp_min_(tiny) + largest * 0.0), None
+        return torch.where(largest == 0, 1.0 / top, (largest / top).clamp_min_(tiny)), None
     low, high = low.clamp_max_(0.0), high.clamp_min_(0.0)
-    levels, half = top - bottom, high * 0.5 - low * 0.5
-    scale = torch.where(high == low, 1.0 / levels, (half / levels * 2.0).clamp_min_(tiny) + half * 0.0)
+    levels = top - bottom
+    scale = torch.where(high == low, 1.0 / levels, ((high * 0.5 - low * 0.5) / levels * 2.0).clamp_min_(tiny))
     return scale, ((-low / scale).round_() + bottom).clamp_(bottom, top)
 
 

@@ -1,8 +1,8 @@
 """What the kernels that make integers share: rows of floats in registers become codes, scales and sums of codes.
 
 The arithmetic is that of ``ditq.numerics.quantize``, so codes and scales equal its own bit by bit on equal floats.
-As there, a group with NaN or Inf gets the scale NaN, which the product carries into the whole output row; it has to be
-asked for here, because maxima on a GPU drop NaN.
+A group with NaN or Inf gets the scale NaN (there NaN or Inf), which the product carries into the whole output row; it
+has to be asked for here, because maxima on a GPU drop NaN.
 """
 
 from __future__ import annotations
