@@ -224,7 +224,7 @@ def samples(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     packed = torch.randint(0, 256, (10, k // 2), device=device).to(torch.uint8)
     linear = (
         codes, floats(6, 2), zeros, None, packed, 4, floats(10, 2), None,
-        floats(10), floats(3, 10), floats(6, 10), torch.bfloat16,
+        floats(10), floats(3, 10), floats(6, 10), floats(6, 4), floats(10, 4), torch.bfloat16,
     )  # fmt: skip
     return {
         "quantize_rows": (quantize_rows, (floats(6, k), *target)),
@@ -243,7 +243,7 @@ def samples(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 @pytest.mark.parametrize("name", ["quantize_rows", "norm_quantize", "activation_quantize", "int8_linear", "expand"])
 def test_operations_keep_the_contract_of_torch_library(name: str, device: str) -> None:
     operation, arguments = samples(device)[name]
-    torch.library.opcheck(operation, arguments)
+    torch.library.opcheck(operation.overload, arguments)
 
 
 def test_the_engine_is_one_of_the_registry() -> None:

@@ -39,11 +39,12 @@ def integers(m: int, k: int, bits: int, group: int | None, symmetric: bool, *, u
 
 def arguments(
     x: Quantized, w: Quantized, bits: int, *, bias: Tensor | None = None, gate: Tensor | None = None,
-    residual: Tensor | None = None, dtype: torch.dtype = torch.float32, sums: Tensor | None = None,
+    residual: Tensor | None = None, low: Tensor | None = None, up: Tensor | None = None,
+    dtype: torch.dtype = torch.float32, sums: Tensor | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     zero = None if w.zero_point is None else w.zero_point.to(torch.int8)
     packed = pack(w.codes, bits)
-    return x.codes, x.scale, x.zero_point, sums, packed, bits, w.scale, zero, bias, gate, residual, dtype
+    return x.codes, x.scale, x.zero_point, sums, packed, bits, w.scale, zero, bias, gate, residual, low, up, dtype
 
 
 def run(device: str, arguments: tuple[Any, ...], tile: Tile | None = SMALL) -> Tensor:
@@ -140,24 +141,36 @@ def test_sums_at_hand_are_used_and_change_nothing(symmetric: bool, device: str) 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("tokens", [3, 20, 40])
-def test_gate_and_residual(tokens: int, device: str) -> None:
-    """Samples that end within a tile, and gates that are a chunk of a wider tensor."""
-    n, samples = 24, 120 // tokens
-    x, w, bias = integers(120, 64, 8, None, True), integers(n, 64, 4, None, False), torch.randn(n)
-    gate, residual = torch.randn(samples, 6 * n)[:, 2 * n : 3 * n], torch.randn(120, n)
-    y = run(device, arguments(x, w, 4, bias=bias, gate=gate, residual=residual), Tile(64, 32, 64, 4, 2))
-    inner = values(x) @ values(w).T + bias.double()
-    expected = residual.double() + gate.double().repeat_interleave(tokens, 0) * inner
-    size = (values(x).abs() @ values(w).abs().T + bias.abs()) * gate.abs().repeat_interleave(tokens, 0)
-    assert bool(((y.double() - expected).abs() <= 2e-6 * (size + residual.abs())).all())
+@pytest.mark.parametrize("branch", [False, True], ids=["", "low"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("tokens", [None, 3, 64, 128])
+def test_gate_residual_and_low_rank(tokens: int | None, residual: bool, branch: bool, device: str) -> None:
+    """Samples that end within a tile and with it, one for all, and gates that are a chunk of a wider tensor."""
+    m, n = 128, 24
+    m = 120 if tokens == 3 else m
+    x, w, bias = integers(m, 64, 8, None, True), integers(n, 64, 4, None, False), torch.randn(n)
+    gate = None if tokens is None else torch.randn(m // tokens, 6 * n)[:, 2 * n : 3 * n]
+    plus = torch.randn(m, n) if residual else None
+    low, up = (torch.randn(m, 20), torch.randn(n, 20)) if branch else (None, None)
+    y = run(
+        device, arguments(x, w, 4, bias=bias, gate=gate, residual=plus, low=low, up=up), Tile(64, 32, 64, 4, 2)
+    )  # fmt: skip
+    expected, size = values(x) @ values(w).T + bias.double(), values(x).abs() @ values(w).abs().T + bias.abs()
+    if low is not None and up is not None:
+        expected, size = expected + low.double() @ up.double().T, size + low.double().abs() @ up.double().abs().T
+    if gate is not None:
+        rows = gate.double().repeat_interleave(m // len(gate), 0)
+        expected, size = expected * rows, size * rows.abs()
+    if plus is not None:
+        expected, size = expected + plus.double(), size + plus.abs()
+    assert bool(((y.double() - expected).abs() <= 3e-6 * size).all())
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_gate_without_residual_is_refused(device: str) -> None:
+def test_half_a_branch_is_refused(device: str) -> None:
     x, w = integers(4, 32, 8, None, True), integers(4, 32, 8, None, True)
     with pytest.raises(ValueError, match="give both or neither"):
-        run(device, arguments(x, w, 8, gate=torch.ones(1, 4)))
+        run(device, arguments(x, w, 8, low=torch.ones(4, 2)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

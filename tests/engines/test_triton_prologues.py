@@ -51,18 +51,18 @@ def test_modulation(tokens: int, dtype: torch.dtype, device: str) -> None:
     k = 96
     wide = (torch.randn(6 // tokens, 6 * k) * 0.3).to(dtype)
     x, weight, bias = rows(6, k).to(dtype), torch.rand(k).to(dtype), torch.randn(k).to(dtype)
-    shift, scale = wide[:, :k], wide[:, k : 2 * k]
-    check(norm, device, x, True, 1e-6, None, None, scale, shift, *target(k))
-    check(norm, device, x, False, 1e-6, weight, bias, scale, shift, *target(k, balanced=True, symmetric=False))
+    shift, factor = wide[:, :k], wide[:, k : 2 * k]
+    check(norm, device, x, True, 1e-6, None, None, factor, shift, *target(k))
+    check(norm, device, x, False, 1e-6, weight, bias, factor, shift, *target(k, balanced=True, symmetric=False))
 
 
 def test_the_reference_is_that_of_torch() -> None:
     x, weight, bias = torch.randn(4, 32) + 1, torch.rand(32), torch.randn(32)
-    shift, scale = torch.randn(2, 32), torch.randn(2, 32)
+    shift, factor = torch.randn(2, 32), torch.randn(2, 32)
     to = target(32)
     layer = F.layer_norm(x, (32,), weight, bias, 1e-5)
-    modulated = (layer.view(2, 2, 32) * (1 + scale[:, None]) + shift[:, None]).view(4, 32)
-    assert_codes(norm.reference(x, True, 1e-5, weight, bias, scale, shift, *to), to.reference(modulated), exact=False)
+    modulated = (layer.view(2, 2, 32) * factor[:, None] + shift[:, None]).view(4, 32)
+    assert_codes(norm.reference(x, True, 1e-5, weight, bias, factor, shift, *to), to.reference(modulated), exact=False)
     rms = F.rms_norm(x, (32,), weight, 1e-5)
     assert_codes(norm.reference(x, False, 1e-5, weight, None, None, None, *to), to.reference(rms), exact=False)
 

@@ -29,7 +29,7 @@ from ditq.engines.triton.linear import linear_kernel
 from ditq.engines.triton.norm import norm_kernel
 from ditq.engines.triton.quantize import quantize_kernel
 from ditq.engines.triton.rows import rows_per_program
-from ditq.engines.triton.tiles import HEAVY, Tile, tiles
+from ditq.engines.triton.tiles import LARGEST, Tile, Work, tiles
 
 # Types of pointers by the beginning of their name; the rest is 16-bit activations, and integers.
 _TYPES = {
@@ -45,27 +45,36 @@ Case = tuple[str, Any, dict[str, Any], int, int]
 
 def linear_cases(capability: int, wide: bool) -> Iterator[Case]:
     """Every tile of the table; the formats in full for the widest, which needs the most registers."""
-    absent = {"gate_ptr": None, "residual_ptr": None, "x_zero_ptr": None}
+    plain = {"gate_ptr": None, "residual_ptr": None, "low_ptr": None, "up_ptr": None}
+    absent = {**plain, "x_zero_ptr": None}
+    gated = {"low_ptr": None, "up_ptr": None, "x_zero_ptr": None}
     formats: dict[str, dict[str, Any]] = {
         "w8asym": {"BITS": 8, **absent},
         "w4asym": {"BITS": 4, **absent},
         "int8": {"BITS": 0, "w_zero_ptr": None, "x_sum_ptr": None, **absent},
     }
     more: dict[str, dict[str, Any]] = {
-        "w8asym-gate": {"BITS": 8, "x_zero_ptr": None},
-        "w4asym-a8asym": {"BITS": 4, "gate_ptr": None, "residual_ptr": None},
+        "w4asym-gate-one-sample": {"BITS": 4, "ONE_SAMPLE": True, **gated},
+        "w8asym-low-rank-gate-one-sample": {"BITS": 8, "BR": 32, "ONE_SAMPLE": True, "x_zero_ptr": None},
+    }
+    most: dict[str, dict[str, Any]] = {
+        "w8asym-gate": {"BITS": 8, **gated},
+        "w4asym-a8asym": {"BITS": 4, **plain},
     }
     groups = {"w4asym-g128": {"BITS": 4, **absent}}
-    more_groups = {"w4asym-a8asym-g128": {"BITS": 4, "gate_ptr": None, "residual_ptr": None}}
+    most_groups = {"w4asym-a8asym-g128": {"BITS": 4, **plain}}
     k = 1152
-    for table, step, light, heavy in (
-        (tiles(capability, False), k, formats, more),
-        (tiles(capability, True), 128, groups, more_groups),
-    ):
-        largest = next(tile for _, tile in table if HEAVY[capability] >= tile.BM * tile.BN)
-        for _, tile in table:
-            for name, fixed in (light | (heavy if wide and tile == largest else {})).items():
-                yield _linear(f"{name} {_words(tile)}", fixed, tile, parts=k // step, step=step)
+    tables: tuple[tuple[Any, int, dict[Work, dict[str, dict[str, Any]]]], ...] = (
+        (tiles(capability, False), k, {"plain": formats, "more": more, "most": most}),
+        (tiles(capability, True), 128, {"plain": groups, "more": {}, "most": most_groups}),
+    )
+    for table, step, works in tables:
+        for work, kinds in works.items():
+            fit = [tile for _, tile in table if LARGEST[work][capability] >= tile.BM * tile.BN]
+            # What takes more registers: with the widest tile only, and the last kind in the full test.
+            for tile in fit if work == "plain" else fit[: 1 if wide or work == "more" else 0]:
+                for name, fixed in kinds.items():
+                    yield _linear(f"{name} {_words(tile)}", fixed, tile, parts=k // step, step=step)
 
 
 def _words(tile: Tile) -> str:
@@ -74,7 +83,8 @@ def _words(tile: Tile) -> str:
 
 def _linear(name: str, fixed: dict[str, Any], tile: Tile, parts: int, step: int) -> Case:
     constants = {
-        "PARTS": parts, "STEP": step, "X_EACH": 1, "W_EACH": 1, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, **fixed
+        "PARTS": parts, "STEP": step, "X_EACH": 1, "W_EACH": 1, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK,
+        "BR": 16, "ONE_SAMPLE": False, **fixed,
     }  # fmt: skip
     return name, linear_kernel, constants, tile.warps, tile.stages
 

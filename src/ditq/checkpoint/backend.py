@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ditq.architectures import load as load_architecture
 from ditq.architectures import match
 from ditq.architectures.folding import BUFFER, prepare, unfold
+from ditq.architectures.wiring import unwire, wire
 from ditq.checkpoint.engine import checked, compile_graphs
 from ditq.checkpoint.registration import register
 from ditq.checkpoint.verify import DIGESTS, digest, verify
@@ -134,6 +135,7 @@ class DitqQuantizer(DiffusersQuantizer):
         self.compiled = compile_graphs(model, config.engine, self._folder)
         if not self.compiled:
             config.engine = None  # what is saved from here has no graphs
+            self._wire(model)
         target = cast(Any, model)
         if config.is_plain and not self.compiled:
             rest = {key: value for key, value in target.config.items() if key != "quantization_config"}
@@ -141,6 +143,13 @@ class DitqQuantizer(DiffusersQuantizer):
         else:
             target.register_to_config(quantization_config=config)
         return model
+
+    def _wire(self, model: nn.Module) -> None:
+        try:
+            architecture = load_architecture(self.plan.architecture)
+        except UsageError:
+            return  # a user's own file is not part of a checkpoint; the model runs without
+        wire(model, architecture)
 
     def remember(self, model: nn.Module) -> None:
         """Notes which tensors are parameters: a state dict does not tell, and only they are stored in 16 bit."""
@@ -203,6 +212,7 @@ class DitqQuantizer(DiffusersQuantizer):
                 isinstance(module, QuantizedLinear) and ".ranges." not in f".{name}"
             ):
                 replace(model, name, module.dequantize())
+        unwire(model)
         unfold(model, load_architecture(self.plan.architecture), self.plan.folds)
         # Not None but absent: diffusers writes whatever stands under this key.
         target = cast(Any, model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +74,60 @@ class Engine(ABC):
     @abstractmethod
     def dequantize_weight(self, weight: QuantizedWeight) -> Tensor:
         """The weight's values, float32 [N, K]."""
+
+
+class Norm(NamedTuple):
+    """A LayerNorm over the last dimension, and its modulation: norm(x) [* weight + bias] [* factor + shift].
+
+    Attributes:
+        x: [M, K]; weight, bias: [K] or None.
+        factor, shift: [samples, K] with samples dividing M; both or neither.
+    """
+
+    x: Tensor
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+    factor: Tensor | None
+    shift: Tensor | None
+
+
+class Activation(NamedTuple):
+    """A nonlinearity of x [M, K], or value * f(gate) for x = [value, gate] [M, 2 K] where ``gated``.
+
+    ``function``: "gelu", "gelu_tanh" or "silu".
+    """
+
+    x: Tensor
+    function: str
+    gated: bool
+
+
+class FusingEngine(Engine):
+    """An engine that does what stands around a linear layer together with it, where that is worth the while."""
+
+    @abstractmethod
+    def quantize_result(
+        self,
+        of: Norm | Activation,
+        smooth: Tensor | None,
+        rotation: Rotation | None,
+        format: TensorFormat,
+        scale: Tensor | None,
+    ) -> Quantized | None:
+        """Integers of what a norm or a nonlinearity gives, balanced; None where there is no kernel for it."""
+
+    @abstractmethod
+    def gated_linear(
+        self,
+        x: Quantized,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        gate: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """``residual + gate * (x @ weight.T + bias)`` [M, N]; gate [samples, N], residual [M, N], or None."""
 
 
 def balance(x: Tensor, smooth: Tensor | None, rotation: Rotation | None) -> Tensor:

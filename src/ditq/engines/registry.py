@@ -12,11 +12,12 @@ from functools import cache
 import torch
 
 from ditq import engines as package
-from ditq.engines.base import Engine
+from ditq.engines.base import Engine, FusingEngine
 from ditq.errors import DitqError, unknown
 from ditq.plan import TensorFormat
 
 _forced: ContextVar[str | None] = ContextVar("ditq_engine", default=None)
+_fusion: ContextVar[bool] = ContextVar("ditq_fusion", default=True)
 
 
 @cache
@@ -50,20 +51,51 @@ def forced() -> str | None:
     return _forced.get()
 
 
-def choose(weight: TensorFormat, activation: TensorFormat | None, device: torch.device) -> Engine:
+@contextmanager
+def fusion(on: bool) -> Iterator[None]:
+    """Whether layers inside wait for what follows them, so that an engine may do it in the same pass (the default)."""
+    token = _fusion.set(on)
+    try:
+        yield
+    finally:
+        _fusion.reset(token)
+
+
+def fuses(device: torch.device) -> bool:
+    """Whether it is worth the while to wait for what follows a layer on this device: an engine there can do both."""
+    if not _fusion.get():
+        return False
+    try:
+        return isinstance(choose(*_COMMON, device), FusingEngine)
+    except DitqError:
+        return False
+
+
+# What an engine that fuses has to run at the least.
+_COMMON = (
+    TensorFormat(bits=8, granularity="channel"), TensorFormat(bits=8, granularity="token", dynamic=True)
+)  # fmt: skip
+
+
+def choose(
+    weight: TensorFormat, activation: TensorFormat | None, device: torch.device, wanted: str | None = None
+) -> Engine:
     """The preferred engine that can run these formats on this device. Compiled code keeps the one it was traced with.
+
+    Args:
+        wanted: a layer's own engine; :func:`use_engine` wins.
 
     Raises:
         DitqError: none can; the reason of each is given.
     """
-    return _chosen[_name(weight, activation, device)]
+    return _chosen[_name(weight, activation, device, wanted)]
 
 
 _chosen: dict[str, Engine] = {}
 
 
-def _name(weight: TensorFormat, activation: TensorFormat | None, device: torch.device) -> str:
-    engine = _choose(weight, activation, device, _forced.get())
+def _name(weight: TensorFormat, activation: TensorFormat | None, device: torch.device, wanted: str | None) -> str:
+    engine = _choose(weight, activation, device, _forced.get() or wanted)
     _chosen[engine.name] = engine
     return engine.name
 

@@ -11,7 +11,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from ditq import engines
 from ditq.engines import QuantizedWeight
-from ditq.engines.base import balance
+from ditq.engines.base import Activation, Engine, FusingEngine, Norm, balance
+from ditq.layers.deferred import Deferred, output, waits
+from ditq.layers.shared import SharedInput
 from ditq.numerics import Quantized, Rotation, pack, packed_bytes, quantize, rotate, search_clip_ratio, unrotate
 from ditq.plan import LayerPlan
 
@@ -32,7 +34,17 @@ class QuantizedLinear(nn.Linear):
     Buffers: ``qweight`` uint8 [N, ceil(K bits / 8)]; ``weight_scale`` float32 [N, G] or [1, 1];
     ``weight_zero_point`` int8 likewise (asymmetric only); ``smooth_scale`` float32 [K] (online
     smoothing only); ``input_scale`` float32 [1, 1], or [1, G] for groups (static activations only).
+
+    Attributes:
+        engine: the name of the engine to run on, None for the registry's choice. ``use_engine`` wins.
+        shared: where layers that read the same tensor find its integers; ``group`` names them.
+        defers: whether what follows may be fused with it (a nonlinearity, or a gate and a residual).
     """
+
+    engine: str | None = None
+    shared: SharedInput | None = None
+    group: str = ""
+    defers: bool = False
 
     qweight: Tensor
     weight_scale: Tensor
@@ -140,18 +152,44 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def integer_forward(self, x: Tensor) -> Tensor:
         """The forward pass by integer products, without gradients."""
+        if self.defers and waits(x):
+            return output(lambda gate, residual: self._run(x, gate, residual), x, self.out_features)
+        return self._run(x).reshape(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def _run(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """y, or residual + gate * y, [M, N]."""
         fmt, activation = self.plan.weight, self.plan.activation
         assert fmt is not None and activation is not None
-        engine = engines.choose(fmt, activation, x.device)
-        codes = engine.quantize_input(
-            x.reshape(-1, self.in_features),
+        engine = engines.choose(fmt, activation, x.device, self.engine)
+        if self.shared is None or torch.compiler.is_compiling():
+            codes = self._quantized(engine, x)
+        else:
+            key = (self.group, engine.name, activation, self.rotation, "smooth_scale" in self._buffers)
+            codes = self.shared.get(x, key, self, lambda: self._quantized(engine, x))
+        if gate is None and residual is None:
+            return engine.linear(codes, activation, self.quantized_weight, self.bias, x.dtype)
+        if isinstance(engine, FusingEngine):
+            return engine.gated_linear(codes, self.quantized_weight, self.bias, x.dtype, gate, residual)
+        y = engine.linear(codes, activation, self.quantized_weight, self.bias, x.dtype)
+        y = y if gate is None else (y.unflatten(0, (len(gate), -1)) * gate[:, None]).flatten(0, 1)
+        return y if residual is None else residual + y
+
+    def _quantized(self, engine: Engine, x: Tensor) -> Quantized:
+        """The integers of x [..., K], [M, K]."""
+        activation, smooth, scale = (
+            self.plan.activation,
             self._buffers.get("smooth_scale"),
-            self.rotation,
-            activation,
             self._buffers.get("input_scale"),
         )
-        y = engine.linear(codes, activation, self.quantized_weight, self.bias, x.dtype)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        assert activation is not None
+        if isinstance(x, Deferred):
+            if isinstance(engine, FusingEngine) and isinstance(x.work, Norm | Activation):
+                codes = engine.quantize_result(x.work, smooth, self.rotation, activation, scale)
+                if codes is not None:
+                    return codes
+            x = x.value()
+        return engine.quantize_input(x.reshape(-1, self.in_features), smooth, self.rotation, activation, scale)
 
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ditq.architectures import Architecture, InputGroup, Linear
 from ditq.architectures.folding import fold
+from ditq.architectures.wiring import wire
 from ditq.calibration import GroupStatistics, Statistics
 from ditq.calibration.calls import Call, call_time
 from ditq.errors import NothingQuantizedError, UsageError
@@ -145,6 +146,7 @@ def convert(
         done += 1
         if progress:
             progress(done, total)
+    wire(model, architecture)
     linear_parameters = sum(plan.parameters for plan in final.values())
     return Plan(
         method=method, recipe=recipe, architecture=architecture.name, seed=seed,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditq.engines.triton.operation import operation
+from ditq.engines.triton.operation import Operation
 from ditq.engines.triton.rows import CODES, TARGET, Codes, Target, balance_and_quantize, rows_per_program
 
 FUNCTIONS = {
@@ -104,7 +104,7 @@ def empty(x: Tensor, function: str, gated: str, *target: Any) -> Codes:
     return Target(*target).empty(x.shape[0], x.shape[1] // (2 if gated else 1), x.device)
 
 
-activation_quantize = operation(
+activation_quantize = Operation(
     "activation_quantize", f"(Tensor x, str function, str gated, {TARGET}) -> {CODES}", launch, reference, empty
 )
 """Codes of f(x) for x [M, K], or of value * f(gate) for x [M, 2 K], any float dtype.

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ditq.engines.base import QuantizedWeight, balance
+from ditq.engines.base import Activation, FusingEngine, Norm, QuantizedWeight, balance
 from ditq.engines.torch.engine import TorchEngine
 from ditq.numerics import Quantized, Rotation
 from ditq.plan import TensorFormat
+
+if TYPE_CHECKING:
+    from ditq.engines.triton.rows import Target
 
 OLDEST = (3, 6)
 """The first version of Triton that the kernels are compiled with in the tests of a release."""
@@ -20,11 +24,12 @@ SMALLEST_CAPABILITY = (8, 0)
 """Ampere: 8-bit products on tensor cores, and asynchronous copies to shared memory."""
 
 
-class TritonEngine(TorchEngine):
+class TritonEngine(TorchEngine, FusingEngine):
     """Equal to the torch engine in the integers, and faster.
 
     ``torch.compile`` fuses the quantizer, in plain torch, into what comes before it; the product is the one operation
-    that it cannot see into. Without it the quantizer is a kernel too.
+    that it cannot see into. Without it the quantizer is a kernel too, with the norm or the nonlinearity before it, and
+    gate and residual are part of the product.
     """
 
     name = "triton"
@@ -62,17 +67,40 @@ class TritonEngine(TorchEngine):
         self, x: Tensor, smooth: Tensor | None, rotation: Rotation | None, format: TensorFormat, scale: Tensor | None
     ) -> Quantized:
         groups = format.groups(x.shape[1])
-        dynamic_tensor = scale is None and format.granularity == "tensor"
-        if torch.compiler.is_compiling() or dynamic_tensor:
+        if torch.compiler.is_compiling() or not _by_row(format, scale):
             return super().quantize_activations(balance(x, smooth, rotation), format, scale)
         if rotation is not None and not rotates(rotation, x.shape[1] // groups, x.device):
             x, smooth, rotation = balance(x, smooth, rotation), None, None
         from ditq.engines.triton.quantize import quantize_rows
-        from ditq.engines.triton.rows import quantized, scaled_signs
+        from ditq.engines.triton.rows import quantized
 
-        signs = None if rotation is None else scaled_signs(rotation, x.device)
-        block = 0 if rotation is None else rotation.block
-        return quantized(quantize_rows(x, smooth, signs, block, format.bits, format.symmetric, groups, scale))
+        return quantized(quantize_rows(x, *_target(smooth, rotation, format, groups, scale, x.device)))
+
+    def quantize_result(
+        self,
+        of: Norm | Activation,
+        smooth: Tensor | None,
+        rotation: Rotation | None,
+        format: TensorFormat,
+        scale: Tensor | None,
+    ) -> Quantized | None:
+        columns = of.x.shape[1] // (2 if isinstance(of, Activation) and of.gated else 1)
+        groups = format.groups(columns)
+        size = columns // groups
+        if not _by_row(format, scale) or (groups > 1 and size & (size - 1)):
+            return None
+        if rotation is not None and not rotates(rotation, size, of.x.device):
+            return None
+        from ditq.engines.triton.activation import activation_quantize
+        from ditq.engines.triton.norm import norm_quantize
+        from ditq.engines.triton.rows import quantized
+
+        target = _target(smooth, rotation, format, groups, scale, of.x.device)
+        if isinstance(of, Activation):
+            return quantized(activation_quantize(of.x, of.function, "second" if of.gated else "", *target))
+        if (of.factor is None) != (of.shift is None):
+            return None
+        return quantized(norm_quantize(of.x, True, of.eps, of.weight, of.bias, of.factor, of.shift, *target))
 
     def linear(
         self,
@@ -81,6 +109,17 @@ class TritonEngine(TorchEngine):
         weight: QuantizedWeight,
         bias: Tensor | None,
         dtype: torch.dtype,
+    ) -> Tensor:
+        return self.gated_linear(x, weight, bias, dtype, None, None)
+
+    def gated_linear(
+        self,
+        x: Quantized,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        gate: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor:
         from ditq.engines.triton.linear import int8_linear
         from ditq.engines.triton.rows import sums_of
@@ -92,8 +131,23 @@ class TritonEngine(TorchEngine):
             sums = sums_of(x.codes, x.scale.shape[1])
         return int8_linear(
             x.codes, x.scale, x.zero_point, sums, weight.packed, weight.format.bits,
-            weight.scale, weight.zero_point, bias, None, None, dtype,
+            weight.scale, weight.zero_point, bias, gate, residual, None, None, dtype,
         )  # fmt: skip
+
+
+def _by_row(format: TensorFormat, scale: Tensor | None) -> bool:
+    """Whether no scale depends on several rows."""
+    return scale is not None or format.granularity != "tensor"
+
+
+def _target(
+    smooth: Tensor | None, rotation: Rotation | None, format: TensorFormat, groups: int, scale: Tensor | None,
+    device: torch.device,
+) -> Target:  # fmt: skip
+    from ditq.engines.triton.rows import Target, scaled_signs
+
+    signs, block = (None, 0) if rotation is None else (scaled_signs(rotation, device), rotation.block)
+    return Target(smooth, signs, block, format.bits, format.symmetric, groups, scale)
 
 
 def rotates(rotation: Rotation, width: int, device: torch.device) -> bool:

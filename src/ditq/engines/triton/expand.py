@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditq.engines.triton.operation import operation
+from ditq.engines.triton.operation import Operation
 from ditq.numerics import unpack
 
 
@@ -62,7 +62,7 @@ def empty(packed: Tensor, bits: int, columns: int, zero: Tensor | None) -> Tenso
     return torch.empty(packed.shape[0], columns, dtype=torch.int8, device=packed.device)
 
 
-expand = operation(
+expand = Operation(
     "expand", "(Tensor packed, int bits, int columns, Tensor? zero) -> Tensor", launch, reference, empty
 )
 """code - zero, int8 [N, columns], of packed uint8 [N, ceil(columns bits / 8)], bits 2 to 7.

@@ -3,12 +3,14 @@
     y[m, n] = sum over groups g of  sx[m, g] sw[n, g] (sum_k (x - zx)(w - zw))  + bias[n]
 
 x: int8 codes per token, tensor or group, symmetric or not. w: codes of 8 or 4 bits as checkpoints pack them, unpacked
-on the way to the tensor cores, or int8. Optionally residual[m, n] + gate[sample of m, n] * y[m, n] on the way out.
+on the way to the tensor cores, or int8. On the way out, optionally: + low[m] . up[n], a branch of low rank in 16 bit,
+before the bias; and residual[m, n] + gate[sample of m, n] * y[m, n].
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,9 +19,9 @@ from torch import Tensor
 
 from ditq.engines.torch.engine import MAX_COLUMNS, grouped_products
 from ditq.engines.triton.expand import expand
-from ditq.engines.triton.operation import operation
+from ditq.engines.triton.operation import Operation
 from ditq.engines.triton.rows import sums_of
-from ditq.engines.triton.tiles import Tile, tile_for
+from ditq.engines.triton.tiles import Tile, Work, tile_for
 from ditq.numerics import Quantized, unpack
 
 
@@ -27,9 +29,9 @@ from ditq.numerics import Quantized, unpack
 def linear_kernel(
     x_ptr, w_ptr, y_ptr, M, N, K,
     x_scale_ptr, x_zero_ptr, x_scale_row, x_sum_ptr, w_scale_ptr, w_zero_ptr, w_scale_row,
-    bias_ptr, gate_ptr, gate_row, T, residual_ptr,
+    bias_ptr, gate_ptr, gate_row, T, residual_ptr, low_ptr, up_ptr, RANK,
     BITS: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, X_EACH: tl.constexpr, W_EACH: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ONE_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of y. The weight is the left operand, [BN, BK] @ [BK, BM]: that one may come from registers, where it is
     unpacked, and need not return to shared memory.
@@ -37,7 +39,8 @@ def linear_kernel(
     Args:
         BITS: 8 or 4, packed; 0 for int8.
         PARTS: runs of STEP input features with one pair of scales each; X_EACH of them make a group of x, W_EACH of w.
-        gate_row, T: stride of the gate from sample to sample, and tokens per sample.
+        gate_row, T: stride of the gate from sample to sample, and tokens per sample; ONE_SAMPLE: no tile has two.
+        RANK, BR: columns of low and up, and the power of two from 16 on that holds them.
     """
     # Eight rows of tiles at a time, so that their operands stay in the L2 cache.
     tiles_n = tl.cdiv(N, BN)
@@ -101,13 +104,23 @@ def linear_kernel(
         sx = tl.load(x_scale_ptr + mm * x_scale_row)
         sw = tl.load(w_scale_ptr + nn * w_scale_row)
         total = acc.to(tl.float32) * sx[None, :] * sw[:, None]
+    if low_ptr is not None:
+        r = tl.arange(0, BR)
+        low = tl.load(low_ptr + mm.to(tl.int64)[:, None] * RANK + r[None, :], (r < RANK)[None, :], 0.0)
+        up = tl.load(up_ptr + nn[:, None] * RANK + r[None, :], (r < RANK)[None, :], 0.0)
+        total = tl.dot(up, low.T, total, input_precision="ieee")
     if bias_ptr is not None:
         total += tl.load(bias_ptr + nn).to(tl.float32)[:, None]
     kept = (n < N)[:, None] & (m < M)[None, :]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
+    if gate_ptr is not None:
+        if ONE_SAMPLE:
+            sample = ((band * 8 + place % height) * BM) // T
+            total *= tl.load(gate_ptr + sample * gate_row + nn).to(tl.float32)[:, None]
+        else:
+            total *= tl.load(gate_ptr + (mm // T)[None, :] * gate_row + nn[:, None]).to(tl.float32)
     if residual_ptr is not None:
-        gate = tl.load(gate_ptr + (mm // T)[None, :] * gate_row + nn[:, None]).to(tl.float32)
-        total = tl.load(residual_ptr + at, kept, 0.0).to(tl.float32) + gate * total
+        total += tl.load(residual_ptr + at, kept, 0.0).to(tl.float32)
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), kept)
 
 
@@ -132,47 +145,93 @@ def subtract_zeros(
     return acc
 
 
-def launch(
-    x: Tensor, x_scale: Tensor, x_zero: Tensor | None, x_sum: Tensor | None,
-    weight: Tensor, bits: int, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None,
-    gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype, tile: Tile | None = None,
-) -> Tensor:  # fmt: skip
+class Arguments(NamedTuple):
+    """What the operation takes.
+
+    Attributes:
+        x: int8 [M, K].
+        x_scale: float32 [M, G], [1, G] or [1, 1]; x_zero: int16 likewise, or None.
+        x_sum: int32 [M, G], the sums of the codes; None: they are summed if needed.
+        weight: uint8 [N, ceil(K bits / 8)], packed, or int8 [N, K].
+        w_scale: float32 [N, H] or [1, 1]; w_zero: int8 likewise, or None.
+        bias: [N], any float dtype, as are the next ones.
+        gate: [samples, N], samples dividing M; chunks of a wider tensor are fine.
+        residual: [M, N].
+        low, up: [M, R] and [N, R], both or neither, of one dtype.
+    """
+
+    x: Tensor
+    x_scale: Tensor
+    x_zero: Tensor | None
+    x_sum: Tensor | None
+    weight: Tensor
+    bits: int
+    w_scale: Tensor
+    w_zero: Tensor | None
+    bias: Tensor | None
+    gate: Tensor | None
+    residual: Tensor | None
+    low: Tensor | None
+    up: Tensor | None
+    dtype: torch.dtype
+
+
+SCHEMA = (
+    "(Tensor x, Tensor x_scale, Tensor? x_zero, Tensor? x_sum, Tensor weight, int bits, Tensor w_scale,"
+    " Tensor? w_zero, Tensor? bias, Tensor? gate, Tensor? residual, Tensor? low, Tensor? up, ScalarType dtype)"
+    " -> Tensor"
+)
+
+
+def launch(*arguments: Any, tile: Tile | None = None) -> Tensor:
     """The operation by the kernel; ``tile`` overrides the table.
 
     Raises:
-        ValueError: K is so large that an int32 sum could overflow, or one of gate and residual is missing.
+        ValueError: K is so large that an int32 sum could overflow, or one of low and up is missing.
     """
+    a = Arguments(*arguments)
+    x, weight, w_zero, x_sum = a.x.contiguous(), a.weight, a.w_zero, a.x_sum
     (m, k), n = x.shape, len(weight)
-    x_groups, w_groups = x_scale.shape[1], w_scale.shape[1]
+    x_groups, w_groups = a.x_scale.shape[1], a.w_scale.shape[1]
     parts = math.lcm(x_groups, w_groups)
     step = k // parts
     if step > MAX_COLUMNS:
         raise ValueError(f"in_features must be at most {MAX_COLUMNS} for int32 accumulation, got {step}")
-    if (gate is None) != (residual is None):
-        raise ValueError("gate and residual go together: give both or neither")
-    y = torch.empty(m, n, dtype=dtype, device=x.device)
+    if (a.low is None) != (a.up is None):
+        raise ValueError("low and up go together: give both or neither")
+    y = torch.empty(m, n, dtype=a.dtype, device=x.device)
     if not y.numel():
         return y
-    if weight.dtype == torch.uint8 and not unpacks(bits, parts, step):
-        weight, w_zero = expand(weight, bits, k, w_zero), None
-    packed = 0 if weight.dtype == torch.int8 else bits
+    if weight.dtype == torch.uint8 and not unpacks(a.bits, parts, step):
+        weight, w_zero = expand(weight, a.bits, k, w_zero), None
+    packed = 0 if weight.dtype == torch.int8 else a.bits
     if (w_zero is not None or packed == 4) and (x_sum is None or x_sum.shape[1] != parts):
         x_sum = sums_of(x, parts)
+    gate, residual = a.gate, None if a.residual is None else a.residual.contiguous()
+    gate = gate if gate is None or gate.stride(1) == 1 else gate.contiguous()
+    tokens = 1 if gate is None else m // len(gate)
+    low, up = (None if t is None else t.contiguous() for t in (a.low, a.up))
+    rank = 0 if low is None else low.shape[1]
     if tile is None:
-        heavy = x_zero is not None or gate is not None
-        tile = tile_for(m, n, _capability(x.device), None if parts == 1 else step, heavy)
-    if gate is not None and residual is not None:
-        gate, residual = gate if gate.stride(1) == 1 else gate.contiguous(), residual.contiguous()
+        tile = tile_for(m, n, _capability(x.device), None if parts == 1 else step, _work(a, tokens))
     with torch.cuda.device_of(x):
         linear_kernel[(triton.cdiv(m, tile.BM) * triton.cdiv(n, tile.BN),)](
-            x.contiguous(), weight.view(torch.int8), y, m, n, k,
-            x_scale, x_zero, 0 if len(x_scale) == 1 else x_groups, x_sum,
-            w_scale, w_zero, 0 if len(w_scale) == 1 else w_groups,
-            bias, gate, 0 if gate is None else gate.stride(0), 1 if gate is None else m // len(gate), residual,
+            x, weight.view(torch.int8), y, m, n, k,
+            a.x_scale, a.x_zero, 0 if len(a.x_scale) == 1 else x_groups, x_sum,
+            a.w_scale, w_zero, 0 if len(a.w_scale) == 1 else w_groups,
+            a.bias, gate, 0 if gate is None else gate.stride(0), tokens, residual, low, up, rank,
             packed, parts, step, parts // x_groups, parts // w_groups, tile.BM, tile.BN, tile.BK,
+            max(16, triton.next_power_of_2(rank)), tokens % tile.BM == 0,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y
+
+
+def _work(a: Arguments, tokens: int) -> Work:
+    """What there is to do beside products, for ``tokens`` of a sample."""
+    if a.x_zero is not None or (a.gate is not None and tokens % 128):
+        return "most"
+    return "plain" if a.gate is None and a.residual is None and a.low is None else "more"
 
 
 def unpacks(bits: int, parts: int, step: int) -> bool:
@@ -180,26 +239,24 @@ def unpacks(bits: int, parts: int, step: int) -> bool:
     return bits == 8 or (bits == 4 and (parts == 1 or step % 2 == 0))
 
 
-def reference(
-    x: Tensor, x_scale: Tensor, x_zero: Tensor | None, x_sum: Tensor | None,
-    weight: Tensor, bits: int, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None,
-    gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def reference(*arguments: Any) -> Tensor:
     """The operation in plain torch."""
-    codes = weight if weight.dtype == torch.int8 else unpack(weight, bits, x.shape[1])
-    y = grouped_products(Quantized(x, x_scale, x_zero), codes, w_scale, w_zero, bias)
-    if gate is not None and residual is not None:
-        y = residual.float() + gate.float().repeat_interleave(len(x) // len(gate), 0) * y
-    return y.to(dtype)
+    a = Arguments(*arguments)
+    codes = a.weight if a.weight.dtype == torch.int8 else unpack(a.weight, a.bits, a.x.shape[1])
+    y = grouped_products(Quantized(a.x, a.x_scale, a.x_zero), codes, a.w_scale, a.w_zero, a.bias)
+    if a.low is not None and a.up is not None:
+        y = y + a.low.float() @ a.up.float().T
+    if a.gate is not None:
+        y = a.gate.float().repeat_interleave(len(y) // len(a.gate), 0) * y
+    if a.residual is not None:
+        y = a.residual.float() + y
+    return y.to(a.dtype)
 
 
-def empty(
-    x: Tensor, x_scale: Tensor, x_zero: Tensor | None, x_sum: Tensor | None,
-    weight: Tensor, bits: int, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None,
-    gate: Tensor | None, residual: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def empty(*arguments: Any) -> Tensor:
     """Shape and dtype of the result."""
-    return torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+    a = Arguments(*arguments)
+    return torch.empty(a.x.shape[0], a.weight.shape[0], dtype=a.dtype, device=a.x.device)
 
 
 def _capability(device: torch.device) -> int:
@@ -207,20 +264,5 @@ def _capability(device: torch.device) -> int:
     return major * 10 + minor
 
 
-int8_linear = operation(
-    "int8_linear",
-    "(Tensor x, Tensor x_scale, Tensor? x_zero, Tensor? x_sum, Tensor weight, int bits, Tensor w_scale,"
-    " Tensor? w_zero, Tensor? bias, Tensor? gate, Tensor? residual, ScalarType dtype) -> Tensor",
-    launch,
-    reference,
-    empty,
-)
-"""The linear layer of codes [M, N] in ``dtype``.
-
-Args:
-    x: int8 [M, K]; x_scale: float32 [M, G], [1, G] or [1, 1]; x_zero: int16 likewise, or None.
-    x_sum: int32 [M, G], the sums of the codes; None: they are summed if needed.
-    weight: uint8 [N, ceil(K bits / 8)], packed, or int8 [N, K]; w_scale: float32 [N, H] or [1, 1];
-        w_zero: int8 likewise, or None.
-    bias: [N]; gate: [samples, N]; residual: [M, N], any float dtype.
-"""
+int8_linear = Operation("int8_linear", SCHEMA, launch, reference, empty)
+"""The linear layer of codes, [M, N] in ``dtype``; see :class:`Arguments`."""

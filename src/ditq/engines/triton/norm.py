@@ -1,6 +1,6 @@
 """The norm before a linear layer, its modulation and the quantizer in one pass.
 
-    norm(x) [* weight + bias] [* (1 + scale) + shift] -> x / smooth @ Q -> codes
+    norm(x) [* weight + bias] [* factor + shift] -> x / smooth @ Q -> codes
 
 All in float32, so more exact than the same steps in 16 bit.
 """
@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditq.engines.triton.operation import operation
+from ditq.engines.triton.operation import Operation
 from ditq.engines.triton.rows import CODES, TARGET, Codes, Target, balance_and_quantize, rows_per_program
 
 
 @triton.jit(do_not_specialize=["M", "T"])
 def norm_kernel(
-    x_ptr, x_row, M, weight_ptr, bias_ptr, scale_in_ptr, shift_ptr, scale_in_row, shift_row, T, eps, K, G,
+    x_ptr, x_row, M, weight_ptr, bias_ptr, factor_ptr, shift_ptr, factor_row, shift_row, T, eps, K, G,
     smooth_ptr, signs_ptr, hadamard_ptr, given_ptr, given_stride, codes_ptr, scale_ptr, zero_ptr, sums_ptr,
     CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, BITS: tl.constexpr,
@@ -41,7 +41,7 @@ def norm_kernel(
         y += tl.load(bias_ptr + c, c < K, 0.0).to(tl.float32)
     if shift_ptr is not None:
         sample = (rows // T)[:, None]
-        y *= 1.0 + tl.load(scale_in_ptr + sample * scale_in_row + c, c < K, 0.0).to(tl.float32)
+        y *= tl.load(factor_ptr + sample * factor_row + c, c < K, 0.0).to(tl.float32)
         y += tl.load(shift_ptr + sample * shift_row + c, c < K, 0.0).to(tl.float32)
     balance_and_quantize(
         y, rows, c, tl.zeros((R,), tl.int32), tl.zeros((R,), tl.int32), kept, K, G,
@@ -52,20 +52,20 @@ def norm_kernel(
 
 def launch(
     x: Tensor, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, *target: Any,
+    factor: Tensor | None, shift: Tensor | None, *target: Any,
 ) -> Codes:  # fmt: skip
     """The operation by the kernel."""
     to = Target(*target)
     m, k = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    scale, shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (scale, shift))
+    factor, shift = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (factor, shift))
     out = to.empty(m, k, x.device)
     if x.numel():
         r, c, warps = rows_per_program(k, to.block)
         with torch.cuda.device_of(x):
             norm_kernel[(triton.cdiv(m, r),)](
-                x, x.stride(0), m, weight, bias, scale, shift,
-                0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0),
+                x, x.stride(0), m, weight, bias, factor, shift,
+                0 if factor is None else factor.stride(0), 0 if shift is None else shift.stride(0),
                 1 if shift is None else m // len(shift), eps,
                 CENTRED=centred, R=r, C=c, GROUP=c if to.groups == 1 else k // to.groups, **to.arguments(out),
                 num_warps=warps, enable_fp_fusion=True,
@@ -75,7 +75,7 @@ def launch(
 
 def reference(
     x: Tensor, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, *target: Any,
+    factor: Tensor | None, shift: Tensor | None, *target: Any,
 ) -> Codes:  # fmt: skip
     """The operation in plain torch."""
     y = x.float()
@@ -86,23 +86,23 @@ def reference(
         y = y * weight.float()
     if bias is not None:
         y = y + bias.float()
-    if scale is not None and shift is not None:
+    if factor is not None and shift is not None:
         tokens = len(x) // len(shift)
-        y = y * (1 + scale.float()).repeat_interleave(tokens, 0) + shift.float().repeat_interleave(tokens, 0)
+        y = y * factor.float().repeat_interleave(tokens, 0) + shift.float().repeat_interleave(tokens, 0)
     return Target(*target).reference(y)
 
 
 def empty(
     x: Tensor, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, *target: Any,
+    factor: Tensor | None, shift: Tensor | None, *target: Any,
 ) -> Codes:  # fmt: skip
     """Shapes and dtypes of the results."""
     return Target(*target).empty(x.shape[0], x.shape[1], x.device)
 
 
-norm_quantize = operation(
+norm_quantize = Operation(
     "norm_quantize",
-    "(Tensor x, bool centred, float eps, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift,"
+    "(Tensor x, bool centred, float eps, Tensor? weight, Tensor? bias, Tensor? factor, Tensor? shift,"
     f" {TARGET}) -> {CODES}",
     launch,
     reference,
@@ -113,6 +113,7 @@ norm_quantize = operation(
 Args:
     centred: LayerNorm, False: RMSNorm; eps is added to the variance.
     weight, bias: [K], of the norm.
-    scale, shift: [samples, K] with samples dividing M, both or neither; chunks of a wider tensor are fine.
+    factor, shift: 1 + scale and shift of the modulation, [samples, K] with samples dividing M, both or neither; chunks
+        of a wider tensor are fine.
     The others are those of :class:`Target`; groups have a power of two of columns, which the rotation's block divides.
 """

@@ -6,20 +6,39 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
-def operation(
-    name: str, schema: str, launch: Callable[..., Any], reference: Callable[..., Any], empty: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Registers ``ditq::name``, which mutates nothing.
+class Operation:
+    """``ditq::name``, which mutates nothing.
 
     Args:
         schema: arguments and results in the language of ``torch.library``.
         launch: what runs on CUDA.
         reference: what runs on a CPU, in plain torch.
         empty: results of the right shapes and dtypes; sizes by ``x.shape``, for ``len(x)`` would fix them.
+
+    Attributes:
+        overload: the operation that torch sees.
     """
-    found = torch.library.custom_op(f"ditq::{name}", launch, mutates_args=(), device_types="cuda", schema=schema)
-    found.register_kernel("cpu")(reference)
-    found.register_fake(empty)
-    return found
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        launch: Callable[..., Any],
+        reference: Callable[..., Any],
+        empty: Callable[..., Any],
+    ) -> None:
+        torch.library.define(f"ditq::{name}", schema)
+        torch.library.impl(f"ditq::{name}", "cuda", launch)
+        torch.library.impl(f"ditq::{name}", "cpu", reference)
+        torch.library.register_fake(f"ditq::{name}", empty)
+        self.overload = getattr(torch.ops.ditq, name).default
+        self._launch = launch
+
+    def __call__(self, *arguments: Any) -> Any:
+        # The dispatcher takes as long as a small kernel runs. Compilers and fake tensors need it, eager code does not.
+        if not torch.compiler.is_compiling() and type(arguments[0]) is Tensor and arguments[0].is_cuda:
+            return self._launch(*arguments)
+        return self.overload(*arguments)

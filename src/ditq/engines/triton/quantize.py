@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditq.engines.triton.operation import operation
+from ditq.engines.triton.operation import Operation
 from ditq.engines.triton.rows import CODES, TARGET, Codes, Target, balance_and_quantize, rows_per_program
 
 
@@ -63,7 +63,7 @@ def empty(x: Tensor, *target: Any) -> Codes:
     return Target(*target).empty(x.shape[0], x.shape[1], x.device)
 
 
-quantize_rows = operation("quantize_rows", f"(Tensor x, {TARGET}) -> {CODES}", launch, reference, empty)
+quantize_rows = Operation("quantize_rows", f"(Tensor x, {TARGET}) -> {CODES}", launch, reference, empty)
 """Codes of x [M, K], any float dtype; the other arguments are those of :class:`Target`.
 
 With a rotation, its block divides the K / groups columns of a group.

@@ -7,7 +7,7 @@ multiprocessor one, small ones below.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 ARCHITECTURES = (80, 89, 90)
 """Compute capabilities that have an own table; a card takes that of the highest one below it."""
@@ -15,9 +15,16 @@ ARCHITECTURES = (80, 89, 90)
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may use."""
 
+Work = Literal["plain", "more", "most"]
+"""What there is to do beside products and rescaling, which takes registers: nothing; a residual, a gate that is one
+row in a tile, a branch of low rank; or zero points of the input, or a gate of several samples in one tile."""
 
-HEAVY = {80: 128 * 128, 89: 128 * 128, 90: 64 * 128}
-"""Outputs of the largest tile whose registers leave room for more than rescaling."""
+LARGEST: dict[Work, dict[int, int]] = {
+    "plain": {80: 2**30, 89: 2**30, 90: 2**30},
+    "more": {80: 128 * 128, 89: 128 * 128, 90: 128 * 128},
+    "most": {80: 128 * 128, 89: 128 * 128, 90: 64 * 128},
+}
+"""Outputs of the largest tile that does it without spilling registers."""
 
 
 class Tile(NamedTuple):
@@ -64,31 +71,40 @@ def tiles(capability: int, grouped: bool) -> tuple[tuple[int, Tile], ...]:
     Raises:
         ValueError: it is older than any that has a table.
     """
-    return (_GROUPED if grouped else _TABLE)[_architecture(capability)]
+    return (_GROUPED if grouped else _TABLE)[architecture(capability)]
 
 
-def _architecture(capability: int) -> int:
+def architecture(capability: int) -> int:
+    """That of the table for a card.
+
+    Raises:
+        ValueError: the card is older than any that has one.
+    """
     if capability < ARCHITECTURES[0]:
         raise ValueError(f"compute capability must be at least {ARCHITECTURES[0]}, got {capability}")
     # 8.6 and 8.7 have no more shared memory than 8.9.
     return 80 if capability < 86 else 89 if capability < 90 else 90
 
 
-def tile_for(m: int, n: int, capability: int, group: int | None = None, heavy: bool = False) -> Tile:
+def tile_for(m: int, n: int, capability: int, group: int | None = None, work: Work = "plain") -> Tile:
     """The tile for a product of M x N outputs.
 
     M counts as the next power of two, so that resolutions that differ little share a program.
 
     Args:
         group: input features that share scales, None for all.
-        heavy: there is more to do than to rescale (zero points of the input, a gate), which takes registers.
     """
-    m = 1 << max(0, m - 1).bit_length()
+    m = bucket(m)
     count = -(-m // 128) * -(-n // 128)
-    most = HEAVY[_architecture(capability)] if heavy else 2**30
+    most = LARGEST[work][architecture(capability)]
     table = tiles(capability, group is not None)
     tile = next(tile for least, tile in table if count >= least and most >= tile.BM * tile.BN)
     if group is None:
         return tile
     # An integer product takes at least 32 features.
     return tile._replace(BK=max(32, min(tile.BK, 1 << (group - 1).bit_length())))
+
+
+def bucket(m: int) -> int:
+    """The power of two from ``m`` on."""
+    return 1 << max(0, m - 1).bit_length()

@@ -1,0 +1,42 @@
+"""Tells the layers of a quantized model what stands around them: who reads the same input, and what follows."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ditq.architectures.architecture import Architecture
+from ditq.layers import QuantizedLinear, TimestepLinear
+from ditq.layers.deferred import DeferredLayerNorm
+from ditq.layers.shared import SharedInput
+
+FOLLOWED = (".out", ".up", ".down")
+"""Ends of the roles behind which stand a nonlinearity, or a gate and a residual."""
+
+
+def wire(model: nn.Module, architecture: Architecture) -> None:
+    """Linears of a group make the integers of their input once; norms before them, and layers before a nonlinearity
+    or a residual, wait for what follows where an engine fuses it. Changes no number and no name.
+    """
+    shared = SharedInput()
+    for group in architecture.groups(model):
+        quantized = False
+        for linear in group.linears:
+            module = linear.module
+            layers = list(module.ranges) if isinstance(module, TimestepLinear) else [module]
+            for number, layer in enumerate(layers):
+                if isinstance(layer, QuantizedLinear):
+                    layer.shared, layer.group = shared, f"{group.name} {number}"
+                    layer.defers = linear.role.endswith(FOLLOWED)
+                    quantized |= layer.plan.activation is not None
+        # A norm with two shifts is of two streams, which are modulated apart and joined before a linear reads them.
+        if group.input.norm is not None and len(group.input.shift) <= 1 and quantized:
+            norm = model.get_submodule(f"{group.block}.{group.input.norm}")
+            if type(norm) is nn.LayerNorm:
+                norm.__class__ = DeferredLayerNorm
+
+
+def unwire(model: nn.Module) -> None:
+    """Norms wait no more."""
+    for module in model.modules():
+        if type(module) is DeferredLayerNorm:
+            object.__setattr__(module, "__class__", nn.LayerNorm)
