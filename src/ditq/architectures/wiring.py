@@ -9,7 +9,7 @@ from ditq.layers import QuantizedLinear, TimestepLinear
 from ditq.layers.deferred import DeferredLayerNorm
 from ditq.layers.shared import SharedInput
 
-FOLLOWED = (".out", ".up", ".down")
+FOLLOWED = (".out", ".up", ".gate_up", ".down")
 """Ends of the roles behind which stand a nonlinearity, or a gate and a residual."""
 
 

@@ -1,0 +1,115 @@
+"""Linears by ``torch._scaled_mm``: inputs and weights in e4m3, a scale for each token and each output channel.
+
+Not the plan's integers: e4m3 keeps four significant bits of every number, whatever the scale. Weights of up to 4 bits
+are exact in it, others and all inputs are rounded once more. For inputs that were smoothed or rotated int8 is the more
+exact format of the two, at the same speed on paper; this engine is there to compare with, and for cards and layers
+where it measures faster.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from ditq.engines.base import QuantizedWeight
+from ditq.engines.torch.engine import TorchEngine
+from ditq.engines.torch.fused import weight_codes
+from ditq.numerics import Quantized
+from ditq.plan import TensorFormat
+
+KIND = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+SMALLEST_CAPABILITY = (8, 9)  # Ada and Hopper
+STEP = 16  # cuBLAS wants multiples of this of input and output features
+
+
+class Fp8Engine(TorchEngine):
+    """On a CPU the same numbers by products of floats, for tests."""
+
+    name = "fp8"
+    priority = -20  # nobody gets it who has not asked
+
+    def why_unavailable(self) -> str | None:
+        if not hasattr(torch, "_scaled_mm"):
+            return f"torch {torch.__version__} has no _scaled_mm; install torch>=2.6"
+        if torch.version.hip is not None:
+            return "it is written for NVIDIA GPUs, and this torch is built for AMD"
+        return None
+
+    def why_unsupported(
+        self, weight: TensorFormat, activation: TensorFormat | None, device: torch.device
+    ) -> str | None:
+        if device.type not in ("cpu", "cuda", "meta"):
+            return f"torch._scaled_mm runs on cuda, not on {device.type}"
+        if weight.granularity == "group" or (activation is not None and activation.granularity == "group"):
+            return "its products have one scale for a token and one for an output channel, no groups"
+        if activation is not None and activation.bits != 8:
+            return f"its inputs have 8 bits, not {activation.bits}"
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            if capability < SMALLEST_CAPABILITY:
+                return (
+                    f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; "
+                    f"products of 8-bit floats need {SMALLEST_CAPABILITY[0]}.{SMALLEST_CAPABILITY[1]}"
+                )
+        return None
+
+    def quantize_activations(self, x: Tensor, format: TensorFormat, scale: Tensor | None) -> Quantized:
+        """Floats e4m3 [M, K] and their scales [M, 1]; always symmetric, and per token unless static.
+
+        A row with NaN or Inf becomes a row of NaN.
+        """
+        x = x.float()
+        if scale is None:
+            largest = x.abs().amax(1, keepdim=True)
+            scale = torch.where(largest == 0, 1.0, (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny))
+        else:
+            # A static scale is that of integers up to 127.
+            scale = (scale * (127 / LARGEST)).expand(len(x), 1)
+        return Quantized((x / scale).clamp(-LARGEST, LARGEST).to(KIND), scale, None)
+
+    def linear(
+        self,
+        x: Quantized,
+        x_format: TensorFormat,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        w_scale = weight.scale.expand(len(weight.packed), 1)
+        y = scaled_product(x.codes, float8_weight(weight), x.scale, w_scale)
+        return (y if bias is None else y + bias).to(dtype)
+
+
+def float8_weight(weight: QuantizedWeight) -> Tensor:
+    """Codes less zero points, e4m3 [N, K]; exact up to 16."""
+    codes, zero = weight_codes(weight)
+    values = codes.to(torch.bfloat16)  # exact, as is the difference: at most 255
+    return (values if zero is None else values - zero.to(torch.bfloat16)).to(KIND)
+
+
+def scaled_product(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor:
+    """``(x_scale x) @ (w_scale w).T`` [M, N] of e4m3 [M, K] and [N, K]; bf16 on a GPU, float32 on a CPU.
+
+    Args:
+        x_scale: float32 [M, 1]; w_scale: float32 [N, 1].
+    """
+    if x.device.type == "cpu":
+        return (x.float() @ w.float().t()) * x_scale * w_scale.t()
+    (m, k), n = x.shape, w.shape[0]
+    if m == 0:
+        return torch.empty(0, n, dtype=torch.bfloat16, device=x.device)
+    if k % STEP or n % STEP:
+        x, w = _padded(x, 0, -k % STEP), _padded(w, -n % STEP, -k % STEP)
+        w_scale = F.pad(w_scale, (0, 0, 0, -n % STEP))
+    y = torch._scaled_mm(
+        x.contiguous(), w.t(), scale_a=x_scale.contiguous(), scale_b=w_scale.t().contiguous(),
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+    return y if y.shape[1] == n else y[:, :n]
+
+
+def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    # As bytes: not every operation has a kernel for 8-bit floats. 0 is 0.0.
+    return F.pad(x.view(torch.uint8), (0, columns, 0, rows)).view(KIND)
