@@ -39,6 +39,8 @@ _TYPES = {
     "x_sum_ptr": "*i32", "sums_ptr": "*i32", "eps": "fp32",
 }  # fmt: skip
 
+PLAIN = ("w8asym", "w4asym", "int8", "w4asym-g128")
+
 Case = tuple[str, Any, dict[str, Any], int, int]
 """Name, kernel, what is constant or absent (None), warps, stages."""
 
@@ -50,10 +52,10 @@ def linear_cases(capability: int, wide: bool) -> Iterator[Case]:
     gated = {"low_ptr": None, "up_ptr": None, "x_zero_ptr": None}
     formats: dict[str, dict[str, Any]] = {
         "w8asym": {"BITS": 8, **absent},
-        "w4asym": {"BITS": 4, **absent},
         "int8": {"BITS": 0, "w_zero_ptr": None, "x_sum_ptr": None, **absent},
     }
     more: dict[str, dict[str, Any]] = {
+        "w4asym": {"BITS": 4, **absent},
         "w4asym-gate-one-sample": {"BITS": 4, "ONE_SAMPLE": True, **gated},
         "w8asym-low-rank-gate-one-sample": {"BITS": 8, "BR": 32, "ONE_SAMPLE": True, "x_zero_ptr": None},
     }
@@ -71,9 +73,9 @@ def linear_cases(capability: int, wide: bool) -> Iterator[Case]:
     for table, step, works in tables:
         for work, kinds in works.items():
             fit = [tile for _, tile in table if LARGEST[work][capability] >= tile.BM * tile.BN]
-            # What takes more registers: with the widest tile only, and the last kind in the full test.
-            for tile in fit if work == "plain" else fit[: 1 if wide or work == "more" else 0]:
-                for name, fixed in kinds.items():
+            # Layers without extras, with all tiles; with extras, with the one that takes most registers.
+            for name, fixed in kinds.items():
+                for tile in fit if name in PLAIN else fit[: 1 if wide or work == "more" else 0]:
                     yield _linear(f"{name} {_words(tile)}", fixed, tile, parts=k // step, step=step)
 
 
@@ -83,8 +85,8 @@ def _words(tile: Tile) -> str:
 
 def _linear(name: str, fixed: dict[str, Any], tile: Tile, parts: int, step: int) -> Case:
     constants = {
-        "PARTS": parts, "STEP": step, "X_EACH": 1, "W_EACH": 1, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK,
-        "BR": 16, "ONE_SAMPLE": False, **fixed,
+        "PARTS": parts, "STEP": 0 if parts == 1 else step, "EVEN": step % tile.BK == 0, "X_EACH": 1, "W_EACH": 1,
+        "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "BR": 16, "ONE_SAMPLE": False, **fixed,
     }  # fmt: skip
     return name, linear_kernel, constants, tile.warps, tile.stages
 

@@ -21,7 +21,7 @@ from ditq.engines.torch.engine import MAX_COLUMNS, grouped_products
 from ditq.engines.triton.expand import expand
 from ditq.engines.triton.operation import Operation
 from ditq.engines.triton.rows import sums_of
-from ditq.engines.triton.tiles import Tile, Work, tile_for
+from ditq.engines.triton.tiles import ARCHITECTURES, Tile, Work, tile_for
 from ditq.numerics import Quantized, unpack
 
 
@@ -30,15 +30,17 @@ def linear_kernel(
     x_ptr, w_ptr, y_ptr, M, N, K,
     x_scale_ptr, x_zero_ptr, x_scale_row, x_sum_ptr, w_scale_ptr, w_zero_ptr, w_scale_row,
     bias_ptr, gate_ptr, gate_row, T, residual_ptr, low_ptr, up_ptr, RANK,
-    BITS: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, X_EACH: tl.constexpr, W_EACH: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, ONE_SAMPLE: tl.constexpr,
+    BITS: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
+    X_EACH: tl.constexpr, W_EACH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr, ONE_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of y. The weight is the left operand, [BN, BK] @ [BK, BM]: that one may come from registers, where it is
     unpacked, and need not return to shared memory.
 
     Args:
         BITS: 8 or 4, packed; 0 for int8.
-        PARTS: runs of STEP input features with one pair of scales each; X_EACH of them make a group of x, W_EACH of w.
+        PARTS: runs of input features with one pair of scales each; X_EACH of them make a group of x, W_EACH of w.
+        STEP: features of a part; 0 for all K, so that layers of any K share a program. EVEN: BK divides them.
         gate_row, T: stride of the gate from sample to sample, and tokens per sample; ONE_SAMPLE: no tile has two.
         RANK, BR: columns of low and up, and the power of two from 16 on that holds them.
     """
@@ -55,7 +57,11 @@ def linear_kernel(
     k = tl.arange(0, BK)
     CODES_PER_BYTE: tl.constexpr = 2 if BITS == 4 else 1
     OFFSET: tl.constexpr = 8 if BITS == 4 else 0  # nibbles are unsigned
-    CHUNKS: tl.constexpr = (STEP + BK - 1) // BK
+    if PARTS == 1:
+        step = K
+    else:
+        step = STEP
+    chunks = tl.cdiv(step, BK)
     b = tl.arange(0, BK // CODES_PER_BYTE)
     width = (K + CODES_PER_BYTE - 1) // CODES_PER_BYTE
     x_rows = x_ptr + mm.to(tl.int64)[:, None] * K
@@ -64,33 +70,37 @@ def linear_kernel(
     acc = tl.zeros((BN, BM), tl.int32)
     total = tl.zeros((BN, BM), tl.float32)
     w_sum = tl.zeros((BN,), tl.int32)
-    for chunk in range(0, PARTS * CHUNKS):
-        part = chunk // CHUNKS
-        done = (chunk % CHUNKS) * BK
-        start = part * STEP + done
+    for chunk in range(0, PARTS * chunks):
+        if PARTS == 1:
+            part = 0
+            done = chunk * BK
+        else:
+            part = chunk // chunks
+            done = (chunk % chunks) * BK
+        start = part * step + done
         x_at = x_rows + (start + k)[None, :]
         w_at = w_rows + (start // CODES_PER_BYTE + b)[None, :]
-        if STEP % BK == 0:
+        if EVEN:
             x = tl.load(x_at)
             w = tl.load(w_at)
         else:
-            x = tl.load(x_at, (k < STEP - done)[None, :], 0)
-            w = tl.load(w_at, (b * CODES_PER_BYTE < STEP - done)[None, :], 0)
+            x = tl.load(x_at, (k < step - done)[None, :], 0)
+            w = tl.load(w_at, (b * CODES_PER_BYTE < step - done)[None, :], 0)
         if BITS == 8:
             w = w ^ -128
         if BITS == 4:
             w = tl.reshape(tl.join(w & 15, (w >> 4) & 15), (BN, BK))
         if x_zero_ptr is not None:
-            if STEP % BK != 0:
-                w = tl.where((k < STEP - done)[None, :], w, 0)
+            if not EVEN:
+                w = tl.where((k < step - done)[None, :], w, 0)
             w_sum += tl.sum(w.to(tl.int32), 1)
         acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
         if PARTS > 1:
             # A part may take several chunks: its zero points are subtracted with the last.
-            last = done + BK >= STEP
+            last = done + BK >= step
             acc = subtract_zeros(
                 acc, w_sum, x_zero_ptr, mm * x_scale_row + part // X_EACH, x_sum_ptr, mm * PARTS + part,
-                w_zero_ptr, nn * w_scale_row + part // W_EACH, OFFSET, STEP, last,
+                w_zero_ptr, nn * w_scale_row + part // W_EACH, OFFSET, step, last,
             )  # fmt: skip
             sx = tl.load(x_scale_ptr + mm * x_scale_row + part // X_EACH)
             sw = tl.load(w_scale_ptr + nn * w_scale_row + part // W_EACH)
@@ -99,7 +109,7 @@ def linear_kernel(
             w_sum = tl.where(last, 0, w_sum)
     if PARTS == 1:
         acc = subtract_zeros(
-            acc, w_sum, x_zero_ptr, mm * x_scale_row, x_sum_ptr, mm, w_zero_ptr, nn * w_scale_row, OFFSET, STEP, True
+            acc, w_sum, x_zero_ptr, mm * x_scale_row, x_sum_ptr, mm, w_zero_ptr, nn * w_scale_row, OFFSET, step, True
         )
         sx = tl.load(x_scale_ptr + mm * x_scale_row)
         sw = tl.load(w_scale_ptr + nn * w_scale_row)
@@ -127,7 +137,7 @@ def linear_kernel(
 @triton.jit
 def subtract_zeros(
     acc, w_sum, x_zero_ptr, x_zero_at, x_sum_ptr, x_sum_at, w_zero_ptr, w_zero_at,
-    OFFSET: tl.constexpr, STEP: tl.constexpr, here,
+    OFFSET: tl.constexpr, step, here,
 ):  # fmt: skip
     """sum_k (x - zx)(w - zw) = acc - zw (sum x - K zx) - zx sum w, all in int32; nothing unless ``here``."""
     if x_zero_ptr is not None:
@@ -136,7 +146,7 @@ def subtract_zeros(
     if w_zero_ptr is not None or OFFSET > 0:
         x_sum = tl.load(x_sum_ptr + x_sum_at)
         if x_zero_ptr is not None:
-            x_sum -= STEP * x_zero
+            x_sum -= step * x_zero
         x_sum = tl.where(here, x_sum, 0)
         if w_zero_ptr is not None:
             acc -= x_sum[None, :] * (tl.load(w_zero_ptr + w_zero_at).to(tl.int32) + OFFSET)[:, None]
@@ -213,25 +223,27 @@ def launch(*arguments: Any, tile: Tile | None = None) -> Tensor:
     low, up = (None if t is None else t.contiguous() for t in (a.low, a.up))
     rank = 0 if low is None else low.shape[1]
     if tile is None:
-        tile = tile_for(m, n, _capability(x.device), None if parts == 1 else step, _work(a, tokens))
+        tile = tile_for(m, n, _capability(x.device), None if parts == 1 else step, _work(a, packed, tokens))
     with torch.cuda.device_of(x):
         linear_kernel[(triton.cdiv(m, tile.BM) * triton.cdiv(n, tile.BN),)](
             x, weight.view(torch.int8), y, m, n, k,
             a.x_scale, a.x_zero, 0 if len(a.x_scale) == 1 else x_groups, x_sum,
             a.w_scale, w_zero, 0 if len(a.w_scale) == 1 else w_groups,
             a.bias, gate, 0 if gate is None else gate.stride(0), tokens, residual, low, up, rank,
-            packed, parts, step, parts // x_groups, parts // w_groups, tile.BM, tile.BN, tile.BK,
+            packed, parts, 0 if parts == 1 else step, step % tile.BK == 0, parts // x_groups, parts // w_groups,
+            tile.BM, tile.BN, tile.BK,
             max(16, triton.next_power_of_2(rank)), tokens % tile.BM == 0,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
 
-def _work(a: Arguments, tokens: int) -> Work:
-    """What there is to do beside products, for ``tokens`` of a sample."""
+def _work(a: Arguments, packed: int, tokens: int) -> Work:
+    """What there is to do beside products, for ``tokens`` of a sample and weights of ``packed`` bits."""
     if a.x_zero is not None or (a.gate is not None and tokens % 128):
         return "most"
-    return "plain" if a.gate is None and a.residual is None and a.low is None else "more"
+    plain = a.gate is None and a.residual is None and a.low is None and packed != 4
+    return "plain" if plain else "more"
 
 
 def unpacks(bits: int, parts: int, step: int) -> bool:
@@ -260,6 +272,9 @@ def empty(*arguments: Any) -> Tensor:
 
 
 def _capability(device: torch.device) -> int:
+    """That of a card, 90 for 9.0; the interpreter stands in for the oldest one."""
+    if device.type == "cpu":
+        return ARCHITECTURES[0]
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
 

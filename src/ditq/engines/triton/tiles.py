@@ -16,8 +16,8 @@ SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may use."""
 
 Work = Literal["plain", "more", "most"]
-"""What there is to do beside products and rescaling, which takes registers: nothing; a residual, a gate that is one
-row in a tile, a branch of low rank; or zero points of the input, or a gate of several samples in one tile."""
+"""What there is to do beside products and rescaling, which takes registers: nothing; 4 bits to unpack, a residual, a
+gate that is one row in a tile, a branch of low rank; or zero points of the input, a gate of several samples a tile."""
 
 LARGEST: dict[Work, dict[int, int]] = {
     "plain": {80: 2**30, 89: 2**30, 90: 2**30},
