@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,21 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "cpu": cpu,
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("ditq", "torch", "diffusers", "transformers")},
+        "versions": {name: found(name) for name in ("ditq", "torch", "triton", "diffusers", "transformers")},
     }
 
 
-def write(name: str, data: dict[str, Any]) -> Path:
-    """Writes ``results/NAME.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def found(name: str) -> str | None:
+    """The version of an installed package; of ditq also where it is only on the path."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return getattr(import_module(name), "__version__", None) if name == "ditq" else None
+
+
+def write(name: str, data: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes ``results/NAME.json``, or into another folder."""
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(data, indent=1) + "\n")
     return path

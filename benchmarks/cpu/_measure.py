@@ -163,13 +163,16 @@ def table(rows: Sequence[Row], baselines: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def save(name: str, title: str, rows: Sequence[Row], baselines: Sequence[str], **fields: Any) -> None:
-    """Prints the table, writes ``results/NAME.json`` and a bar plot beside it."""
+def save(
+    name: str, title: str, rows: Sequence[Row], baselines: Sequence[str], folder: Path = RESULTS, **fields: Any
+) -> None:
+    """Prints the table, writes ``NAME.json`` into the folder and a bar plot beside it."""
     set_ratios(rows, baselines)
     result = {**where(), "title": title, "baselines": list(baselines), **fields, "rows": [asdict(r) for r in rows]}
     print(f"\n{title}; {result['cpu']}, {result['threads']} threads\n{table(rows, baselines)}")
-    bars(RESULTS / f"{name}.png", title, rows)
-    print("written to", write(name, result), flush=True)
+    path = write(name, result, folder)
+    bars(path.with_suffix(".png"), title, rows)
+    print("written to", path, flush=True)
 
 
 # -------------------------------------------------------------------------------------------- plots
@@ -187,6 +190,8 @@ def _canvas(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw, 
 def bars(path: Path, title: str, rows: Sequence[Row]) -> None:
     """Medians as horizontal bars, with the interquartile range; ditq's own stand out."""
     done = [r for r in rows if r.ms_median]
+    if not done:
+        return
     left, right, top, step, width = 330, 90, 40, 26, 900
     image, draw, font = _canvas(width, top + step * len(rows) + 12)
     draw.text((12 * SCALE, 10 * SCALE), f"{title}: ms, less is better", INK, font)

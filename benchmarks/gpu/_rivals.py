@@ -47,7 +47,7 @@ def scaled_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, dtype: tor
     return torch._scaled_mm(x, w.t(), scale_a=x_scale, scale_b=w_scale, out_dtype=dtype, use_fast_accum=True)
 
 
-def replaced(model: nn.Module, kind: type[nn.Module], within: str) -> nn.Module:
+def replaced(model: nn.Module, kind: type[nn.Module], within: str | tuple[str, ...]) -> nn.Module:
     """``model`` with the linears of its blocks, those under ``within`` of a multiple of 16 features, replaced."""
     for name, module in list(model.named_modules()):
         fits = isinstance(module, nn.Linear) and module.in_features % 16 == module.out_features % 16 == 0
@@ -57,7 +57,7 @@ def replaced(model: nn.Module, kind: type[nn.Module], within: str) -> nn.Module:
     return model
 
 
-def torchao_int8(model: nn.Module, within: str) -> nn.Module:
+def torchao_int8(model: nn.Module, within: str | tuple[str, ...]) -> nn.Module:
     """Raises ImportError where torchao is missing."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 

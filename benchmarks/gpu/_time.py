@@ -49,12 +49,21 @@ def argument_sets(make: Callable[[], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """As many results of ``make`` as :func:`copies` says."""
     first = make()
     used = sum(t.nbytes for t in first if isinstance(t, Tensor))
+    if first[0].device.type == "cpu":
+        return [first]
     cache = torch.cuda.get_device_properties(first[0].device).L2_cache_size
     return [first, *(make() for _ in range(copies(used, cache) - 1))]
 
 
 def timed(call: Callable[..., Any], sets: Sequence[tuple[Any, ...]], runs: int = 30, warmup: int = 3) -> Times:
-    """Times between CUDA events around each call; the GPU is kept waiting first, so that launches are never late."""
+    """Times between CUDA events around each call; the GPU is kept waiting first, so that launches are never late.
+
+    Without a GPU (a dry run) one call by the clock.
+    """
+    if not torch.cuda.is_available():
+        begin = time.perf_counter()
+        call(*sets[0])
+        return summary([1e3 * (time.perf_counter() - begin)])
     for i in range(warmup):
         call(*sets[i % len(sets)])
     torch.cuda.synchronize()

@@ -23,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ditq.engines.triton import tuning
 from ditq.engines.triton.activation import activation_kernel
 from ditq.engines.triton.expand import expand_kernel
 from ditq.engines.triton.linear import linear_kernel
@@ -75,7 +76,8 @@ def linear_cases(capability: int, wide: bool) -> Iterator[Case]:
             fit = [tile for _, tile in table if LARGEST[work][capability] >= tile.BM * tile.BN]
             # Layers without extras, with all tiles; with extras, with the one that takes most registers.
             for name, fixed in kinds.items():
-                for tile in fit if name in PLAIN else fit[: 1 if wide or work == "more" else 0]:
+                tried = tuning.candidates(capability, work) if wide and step == k else fit
+                for tile in tried if name in PLAIN else fit[: 1 if wide or work == "more" else 0]:
                     yield _linear(f"{name} {_words(tile)}", fixed, tile, parts=k // step, step=step)
 
 

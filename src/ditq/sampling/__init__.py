@@ -1,6 +1,7 @@
 """Pictures and videos from diffusers pipelines: drawn with known noise, kept so that nobody draws them twice."""
 
-from ditq.sampling.cache import PictureCache, cache_root
+from ditq.folders import cache_root
+from ditq.sampling.cache import PictureCache
 from ditq.sampling.fingerprint import fingerprint
 from ditq.sampling.sample import Samples, batches, sample
 from ditq.sampling.size import draws_videos, size_arguments

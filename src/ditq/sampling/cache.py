@@ -19,16 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ditq.folders import cache_root
+
 Video = list[Image.Image]
 
 # The oldest files go when the cache grows beyond this; DITQ_CACHE_BYTES sets another limit.
 LIMIT = 20 * 1024**3
-
-
-def cache_root() -> Path:
-    """``DITQ_CACHE``, or ``ditq`` in the user's cache folder."""
-    base = os.environ.get("DITQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "ditq")
-    return Path(base).expanduser()
 
 
 @dataclass

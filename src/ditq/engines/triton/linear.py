@@ -22,6 +22,7 @@ from ditq.engines.triton.expand import expand
 from ditq.engines.triton.operation import Operation
 from ditq.engines.triton.rows import sums_of
 from ditq.engines.triton.tiles import ARCHITECTURES, Tile, Work, tile_for
+from ditq.engines.triton.tuning import best_tile
 from ditq.numerics import Quantized, unpack
 
 
@@ -223,7 +224,11 @@ def launch(*arguments: Any, tile: Tile | None = None) -> Tensor:
     low, up = (None if t is None else t.contiguous() for t in (a.low, a.up))
     rank = 0 if low is None else low.shape[1]
     if tile is None:
-        tile = tile_for(m, n, _capability(x.device), None if parts == 1 else step, _work(a, packed, tokens))
+        capability, work = _capability(x.device), _work(a, packed, tokens)
+        if parts == 1:
+            tile = best_tile(m, n, k, packed, capability, work)
+        else:
+            tile = tile_for(m, n, capability, step, work)
     with torch.cuda.device_of(x):
         linear_kernel[(triton.cdiv(m, tile.BM) * triton.cdiv(n, tile.BN),)](
             x, weight.view(torch.int8), y, m, n, k,
