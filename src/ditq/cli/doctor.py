@@ -30,7 +30,7 @@ def doctor(as_json: AsJson = False) -> None:
     listed: list[dict[str, Any]] = []
     for engine in engines().values():
         reason = engine.why_unavailable()
-        listed.append({"name": engine.name, "available": reason is None, "reason": reason or "ready"})
+        listed.append({"name": engine.name, "available": reason is None, "reason": reason or engine.note or "ready"})
     extras = {
         extra: importlib.util.find_spec(module) is not None
         for extra, module in {

@@ -39,6 +39,8 @@ class Engine(ABC):
 
     name: str
     priority: int = 0
+    note: str = ""
+    """What a user should know of it where it can run."""
 
     @abstractmethod
     def why_unavailable(self) -> str | None:
