@@ -148,7 +148,8 @@ def tabulate(
         table.pictures[name], table.values[name], table.rows[name] = row["pictures"], row["values"], row["scores"]
         table.values["16 bit"] = row["own"]
         cells = [_cell(table.rows[name][column.metric], column.digits) for column in columns]
-        size = f"{plan.average_bits:5.2f} {table.rows[name]['size_ratio']:5.3f} {time.perf_counter() - begin:4.0f}"
+        about = table.rows[name]
+        size = f"{about['average_bits']:5.2f} {about['size_ratio']:5.3f} {time.perf_counter() - begin:4.0f}"
         print(f"{name:24} {' '.join(cells)} {size}", flush=True)
     return table
 
