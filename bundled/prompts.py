@@ -1,4 +1,4 @@
-"""Writes the prompt lists of the bundled models: 64 for calibration and 128 for evaluation, 96 of clips.
+"""Writes the prompt lists of the bundled models: 64 for calibration and 128 for evaluation, 48 of clips.
 
 ``python bundled/prompts.py`` is deterministic and gives the committed files back byte for byte. The two
 lists of an image model share no concept, so evaluation never sees what calibration saw; styles take turns, so
@@ -63,7 +63,7 @@ def motions(seed: int) -> dict[str, list[str]]:
     partners = [pair for pair in closed if pair[1] == clips.CROSSING]
     chosen = {
         "calibration": rng.sample(singles, 56) + rng.sample(crossings, 8),
-        "evaluation": unseen + rng.sample(partners, 16),
+        "evaluation": unseen + rng.sample(partners, 8),
     }
     colours = list(clips.BACKGROUNDS)[1:]
     lists = {}

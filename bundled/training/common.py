@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+# The bundled model that ``emoji-video`` starts from.
+EMOJI_T2I = Path(__file__).parents[1] / "src" / "ditq_bundled" / "models" / "emoji-t2i"
+
 
 class Ema:
     """Exponential moving average of parameters, with the usual warm-up of the decay."""

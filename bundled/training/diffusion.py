@@ -9,6 +9,7 @@ matrices, AdamW for the rest; averaged weights are what gets published.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,9 @@ import torch
 from artwork import CONCEPTS, caption, load
 from common import Ema, Muon, Run, schedule
 from diffusers import AutoencoderKL, DiTTransformer2DModel, DPMSolverMultistepScheduler, PixArtTransformer2DModel
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 WIDTH, BLOCKS, HEAD = 256, 8, 64
@@ -187,6 +189,23 @@ def sample_sheet(
     Image.fromarray(grid.numpy()).save(path)
 
 
+def join() -> int:
+    """Rank of this process among those that share the work: the variables of ``torchrun`` say so, else it is alone."""
+    if "WORLD_SIZE" in os.environ:
+        distributed.init_process_group("gloo")
+        return distributed.get_rank()
+    return 0
+
+
+def average_gradients(model: nn.Module) -> None:
+    """The mean of every process's gradients, in every process."""
+    if distributed.is_initialized():
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = nn.utils.parameters_to_vector(gradients)
+        distributed.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / distributed.get_world_size(), gradients)
+
+
 def fit(
     run: Run,
     args: argparse.Namespace,
@@ -203,7 +222,8 @@ def fit(
     """
     model, ema = run.modules["model"], run.ema
     base = [2 * args.lr, args.lr]  # of ``optimizers``; a resumed optimizer holds the rate it stopped at
-    generator = torch.Generator().manual_seed(args.seed + run.step)
+    rank = join()
+    generator = torch.Generator().manual_seed(args.seed + run.step + 1_000_000 * rank)
     alphas = DPMSolverMultistepScheduler(**SCHEDULER).alphas_cumprod
     forward = torch.compile(model, dynamic=False) if args.compile else model
     order = torch.empty(0, dtype=torch.long)
@@ -219,20 +239,27 @@ def fit(
         u = (
             torch.randperm(args.batch, generator=generator) + torch.rand(args.batch, generator=generator)
         ) / args.batch
+        u = args.shift * u / (1 + (args.shift - 1) * u)
         t = (u * 1000).long().clamp(0, 999)
         noise = torch.randn(z.shape, generator=generator)
         broadcast = (-1,) + (1,) * (z.ndim - 1)
         a, s = alphas[t].sqrt().view(broadcast), (1 - alphas[t]).sqrt().view(broadcast)
-        loss = F.mse_loss(forward(a * z + s * noise, t, *conditions), a * noise - s * z)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16), sdpa_kernel(SDPBackend.MATH):
+            predicted = forward(a * z + s * noise, t, *conditions)
+        loss = F.mse_loss(predicted.float(), a * noise - s * z)
         for optimizer in run.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in run.optimizers:
-            optimizer.step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):  # of Muon's products
+            for optimizer in run.optimizers:
+                optimizer.step()
         run.step += 1
         ema.update(run.step)
         average = loss.item() if average == 0 else 0.98 * average + 0.02 * loss.item()
+        if rank > 0:
+            continue
         if run.step % 25 == 0:
             run.record(loss=average)
         if run.step % save_every == 0 or run.step == args.steps:
@@ -241,9 +268,11 @@ def fit(
             trained = {k: v.clone() for k, v in model.state_dict().items()}
             ema.copy_to({"model": model})
             model.eval()
-            sheet(run.folder / f"sheet-{run.step:05d}.png")
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+                sheet(run.folder / f"sheet-{run.step:05d}.png")
             model.train().load_state_dict(trained)
-    run.save()
+    if rank == 0:
+        run.save()
 
 
 def arguments(parser: argparse.ArgumentParser, steps: int, batch: int) -> argparse.Namespace:
@@ -253,6 +282,8 @@ def arguments(parser: argparse.ArgumentParser, steps: int, batch: int) -> argpar
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--bf16", action="store_true", help="products in bf16: faster on a CPU that has it")
+    parser.add_argument("--shift", type=float, default=1.0, help="more than 1: more of the noisy times")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -4,7 +4,7 @@
 decoder alone, so that diffusion models trained on the old latents stay valid. Writes
 ``DIR/vae`` (diffusers folder) and ``DIR/latents.npz`` (means and deviations of every picture).
 
-``--clips`` goes on from ``DIR/vae`` with the frames that ``clips.py`` draws, which show objects off the centre and
+``--clips`` goes on from the bundled ``emoji-t2i``'s with the frames that ``clips.py`` draws, which show objects off the centre and
 coloured backgrounds, and writes ``DIR/video-vae``: near enough to the old latents that the weights of ``emoji-t2i``
 are a start for ``emoji-video``.
 """
@@ -19,7 +19,7 @@ import clips
 import numpy as np
 import torch
 from artwork import load
-from common import Ema, Run
+from common import EMOJI_T2I, Ema, Run
 from diffusers import AutoencoderKL
 from torch.nn import functional as F  # noqa: N812
 
@@ -110,7 +110,8 @@ def main() -> None:
     folder = "vae-decoder" if args.decoder_only else "video-vae-run" if args.clips else "vae-run"
     run = Run(args.work / folder, {"vae": vae}, [optimizer], ema)
     if (args.decoder_only or args.clips) and run.step == 0:
-        vae.load_state_dict(AutoencoderKL.from_pretrained(args.work / "vae").state_dict())
+        start = EMOJI_T2I / "vae" if args.clips else args.work / "vae"
+        vae.load_state_dict(AutoencoderKL.from_pretrained(start).state_dict())
         ema.shadow = {f"vae.{n}": p.detach().clone().float() for n, p in vae.named_parameters()}
 
     begin, average = time.time(), 0.0

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from clips import FRAMES, captions
-from common import Ema, Run
-from diffusers import AutoencoderKL, LatteTransformer3DModel
+from common import EMOJI_T2I, Ema, Run
+from diffusers import AutoencoderKL, DiffusionPipeline, LatteTransformer3DModel
 from diffusion import TRUNK, WIDTH, arguments, denoise, fit, optimizers, text_encoder, tokenizer
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 TEXT_TOKENS = 12  # the longest caption, its end, and at least one of padding
 PIPELINE_TOKENS = 120  # LattePipeline's for a list of prompts
@@ -73,7 +73,7 @@ class TextToVideo(nn.Module):
     def start_from(
         self, source: dict[str, torch.Tensor], old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast
     ) -> None:
-        """Takes the averaged weights of ``TextToImage`` wherever a tensor means the same."""
+        """Takes the weights of ``TextToImage`` wherever a tensor means the same."""
         own = self.state_dict()
         taken = {k: v for k, v in source.items() if k in own and own[k].shape == v.shape and "_blocks." not in k}
         for to, block in enumerate(BLOCKS):
@@ -110,6 +110,14 @@ def encode(tok: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     return tokens
 
 
+def image_model() -> tuple[dict[str, torch.Tensor], PreTrainedTokenizerFast]:
+    """The weights of the bundled ``emoji-t2i``, named as in ``TextToImage``, and its tokenizer."""
+    pipe = DiffusionPipeline.from_pretrained(EMOJI_T2I, vae=None)
+    parts = {"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}
+    weights = {f"{part}.{k}": v.float() for part, module in parts.items() for k, v in module.state_dict().items()}
+    return weights, pipe.tokenizer
+
+
 def evaluation(count: int = 10) -> list[str]:
     """The first prompts of the bundled list, which training holds out."""
     listed = Path(__file__).parents[1] / "src" / "ditq_bundled" / "prompts" / "emoji-video-evaluation.txt"
@@ -140,7 +148,7 @@ def sheet(model: TextToVideo, tok: PreTrainedTokenizerFast, texts: list[str], va
 
 
 def main() -> None:
-    args = arguments(argparse.ArgumentParser(description=__doc__), steps=800, batch=32)
+    args = arguments(argparse.ArgumentParser(description=__doc__), steps=1600, batch=16)
     with np.load(args.work / "clips.npz") as stored:
         latents, texts = torch.from_numpy(stored["latents"]), stored["caption"].tolist()
     vae = AutoencoderKL.from_pretrained(args.work / "video-vae").eval()
@@ -151,12 +159,10 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     model = TextToVideo(len(tok))
-    ema = Ema({"model": model}, 0.995)
+    ema = Ema({"model": model}, 0.997)
     run = Run(args.work / "video", {"model": model}, optimizers(model, args.lr), ema)
     if run.step == 0:
-        shadow = torch.load(args.work / "t2i" / "checkpoint.pt", weights_only=True)["ema"]
-        old = AutoTokenizer.from_pretrained(args.work / "tokenizer")
-        model.start_from({k.removeprefix("model."): v for k, v in shadow.items()}, old, tok)
+        model.start_from(*image_model(), tok)
         ema.shadow = {f"model.{n}": p.detach().clone() for n, p in model.named_parameters()}
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(latents)} clips", flush=True)
 
@@ -169,7 +175,7 @@ def main() -> None:
 
     fit(
         run, args, len(latents), examples, lambda path: sheet(model, tok, evaluation(), vae, path),
-        save_every=20, sheet_every=100,
+        save_every=25, sheet_every=150,
     )  # fmt: skip
 
 
