@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import ditq_bundled
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -14,7 +16,7 @@ from ditq import api, architectures
 from ditq.comparison import compare
 from ditq.sampling import sample
 
-MODELS = ditq_bundled.names()
+PICTURES = ["emoji-class", "emoji-t2i"]
 SHORT = ("calibration.prompts=8", "calibration.steps=6", "calibration.rows=512", "balance.alpha=[0.3, 0.6]")
 
 
@@ -22,11 +24,11 @@ def few(name: str) -> list[str]:
     return ditq_bundled.prompts(name, "evaluation")[:4]
 
 
-def test_both_models_are_here() -> None:
-    assert MODELS == ["emoji-class", "emoji-t2i"]
+def test_the_models_are_here() -> None:
+    assert ditq_bundled.names() == [*PICTURES, "emoji-video"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PICTURES)
 def test_stock_pipeline_draws_something(name: str) -> None:
     """Pictures of a trained model: white corners, and ink in the middle."""
     pipe = api.load(f"bundled:{name}")
@@ -38,12 +40,39 @@ def test_stock_pipeline_draws_something(name: str) -> None:
         assert min(image.crop((16, 16, 48, 48)).convert("L").getextrema()) < 220
 
 
+def listed(drawn: list) -> list:
+    """Pictures, or the frames of all videos."""
+    return [frame for video in drawn for frame in (video if isinstance(video, list) else [video])]
+
+
+def test_stock_pipeline_moves_what_was_asked_for_as_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight frames before the background that the prompt names; how many clips show the motion, is on the card."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks" / "quality"))
+    judge = importlib.import_module("video_motion")
+    pipe = api.load("bundled:emoji-video")
+    assert type(pipe).__name__ == "LattePipeline"
+    assert 10e6 < sum(p.numel() for p in pipe.transformer.parameters()) < 25e6
+    prompts = ditq_bundled.prompts("emoji-video", "evaluation")[:8]
+    drawn = sample(
+        pipe, architectures.match(pipe.transformer), prompts, steps=20, guidance_scale=4.0, batch_size=4
+    ).images
+    colours = {"white": (255, 255, 255), **judge.clips.BACKGROUNDS}
+    for prompt, frames in zip(prompts, drawn, strict=True):
+        assert len(frames) == 8
+        assert {frame.size for frame in frames} == {(64, 64)}
+        asked = next((colour for name, colour in colours.items() if f"on a {name} " in prompt), colours["white"])
+        corner = np.mean([np.asarray(frame)[:4, :4].mean((0, 1)) for frame in frames], 0)
+        np.testing.assert_allclose(corner, asked, atol=25)
+    assert judge.tally(prompts, drawn)["right"] >= 6
+
+
 @pytest.mark.parametrize(
     ("name", "recipe", "psnr", "size"),
     [
         ("emoji-t2i", "viditq-w8a8", 38, 0.56),
         ("emoji-t2i", "viditq-w4a8", 22, 0.33),
         ("emoji-class", "rtn-w8a8", 35, 0.80),
+        ("emoji-video", "viditq-w8a8", 38, 0.56),
     ],
 )
 def test_quantized_checkpoint_draws_the_same_as_in_memory_and_stays_close(
@@ -67,4 +96,5 @@ def test_quantized_checkpoint_draws_the_same_as_in_memory_and_stays_close(
     again = DiffusionPipeline.from_pretrained(tmp_path / "out")
     loaded = sample(again, arch, few(name), **options)
     assert torch.equal(quantized.latents, loaded.latents)
-    assert [a.tobytes() for a in quantized.images] == [b.tobytes() for b in loaded.images]
+    frames = [[image.tobytes() for image in listed(drawn)] for drawn in (quantized.images, loaded.images)]
+    assert frames[0] == frames[1]

@@ -81,7 +81,7 @@ def test_reference_pictures_are_seen_as_what_they_are(
     assert np.mean(right) > 0.9
 
 
-@pytest.mark.parametrize("model", ditq_bundled.names())
+@pytest.mark.parametrize("model", ["emoji-class", "emoji-t2i"])
 def test_drawn_pictures_are_seen_as_what_was_asked_for(extractor: EmojiClassifier, model: str) -> None:
     """The 32 pictures on the model's card, eight to a row of 100-pixel cells, named in the text below them."""
     card = (ditq_bundled.path(model) / "README.md").read_text()

@@ -1,8 +1,8 @@
 """Does what moves in a drawn clip move as its prompt says? A judge of ``emoji-video`` that only looks at pixels.
 
 ``python benchmarks/quality/video_motion.py`` draws the evaluation prompts, which training held out, with the 16-bit
-model and with each of ``--recipes``, decides for every clip which of the eleven motions it shows, prints how often that
-is the named one, and writes ``benchmarks/results/video_motion.json``.
+model and with each of ``--recipes``, decides for every clip which of the eleven motions it shows, prints how often
+that is the named one, and writes ``benchmarks/results/video_motion.json``.
 
 A clip is what differs from its background. Per frame: the centre of that ink, its spread, its opacity, how far its
 upper half is right of its lower half, and how it is turned against the fullest frame. Those are compared with the
@@ -154,7 +154,9 @@ def named(prompt: str) -> str:
 
 def tensor(video: Sequence[Any]) -> Tensor:
     """Frames as PIL images to [F, 3, H, W] in [0, 1]."""
-    return torch.stack([torch.from_numpy(np.asarray(f.convert("RGB")).copy()) for f in video]).permute(0, 3, 1, 2) / 255
+    return (
+        torch.stack([torch.from_numpy(np.asarray(f.convert("RGB")).copy()) for f in video]).permute(0, 3, 1, 2) / 255
+    )
 
 
 def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:

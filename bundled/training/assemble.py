@@ -175,16 +175,16 @@ VIDEO_STEPS, VIDEO_GUIDANCE = 20, 4.0
 
 
 def video_sheet(pipe: DiffusionPipeline, path: Path) -> list[str]:
-    """The first ten evaluation prompts, a clip a row, frame by frame."""
+    """The first ten evaluation prompts, a clip a row, frame by frame, each drawn by a call of its own."""
     texts = evaluation()
     pipe.set_progress_bar_config(disable=True)
-    drawn = pipe(
-        prompt=texts, video_length=pipe.transformer.config.video_length, height=64, width=64, clean_caption=False,
-        num_inference_steps=VIDEO_STEPS, guidance_scale=VIDEO_GUIDANCE, output_type="pil",
-        generator=[torch.Generator().manual_seed(i) for i in range(len(texts))],
-    ).frames  # fmt: skip
-    page = Image.new("RGB", (len(drawn[0]) * 68, len(drawn) * 82), "white")
-    for row, (text, frames) in enumerate(zip(texts, drawn, strict=True)):
+    page = Image.new("RGB", (clips.FRAMES * 68, len(texts) * 82), "white")
+    for row, text in enumerate(texts):
+        frames = pipe(
+            text, video_length=clips.FRAMES, height=64, width=64, clean_caption=False, output_type="pil",
+            num_inference_steps=VIDEO_STEPS, guidance_scale=VIDEO_GUIDANCE,
+            generator=torch.Generator().manual_seed(row),
+        ).frames[0]  # fmt: skip
         ImageDraw.Draw(page).text((2, row * 82 + 2), text, fill="black")
         for i, frame in enumerate(frames):
             page.paste(frame, (i * 68, row * 82 + 16))
@@ -206,13 +206,13 @@ A small diffusion transformer (Latte, {parameters:.1f} M parameters) that sets e
 | | |
 | --- | --- |
 | transformer | {blocks} spatial blocks (self-attention, cross-attention, FFN) and {blocks} temporal ones in turn, width 256, 4 heads of 64, patch 4 on 16 x 16 x 4 latents (16 tokens a frame, {tokens} a clip) |
-| autoencoder | the `AutoencoderKL` of emoji-t2i, trained on with frames of such clips; frame by frame |
+| autoencoder | the `AutoencoderKL` of emoji-t2i, trained on with frames of such clips (28.6 dB PSNR on them); frame by frame |
 | text encoder | T5 encoder, 2 layers, width 256, trained jointly; byte-pair tokenizer over the captions |
 | clips | {clips} clips of {concepts} concepts: {motions}, and two objects crossing; half of the others before a {backgrounds} background |
 | held out | {pairs} pairs of concept and motion, two motions a concept, and {partners} pairs that cross |
 | artwork | Fluent Emoji flat (MIT), rendered from `@iconify/json` 2.2.535 |
 | objective | v-prediction, cosine schedule, 10 % of captions dropped for guidance |
-| optimizer | Muon for hidden matrices, AdamW for the rest, batch 32, averaged weights (0.995), seed 0 |
+| optimizer | Muon for hidden matrices, AdamW for the rest, batch 24 in two processes, products in bf16, averaged weights (0.997), seed 0; noisy times more often (shift 2.5) from step 200 on, hence the step in the curve |
 | training | started from emoji-t2i; {steps} steps, about {minutes:.0f} minutes on a shared machine of two CPU cores; last loss {loss:.3f} |
 | weights | fp16 safetensors, made from float32 |
 

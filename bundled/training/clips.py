@@ -84,8 +84,8 @@ def held_out() -> list[tuple[tuple[str, ...], str]]:
 def pose(motion: str, frame: int, lane: int, which: int = 0) -> tuple[float, float, float, float, float]:
     """Centre x and y and size in pixels, clockwise angle in degrees, opacity, of an object in one frame.
 
-    ``lane`` in [-2, 2] shifts the whole path sideways; ``which`` tells the two objects of a crossing apart. Objects move
-    by ``GRID`` pixels, so that the latents of one frame are those of another, shifted: far less to learn.
+    ``lane`` in [-2, 2] shifts the whole path sideways; ``which`` tells the two objects of a crossing apart. Objects
+    move by ``GRID`` pixels, so that the latents of one frame are those of another, shifted: far less to learn.
     """
     u = frame / (FRAMES - 1)
     x = y = PIXELS / 2

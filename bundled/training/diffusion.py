@@ -275,7 +275,7 @@ def fit(
         run.save()
 
 
-def arguments(parser: argparse.ArgumentParser, steps: int, batch: int) -> argparse.Namespace:
+def arguments(parser: argparse.ArgumentParser, steps: int, batch: int, shift: float = 1.0) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--steps", type=int, default=steps, help="length of the learning-rate schedule")
@@ -283,7 +283,7 @@ def arguments(parser: argparse.ArgumentParser, steps: int, batch: int) -> argpar
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="products in bf16: faster on a CPU that has it")
-    parser.add_argument("--shift", type=float, default=1.0, help="more than 1: more of the noisy times")
+    parser.add_argument("--shift", type=float, default=shift, help="more than 1: more of the noisy times")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -4,9 +4,9 @@
 decoder alone, so that diffusion models trained on the old latents stay valid. Writes
 ``DIR/vae`` (diffusers folder) and ``DIR/latents.npz`` (means and deviations of every picture).
 
-``--clips`` goes on from the bundled ``emoji-t2i``'s with the frames that ``clips.py`` draws, which show objects off the centre and
-coloured backgrounds, and writes ``DIR/video-vae``: near enough to the old latents that the weights of ``emoji-t2i``
-are a start for ``emoji-video``.
+``--clips`` goes on from the bundled ``emoji-t2i``'s with the frames that ``clips.py`` draws, which show objects off
+the centre and coloured backgrounds, and writes ``DIR/video-vae``: near enough to the old latents that the weights of
+``emoji-t2i`` are a start for ``emoji-video``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import string
 from pathlib import Path
 from typing import ClassVar
@@ -248,4 +249,8 @@ def test_every_bundled_prompt_names_the_concept_that_was_asked_for(model: str) -
     labels = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
     for split in ditq_bundled.SPLITS:
         for prompt in ditq_bundled.prompts(model, split):
-            assert prompt.replace("-", " ").endswith(labels[concept(prompt, labels)].replace("-", " "))
+            named = labels[concept(prompt, labels)].replace("-", " ")
+            if model == "emoji-video":  # of two that cross, one is named
+                assert re.match(rf"(an? [\w ]+ and )?an? {named} ", prompt)
+            else:
+                assert prompt.replace("-", " ").endswith(named)
