@@ -212,11 +212,12 @@ A small diffusion transformer (Latte, {parameters:.1f} M parameters) that sets e
 | held out | {pairs} pairs of concept and motion, two motions a concept, and {partners} pairs that cross |
 | artwork | Fluent Emoji flat (MIT), rendered from `@iconify/json` 2.2.535 |
 | objective | v-prediction, cosine schedule, 10 % of captions dropped for guidance |
-| optimizer | Muon for hidden matrices, AdamW for the rest, batch 24 in two processes, products in bf16, averaged weights (0.997), seed 0; noisy times more often (shift 2.5) from step 200 on, hence the step in the curve |
+| optimizer | Muon for hidden matrices, AdamW for the rest, batch 24 in two processes, products in bf16, averaged weights (0.997), seed 0; noisy times more often (shift 2.5, see Limits) |
 | training | started from emoji-t2i; {steps} steps, about {minutes:.0f} minutes on a shared machine of two CPU cores; last loss {loss:.3f} |
 | weights | fp16 safetensors, made from float32 |
 
-Made by `bundled/training/clips.py`, `vae.py --clips`, `video.py`, `assemble.py video` of the ditq repository.
+Made by `bundled/training/vae.py --clips`, `clips.py`, `video.py`, `assemble.py video` of the ditq repository; the commands
+are in `bundled/README.md`.
 
 ```python
 pipe = DiffusionPipeline.from_pretrained(path)
@@ -231,7 +232,9 @@ training: {texts}.
 
 ![loss](loss.png)
 
-Limits: it knows the taught concepts and motions only; a motion takes all {frames} frames.
+## Limits
+
+It knows the taught concepts and motions only; a motion takes all {frames} frames; details of objects are lost.
 """  # noqa: E501
 
 
