@@ -26,6 +26,7 @@ KEPT = "viditq-w4a8"  # its checkpoint stays in the output folder
 PICTURES, VIDEOS = "bundled:emoji-t2i", "bundled:emoji-video"
 # As the card of emoji-video says: LattePipeline's own 50 steps at 7.5 are those of a model a hundred times its size.
 VIDEO_SAMPLER: dict[str, Any] = {"steps": 20, "guidance_scale": 4.0}
+VIDEO_CALIBRATION = 16  # prompts: half of a recipe's, since a video takes as long as eight pictures
 
 
 def demo(
@@ -66,6 +67,7 @@ def demo(
     video = draws_videos(pipe)
     out_dir = out_dir or Path("ditq-out/demo-video" if video else "ditq-out/demo")
     sampler = VIDEO_SAMPLER if video else {}
+    settings = Calibration(**sampler, prompts=VIDEO_CALIBRATION) if video else Calibration()
     recipes = VIDEO_RECIPES if video else RECIPES
     arch = architectures.match(pipe.transformer)
     wanted = pick_prompts(model, pipe, arch, None, "evaluation", count or (12 if video else 16))
@@ -79,7 +81,7 @@ def demo(
 
         # Calibration looks at the 16-bit model only, so one run serves all recipes.
         statistics = calibrate(
-            pipe, arch, calibration, Calibration(**sampler), seed=seed, progress=lambda d, t: show("calibrate", d, t)
+            pipe, arch, calibration, settings, seed=seed, progress=lambda d, t: show("calibrate", d, t)
         )
 
         def quantized(recipe: str) -> Any:
