@@ -135,7 +135,8 @@ class DitqQuantizer(DiffusersQuantizer):
         self.compiled = compile_graphs(model, config.engine, self._folder)
         if not self.compiled:
             config.engine = None  # what is saved from here has no graphs
-            self._wire(model)
+            if not config.is_plain:
+                self._wire(model)
         target = cast(Any, model)
         if config.is_plain and not self.compiled:
             rest = {key: value for key, value in target.config.items() if key != "quantization_config"}
