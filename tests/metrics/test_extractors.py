@@ -95,9 +95,10 @@ def test_emoji_takes_other_sizes(emoji: EmojiClassifier) -> None:
 def test_batch_size_does_not_matter(name: str, batch_size: int, request: pytest.FixtureRequest) -> None:
     network, images = request.getfixturevalue(name), pictures()
     features, at_once = network(as_images(images), batch_size), network.features((images * 255).round() / 255)
-    torch.testing.assert_close(features.pooled, at_once.pooled)
-    torch.testing.assert_close(features.spatial, at_once.spatial)
-    torch.testing.assert_close(features.probabilities, at_once.probabilities)
+    # A convolution is free to sum in another order for another batch, and does on some CPUs.
+    torch.testing.assert_close(features.pooled, at_once.pooled, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features.spatial, at_once.spatial, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(features.probabilities, at_once.probabilities, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
