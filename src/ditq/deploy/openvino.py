@@ -23,6 +23,7 @@ from ditq.deploy.manifest import Manifest, Segment
 from ditq.deploy.program import Program, Shapes
 from ditq.deploy.report import Report, examine, some
 from ditq.deploy.segment import parts, write_segment
+from ditq.deploy.threads import one_thread
 from ditq.engines.openvino import ENGINE
 from ditq.engines.openvino.graph import unrounded
 from ditq.engines.openvino.linear import LinearSpec, why_inexact
@@ -127,6 +128,8 @@ def load(
     report = examine(manifest, programs, config[PRECISION], allow_float)
     for segment, program in zip(manifest.segments, programs, strict=True):
         _install(model, segment, program)
+    if all(program.small for program in programs):
+        one_thread(model)
     return report
 
 

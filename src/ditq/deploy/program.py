@@ -41,7 +41,7 @@ class Program:
         self._compilations = 0
         self._kept: dict[tuple[tuple[int, ...], ...], Any] = {}  # by sizes
         constants = (node for node in graph.get_ops() if node.get_type_name() == "Constant")
-        self._small = sum(node.get_byte_size() for node in constants) <= SMALL
+        self.small = sum(node.get_byte_size() for node in constants) <= SMALL
         self._lock = threading.Lock()
         self._use(core().compile_model(graph, "CPU", self.config))
 
@@ -82,7 +82,7 @@ class Program:
             if self._half:
                 in_bf16(graph)
             self._compilations += 1
-        if not self._small:
+        if not self.small:
             self._kept.clear()
         del self._request, self.compiled  # old weights that are not kept go before the new ones come
         self._use(core().compile_model(graph, "CPU", self.config))
