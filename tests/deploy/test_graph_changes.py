@@ -20,6 +20,7 @@ import openvino.opset13 as op
 
 from ditq.deploy.attention import LONG, in_bf16, resolved
 from ditq.deploy.rewrite import rewrite
+from ditq.engines.openvino.linear import CLIP
 from ditq.engines.openvino.probe import core
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -56,6 +57,19 @@ def test_other_gelus_stay() -> None:
     assert kinds(model).count("Gelu") == 1
 
 
+def test_a_gelu_before_static_rounding_stays() -> None:
+    x = op.parameter([-1], ov.Type.f32)
+    y = op.gelu(x, "tanh")
+    clipped = op.clamp(op.multiply(y, op.constant(np.float32(3))), -128, 127)
+    clipped.set_friendly_name("layer" + CLIP)
+    model = ov.Model([clipped], [x])
+    rewrite(model)
+    assert kinds(model).count("Gelu") == 1
+    both = ov.Model([clipped, op.multiply(y, op.constant(np.float32(2)))], [x])
+    rewrite(both)
+    assert "Gelu" not in kinds(both)
+
+
 def attention(keys: int, masked: bool, scale: float | None = None) -> Any:
     sizes = [[2, 3, 9, 24], [2, 3, keys, 24], [2, 3, keys, 24], [2, 1, 9, keys]]
     inputs = [op.parameter(size, ov.Type.f32) for size in sizes[: 4 if masked else 3]]
@@ -83,6 +97,22 @@ def test_long_attention_rounds_its_inputs_to_bf16(masked: bool, scale: float | N
     found = call(model, *inputs)
     error = float((found - exact).norm() / exact.norm())
     assert 1e-4 < error < 1e-2  # rounded, and by little more than bf16 rounds
+
+
+def test_heads_move_in_bf16() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, tokens, 3, 24) for tokens in (9, LONG, LONG))
+    inputs = [op.parameter(list(x.shape), ov.Type.f32) for x in (q, k, v)]
+    heads = [op.transpose(x, op.constant([0, 2, 1, 3])) for x in inputs]
+    y = op.transpose(op.scaled_dot_product_attention(*heads), op.constant([0, 2, 1, 3]))
+    model = ov.Model([op.multiply(op.reshape(y, op.constant([0, -1, 72]), True), op.constant(np.float32(1)))], inputs)
+    in_bf16(model)
+    moves = [x for x in model.get_ordered_ops() if x.get_type_name() in ("Transpose", "Reshape")]
+    assert len(moves) == 5
+    assert {x.get_output_element_type(0).get_type_name() for x in moves} == {"bf16"}
+    exact = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
+    found = call(model, q, k, v)
+    assert 1e-4 < float((found - exact).norm() / exact.norm()) < 1e-2
 
 
 def test_short_attention_and_open_sizes_stay() -> None:

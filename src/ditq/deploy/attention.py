@@ -38,8 +38,13 @@ def in_bf16(model: Any) -> None:
     import openvino as ov
     import openvino.opset13 as op
 
-    def half(x: Any) -> Any:
-        return op.convert(x, "bf16") if x.get_element_type().get_type_name() == "f32" else x
+    def half(x: Any, factor: Any = None) -> Any:
+        """In bf16; rounded before heads are moved, which is then half the work, and joins that of the layer before."""
+        node = x.get_node()
+        if node.get_type_name() == "Transpose":
+            return op.transpose(half(node.input_value(0), factor), node.input_value(1)).output(0)
+        x = x if factor is None else op.multiply(x, factor).output(0)
+        return op.convert(x, "bf16").output(0) if x.get_element_type().get_type_name() == "f32" else x
 
     for node in model.get_ordered_ops():
         if node.get_type_name() != "ScaledDotProductAttention":
@@ -51,8 +56,18 @@ def in_bf16(model: Any) -> None:
         mask = rest[0] if rest else op.constant(np.float32(0)).output(0)
         scale = rest[1] if len(rest) > 1 else op.constant(np.float32(channels.get_length() ** -0.5))
         y = op.scaled_dot_product_attention(
-            half(op.multiply(q, scale).output(0)), half(k), half(v), half(mask),
+            half(q, scale), half(k), half(v), half(mask),
             half(op.constant(np.float32(1)).output(0)), causal=node.get_attributes()["causal"],
         )  # fmt: skip
         y.set_friendly_name(node.get_friendly_name())
-        ov.utils.replace_node(node, op.convert(y, "f32"))
+        # Back in float32 only where heads lie beside each other again, in the pass of whatever comes next.
+        last = node
+        while len(users := last.output(0).get_target_inputs()) == 1:
+            following = next(iter(users)).get_node()
+            if (kind := following.get_type_name()) not in ("Transpose", "Reshape"):
+                break
+            last = following
+            order, same = last.input_value(1), last.get_attributes().get("special_zero")
+            y = op.transpose(y, order) if kind == "Transpose" else op.reshape(y, order, same)
+            y.set_friendly_name(last.get_friendly_name())
+        ov.utils.replace_node(last, op.convert(y, "f32"))

@@ -82,6 +82,13 @@ def grouped_products(
     """
     m, n = len(x.codes), len(codes)
     parts = math.lcm(x.scale.shape[1], w_scale.shape[1])
+    if parts == 1:
+        found = zero_corrections(
+            x.codes, None if x.zero_point is None else x.zero_point.int(),
+            codes, None if w_zero is None else w_zero.int()[:, 0],
+        )  # fmt: skip
+        acc = integer_product(x.codes, codes)
+        return rescale_(acc, x.scale, w_scale[:, 0], found, None if bias is None else bias.float())
     # [G, rows, columns of a group]: every operand of a product lies together.
     x_parts, w_parts = (t.unflatten(1, (parts, -1)).transpose(0, 1).contiguous() for t in (x.codes, codes))
     x_scales, w_scales = _of_parts(x.scale, parts), _of_parts(w_scale, parts)
@@ -94,9 +101,6 @@ def grouped_products(
         )
         for i in range(parts)
     ]  # fmt: skip
-    if parts == 1:
-        acc = integer_product(x_parts[0], w_parts[0])
-        return rescale_(acc, x.scale, w_scales[0], corrections[0], None if bias is None else bias.float())
     total = codes.new_zeros(m, n, dtype=torch.float32) if bias is None else bias.float().repeat(m, 1)
     for rows in row_slices(total):
         some = total[rows]
