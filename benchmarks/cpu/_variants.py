@@ -282,12 +282,6 @@ REGISTRY: dict[str, Callable[[Case], Variant]] = {
     "ditq W4A8, OpenVINO": partial(ours, recipe="rtn-w4a8", engine="openvino"),
     "ditq W8A8 and modulation, OpenVINO": partial(ours, recipe="rtn-w8a8", engine="openvino", overrides=MODULATION),
     "ditq W4A8 and modulation, OpenVINO": partial(ours, recipe="rtn-w4a8", engine="openvino", overrides=MODULATION),
-    "ditq W8A8 and modulation, OpenVINO bf16": partial(
-        ours, recipe="rtn-w8a8", engine="openvino", hint="bf16", overrides=MODULATION
-    ),
-    "ditq W4A8 and modulation, OpenVINO bf16": partial(
-        ours, recipe="rtn-w4a8", engine="openvino", hint="bf16", overrides=MODULATION
-    ),
     "ditq W8A8 and modulation, OpenVINO, any size": partial(
         ours, recipe="rtn-w8a8", engine="openvino", overrides=MODULATION, shapes="dynamic"
     ),
