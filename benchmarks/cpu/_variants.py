@@ -128,6 +128,7 @@ def torch_variant(model: nn.Module, dtype: torch.dtype = torch.float32) -> Varia
 
 def _compiled(case: Case, model: nn.Module) -> nn.Module:
     """Compiles block by block, as diffusers recommends: the time to compile does not grow with depth."""
+    torch._dynamo.config.recompile_limit = 64  # blocks of several kinds and variants share code; eager beyond it
     for block in _blocks(case, model):
         block.compile(dynamic=False)
     return model
@@ -223,10 +224,9 @@ def _numpy(call: Call) -> list[Any]:
 # which a CPU reads as float32 at every call. NNCF quantizes them; so do the rows "and modulation", to 8 bits per
 # channel and token.
 _EIGHT = "{weights: {bits: 8, granularity: channel}, activations: {bits: 8, granularity: token, dynamic: true}}"
-_WEIGHTS = "{weights: {bits: 8, granularity: channel}}"  # of embedders: a thousandth of the time
 # With static scales, and no zero points, OpenVINO writes codes straight out of the product of the layer before.
 SYMMETRIC = "weights={bits: 8, symmetric: true, granularity: channel}"
-MODULATION = (f"roles.modulation={_EIGHT}", f"roles.embedder={_WEIGHTS}", "keep=[final]")
+MODULATION = (f"roles.modulation={_EIGHT}", f"roles.embedder={_EIGHT}", "keep=[final]")
 
 
 def ours(

@@ -15,7 +15,7 @@ from _measure import RESULTS, interleaved, lines, relative_error, row, trim, whe
 from _models import make
 from _variants import Case, Variant, build
 
-NAMES = ("torch fp32", "OpenVINO f32", "ditq W8A8, OpenVINO", "ditq W4A8, OpenVINO")
+NAMES = ("torch fp32", "torch bf16", "OpenVINO f32", "ditq W8A8, OpenVINO", "ditq W4A8, OpenVINO")
 WIDTH = 1152
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from ditq.deploy.rewrite import rewrite
 from ditq.engines.openvino.linear import CLIP
 from ditq.engines.openvino.probe import core
 
+LENGTH = math.isqrt(LONG)  # of queries and keys that are just enough
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
@@ -71,7 +73,7 @@ def test_a_gelu_before_static_rounding_stays() -> None:
 
 
 def attention(keys: int, masked: bool, scale: float | None = None) -> Any:
-    sizes = [[2, 3, 9, 24], [2, 3, keys, 24], [2, 3, keys, 24], [2, 1, 9, keys]]
+    sizes = [[2, 3, LENGTH, 24], [2, 3, keys, 24], [2, 3, keys, 24], [2, 1, LENGTH, keys]]
     inputs = [op.parameter(size, ov.Type.f32) for size in sizes[: 4 if masked else 3]]
     given = [op.constant(np.float32(0))] if scale and not masked else []
     given += [op.constant(np.float32(scale))] if scale else []
@@ -83,12 +85,12 @@ def attention(keys: int, masked: bool, scale: float | None = None) -> Any:
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_long_attention_rounds_its_inputs_to_bf16(masked: bool, scale: float | None) -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, tokens, 24) for tokens in (9, LONG, LONG))
-    mask = torch.zeros(2, 1, 9, LONG)
+    q, k, v = (torch.randn(2, 3, tokens, 24) for tokens in (LENGTH, LENGTH, LENGTH))
+    mask = torch.zeros(2, 1, LENGTH, LENGTH)
     mask[1, :, :, 50:] = -10000.0
     inputs = (q, k, v, mask) if masked else (q, k, v)
     exact = 2 * F.scaled_dot_product_attention(q, k, v, mask if masked else None, scale=scale)
-    plain, model = (attention(LONG, masked, scale) for _ in range(2))
+    plain, model = (attention(LENGTH, masked, scale) for _ in range(2))
     in_bf16(model)
     node = next(x for x in model.get_ordered_ops() if x.get_type_name() == "ScaledDotProductAttention")
     assert {port.get_element_type().get_type_name() for port in node.inputs()} == {"bf16"}
@@ -101,7 +103,7 @@ def test_long_attention_rounds_its_inputs_to_bf16(masked: bool, scale: float | N
 
 def test_heads_move_in_bf16() -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, tokens, 3, 24) for tokens in (9, LONG, LONG))
+    q, k, v = (torch.randn(2, tokens, 3, 24) for tokens in (LENGTH, LENGTH, LENGTH))
     inputs = [op.parameter(list(x.shape), ov.Type.f32) for x in (q, k, v)]
     heads = [op.transpose(x, op.constant([0, 2, 1, 3])) for x in inputs]
     y = op.transpose(op.scaled_dot_product_attention(*heads), op.constant([0, 2, 1, 3]))
@@ -116,8 +118,8 @@ def test_heads_move_in_bf16() -> None:
 
 
 def test_short_attention_and_open_sizes_stay() -> None:
-    for model in (attention(LONG - 1, False), attention(LONG, False)):
-        if model.inputs[1].get_shape()[2] == LONG:
+    for model in (attention(LENGTH - 1, False), attention(LENGTH, False)):
+        if model.inputs[1].get_shape()[2] == LENGTH:
             model.reshape({1: ov.PartialShape([2, 3, -1, 24]), 2: ov.PartialShape([2, 3, -1, 24])})
         in_bf16(model)
         assert "Convert" not in kinds(model)

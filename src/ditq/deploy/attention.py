@@ -16,8 +16,8 @@ from ditq.engines.openvino.settings import PRECISION
 
 Attention = Literal["auto", "f32", "bf16"]
 
-# Over fewer keys the products take no time worth a rounding: text, the frames of a clip, small pictures.
-LONG = 128
+# Fewer pairs of a query and a key take no time worth a rounding: the frames of a clip, small pictures and their texts.
+LONG = 128 * 128
 
 
 def resolved(attention: Attention) -> Literal["f32", "bf16"]:
@@ -28,7 +28,7 @@ def resolved(attention: Attention) -> Literal["f32", "bf16"]:
 
 
 def in_bf16(model: Any) -> None:
-    """Rounds the inputs of every attention over :data:`LONG` keys or more to bf16, in place.
+    """Rounds the inputs of every attention over :data:`LONG` pairs or more to bf16, in place.
 
     Queries are scaled in float32 first: OpenVINO would round them, scale them in bf16, and so round them twice.
 
@@ -50,8 +50,8 @@ def in_bf16(model: Any) -> None:
         if node.get_type_name() != "ScaledDotProductAttention":
             continue
         q, k, v, *rest = (port.get_source_output() for port in node.inputs())
-        keys, channels = k.get_partial_shape()[2], q.get_partial_shape()[3]
-        if keys.is_dynamic or keys.get_length() < LONG:
+        queries, keys, channels = q.get_partial_shape()[2], k.get_partial_shape()[2], q.get_partial_shape()[3]
+        if queries.is_dynamic or keys.is_dynamic or queries.get_length() * keys.get_length() < LONG:
             continue
         mask = rest[0] if rest else op.constant(np.float32(0)).output(0)
         scale = rest[1] if len(rest) > 1 else op.constant(np.float32(channels.get_length() ** -0.5))
