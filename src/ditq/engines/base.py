@@ -138,3 +138,12 @@ def balance(x: Tensor, smooth: Tensor | None, rotation: Rotation | None) -> Tens
     if smooth is not None:
         x = x / smooth
     return rotate(x, rotation) if rotation is not None else x
+
+
+def too_old(device: torch.device, smallest: tuple[int, int], what: str) -> str | None:
+    """Why a CUDA device cannot do ``what``, which needs this compute capability, or None."""
+    found = torch.cuda.get_device_capability(device)
+    if found >= smallest:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"{name} has compute capability {found[0]}.{found[1]}; {what} need {smallest[0]}.{smallest[1]}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ditq.engines.base import QuantizedWeight
+from ditq.engines.base import QuantizedWeight, too_old
 from ditq.engines.torch.engine import TorchEngine
 from ditq.engines.torch.fused import weight_codes
 from ditq.numerics import Quantized
@@ -48,12 +48,7 @@ class Fp8Engine(TorchEngine):
         if activation is not None and activation.bits != 8:
             return f"its inputs have 8 bits, not {activation.bits}"
         if device.type == "cuda":
-            capability = torch.cuda.get_device_capability(device)
-            if capability < SMALLEST_CAPABILITY:
-                return (
-                    f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; "
-                    f"products of 8-bit floats need {SMALLEST_CAPABILITY[0]}.{SMALLEST_CAPABILITY[1]}"
-                )
+            return too_old(device, SMALLEST_CAPABILITY, "products of 8-bit floats")
         return None
 
     def quantize_activations(self, x: Tensor, format: TensorFormat, scale: Tensor | None) -> Quantized:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ditq.engines.base import Activation, FusingEngine, Norm, QuantizedWeight, balance
+from ditq.engines.base import Activation, FusingEngine, Norm, QuantizedWeight, balance, too_old
 from ditq.engines.torch.engine import TorchEngine
 from ditq.numerics import Quantized, Rotation
 from ditq.plan import TensorFormat
@@ -52,13 +52,7 @@ class TritonEngine(TorchEngine, FusingEngine):
     ) -> str | None:
         if device.type != "cuda":
             return f"its kernels run on cuda, not on {device.type}"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < SMALLEST_CAPABILITY:
-            return (
-                f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; "
-                f"the kernels need {SMALLEST_CAPABILITY[0]}.{SMALLEST_CAPABILITY[1]}"
-            )
-        return None
+        return too_old(device, SMALLEST_CAPABILITY, "the kernels")
 
     def quantize_activations(self, x: Tensor, format: TensorFormat, scale: Tensor | None) -> Quantized:
         return self.quantize_input(x, None, None, format, scale)
