@@ -200,6 +200,23 @@ def test_options_are_kept_and_used(folders: tuple[str, Path, Path], tmp_path: Pa
     assert blocks[0].program.compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
+def test_queries_and_keys_in_8_bits(folders: tuple[str, Path, Path], tmp_path: Path, capsys: Any) -> None:
+    name, source, exported = folders
+    (tmp_path / "prompts.txt").write_text("\n".join(CONDITIONS[name]) + "\n")
+    command = ["export", str(source), "--out", str(tmp_path / "out"), "--attention", "int8"]
+    assert run([*command, "--prompts", str(tmp_path / "prompts.txt")]) == 0
+    assert "attentions multiply 8-bit queries and keys" in capsys.readouterr().out.replace("\n", " ")
+    arch = architectures.load(name)
+    pipes = [DiffusionPipeline.from_pretrained(folder) for folder in (exported, tmp_path / "out")]
+    a, b = (sample(pipe, arch, CONDITIONS[name], **OPTIONS) for pipe in pipes)
+    assert not torch.equal(a.trajectory, b.trajectory)
+    assert min(psnr_db(x, y) for x, y in zip(a.images, b.images, strict=True)) > 20
+    if name == "pixart":
+        assert run([*command[:3], str(tmp_path / "again"), *command[4:]]) == 2
+        assert "--prompts FILE" in capsys.readouterr().err.replace("\n", " ")
+        assert not (tmp_path / "again").exists()
+
+
 def test_what_cannot_be_exported(
     folders: tuple[str, Path, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

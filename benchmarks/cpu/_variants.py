@@ -120,10 +120,13 @@ def _blocks(case: Case, model: nn.Module) -> Iterator[nn.Module]:
 def torch_variant(model: nn.Module, dtype: torch.dtype = torch.float32) -> Variant:
     def run(call: Call) -> Tensor:
         with torch.no_grad():
-            cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.items()}
-            return model(**cast, return_dict=False)[0].float()
+            return model(**_cast(call, dtype), return_dict=False)[0].float()
 
     return Variant(run, torch_bytes(model))
+
+
+def _cast(call: Call, dtype: torch.dtype) -> Call:
+    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.items()}
 
 
 def _compiled(case: Case, model: nn.Module) -> nn.Module:
@@ -233,28 +236,45 @@ def ours(
     case: Case,
     recipe: str,
     engine: str,
-    hint: str = "f32",
+    hint: Literal["f32", "bf16", "best"] = "f32",
     overrides: Sequence[str] = (),
     shapes: Literal["dynamic", "static"] = "static",
-    attention: Literal["auto", "f32"] = "auto",
+    attention: Literal["auto", "f32", "int8"] = "auto",
 ) -> Variant:
-    """A recipe of ditq; recipes that calibrate do so on ``case.calls``."""
+    """A recipe of ditq; recipes that calibrate do so on ``case.calls``.
+
+    Args:
+        hint: of OpenVINO's precision between the layers; with bf16 the model around them is in bf16 too, as it is in
+            most pipelines. "best" is bf16 on CPUs that have the instructions.
+    """
+    if hint == "best":
+        hint = "bf16" if has_bf16() else "f32"
     if hint == "bf16" and not has_bf16():
         raise NotRun("this CPU has no bf16 instructions")
+    dtype = torch.bfloat16 if hint == "bf16" else torch.float32
+    model = copy.deepcopy(case.of(dtype))
 
     def calibrate(model: nn.Module) -> None:
-        for call in case.calls:
-            model(**call)
+        with torch.no_grad():
+            for call in case.calls:
+                model(**_cast(call, dtype))
 
-    model = _copy(case)
     ditq.quantize(model, recipe, calibrate_with=calibrate, overrides=overrides)
     if engine == "torch":
         return torch_variant(model)
+    from ditq.deploy import scores
     from ditq.deploy.openvino import compile_in_place
 
+    largest = None
+    if attention == "int8":
+        with scores.observed(model, case.architecture) as largest:
+            calibrate(model)
     properties = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": hint}
-    compile_in_place(model, case.architecture, case.call, properties=properties, shapes=shapes, attention=attention)
-    variant = torch_variant(model)
+    compile_in_place(
+        model, case.architecture, _cast(case.call, dtype), properties=properties, shapes=shapes, attention=attention,
+        largest=largest,
+    )  # fmt: skip
+    variant = torch_variant(model, dtype)
     variant.run(case.call)  # compiles for its sizes
     stacks = (module for module in model.modules() if type(module).__name__ == "CompiledStack")
     variant.weights_bytes += sum(openvino_bytes(stack.program.compiled) for stack in stacks)
@@ -285,10 +305,23 @@ REGISTRY: dict[str, Callable[[Case], Variant]] = {
     "ditq W8A8 and modulation, OpenVINO, any size": partial(
         ours, recipe="rtn-w8a8", engine="openvino", overrides=MODULATION, shapes="dynamic"
     ),
+    "ditq W8A8 and modulation, OpenVINO bf16": partial(
+        ours, recipe="rtn-w8a8", engine="openvino", overrides=MODULATION, hint="bf16"
+    ),
+    "ditq W4A8 and modulation, OpenVINO bf16": partial(
+        ours, recipe="rtn-w4a8", engine="openvino", overrides=MODULATION, hint="bf16"
+    ),
     "ditq W8A8 static and modulation, OpenVINO": partial(
         ours, recipe="smoothquant-static-w8a8", engine="openvino", overrides=(*MODULATION, SYMMETRIC)
     ),
-    "ditq W8A8, OpenVINO bf16": partial(ours, recipe="rtn-w8a8", engine="openvino", hint="bf16"),
+    "ditq W8A8 static and modulation, int8 attention, OpenVINO": partial(
+        ours,
+        recipe="smoothquant-static-w8a8",
+        engine="openvino",
+        overrides=(*MODULATION, SYMMETRIC),
+        hint="best",
+        attention="int8",
+    ),  # fmt: skip
     "ditq ViDiT-Q W8A8, OpenVINO": partial(ours, recipe="viditq-w8a8", engine="openvino"),
 }
 

@@ -1,10 +1,10 @@
 """Seconds per picture of the bundled models, end to end, and whether both engines draw the same pictures.
 
 ``python benchmarks/cpu/pictures.py`` draws the same prompts from the same noise with every pipeline in turn: 16-bit
-weights in torch (fp32 and bf16), and each recipe by the torch engine and by OpenVINO (in fp32), there as
-``ditq export --whole-pipeline`` leaves it. Text encoder, sampler and decoder are included. It writes
-``benchmarks/results/cpu_pictures_MODEL.json`` and a bar plot; the
-milliseconds there are per picture. ``psnr_db`` compares a row with the torch engine's pictures of the same plan,
+weights in torch (fp32 and bf16), and each recipe by the torch engine and by OpenVINO (in fp32 between the layers, and
+in bf16 where the CPU has it), there as ``ditq export --whole-pipeline`` leaves it. Text encoder, sampler and decoder
+are included. It writes ``benchmarks/results/cpu_pictures_MODEL.json`` and a bar plot; the milliseconds there are per
+picture. ``psnr_db`` compares a row with the torch engine's pictures of the same plan,
 ``psnr_fp32_db`` with the fp32 pictures.
 """
 
@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from _measure import Row, row, save, torch_bytes, trim
-from _variants import openvino_bytes
+from _variants import has_bf16, openvino_bytes
 
 import ditq
 from ditq import api, architectures
 from ditq.calibration import calibrate
-from ditq.deploy.program import Shapes
+from ditq.deploy.options import Shapes
 from ditq.metrics.fidelity import psnr_db
 from ditq.recipe import Calibration, load
 from ditq.sampling import Samples, sample
@@ -39,25 +39,28 @@ def pipelines(model: str, recipes: list[str], calibration: list[str], seed: int,
     if any(load(recipe).needs_calibration for recipe in recipes):
         settings = Calibration(prompts=len(calibration))
         found = calibrate(out["torch fp32"], arch, calibration, settings, seed=seed)
+    hints = {"torch engine": None, "OpenVINO": "f32", **({"OpenVINO bf16": "bf16"} if has_bf16() else {})}
     for recipe in recipes:
-        for engine in ("torch engine", "OpenVINO"):
+        for engine, hint in hints.items():
             pipe = api.load(model)
             ditq.quantize(pipe, recipe, statistics=found, seed=seed)
-            if engine == "OpenVINO":
-                pipe = exported(pipe, shapes)
+            if hint:
+                pipe = exported(pipe, shapes, hint)
             out[f"ditq {recipe}, {engine}"] = pipe
     trim()
     return out
 
 
-def exported(pipe: Any, shapes: Shapes) -> Any:
+def exported(pipe: Any, shapes: Shapes, hint: str) -> Any:
     """The pipeline as OpenVINO runs all of it."""
+    options: dict[str, str | int] = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
     with tempfile.TemporaryDirectory(prefix="ditq-bench-") as folder:
         source, out = Path(folder) / "quantized", Path(folder) / "exported"
         pipe.save_pretrained(source)
-        ditq.export(
-            source, out, shapes=shapes, whole_pipeline=True, options={"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        )
+        ditq.export(source, out, shapes=shapes, whole_pipeline=True, options=options)
         return api.load(out)
 
 
@@ -116,7 +119,7 @@ def psnr(r: Row, drawn: dict[str, list[Samples]]) -> dict[str, float]:
         return statistics.mean(psnr_db(a, b) for x, y in batches for a, b in zip(x.images, y.images, strict=True))
 
     found = {} if r.name == "torch fp32" else {"fp32": mean("torch fp32")}
-    twin = r.name.replace("OpenVINO", "torch engine")
+    twin = r.name.replace("OpenVINO bf16", "OpenVINO").replace("OpenVINO", "torch engine")
     return found if twin == r.name else {**found, "torch engine": mean(twin)}
 
 

@@ -21,6 +21,7 @@ from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate
 from ditq.calibration.capture import Capture
 from ditq.checkpoint.backend import attach
+from ditq.deploy.options import ATTENTIONS, SHAPES
 from ditq.errors import CheckpointError, DitqError, UsageError, unknown
 from ditq.methods import convert, draft, quantize_model
 from ditq.plan import Plan
@@ -333,9 +334,12 @@ def export(
     attention: str = "auto",
     options: Mapping[str, str | int] | None = None,
     condition: str | None = None,
+    prompts: Sequence[str] | None = None,
     whole_pipeline: bool = False,
     architecture: str | Path | Architecture | None = None,
     allow_float: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> str:
     """Copies a pipeline that ditq has quantized, with its blocks as graphs of another runtime beside the weights.
 
@@ -347,9 +351,12 @@ def export(
         shapes: "dynamic" compiles the graphs once for calls of any size; "static" anew for each size that comes,
             which takes seconds and is faster from then on.
         attention: "bf16" computes its two products in bf16 where they are long (shapes="static" only), "f32" as
-            everything else in float32; "auto" is bf16 on CPUs that have the instructions for it.
+            everything else in float32; "auto" is bf16 on CPUs that have the instructions for it. "int8" rounds queries
+            and keys to 8 bits, with static scales found by drawing ``prompts``, and is as "auto" otherwise.
         options: of the runtime by its own names, e.g. ``{"INFERENCE_NUM_THREADS": 4}``; kept in the config.
         condition: what an example call draws; any prompt or class will do.
+        prompts, seed, progress: as in :func:`quantize`, for attention="int8"; at most 16 prompts are drawn. Where a
+            pipeline names its classes, these by default.
         whole_pipeline: the decoder of the VAE and T5 text encoders become graphs too, in floats.
         allow_float: takes layers that the runtime cannot execute on integers.
 
@@ -363,15 +370,15 @@ def export(
     import json
 
     from ditq.checkpoint.backend import DitqConfig
-    from ditq.deploy import calls, components, openvino
+    from ditq.deploy import calls, components, openvino, scores
     from ditq.engines import use_engine
 
     if engine != "openvino":
         raise unknown("engine to export to", engine, ["openvino"])
-    if shapes not in ("dynamic", "static"):
-        raise unknown("kind of shapes", shapes, ["dynamic", "static"])
-    if attention not in ("auto", "f32", "bf16"):
-        raise unknown("precision of attention", attention, ["auto", "f32", "bf16"])
+    if shapes not in SHAPES:
+        raise unknown("kind of shapes", shapes, SHAPES)
+    if attention not in ATTENTIONS:
+        raise unknown("precision of attention", attention, ATTENTIONS)
     if attention == "bf16" and shapes == "dynamic":
         raise UsageError("attention='bf16' needs shapes='static': graphs for all sizes compute it in float32.")
     folder = resolve(source)
@@ -389,9 +396,16 @@ def export(
         graphs = temporary / "transformer" / engine
         shutil.rmtree(graphs, ignore_errors=True)
         graphs.mkdir()
+        largest = None
+        if attention == "int8":
+            drawn = list(prompts or list(labels)[:: max(1, len(labels) // 16)])[:16]
+            if not drawn:
+                raise UsageError("attention='int8' finds scales by drawing: pass prompts=[...] (--prompts FILE).")
+            largest = scores.drawn(pipe, arch, drawn, seed=seed, progress=progress)
         report = openvino.export(
-            pipe.transformer, arch, calls.record(pipe, arch, [example]), graphs, allow_float=allow_float
-        )
+            pipe.transformer, arch, calls.record(pipe, arch, [example]), graphs,
+            largest=largest, allow_float=allow_float,
+        )  # fmt: skip
         path = temporary / "transformer" / "config.json"
         content = json.loads(path.read_text())
         content["quantization_config"] = config.to_dict()

@@ -547,6 +547,22 @@ def test_static_shapes_change_nothing_but_time(
     assert program.compiled is last
 
 
+@pytest.mark.parametrize("shapes", ["dynamic", "static"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_the_bf16_hint_outputs_are_bf16_inside_and_as_before_outside(
+    torch_model: nn.Module, name: str, folder: Path, shapes: Any, dtype: torch.dtype
+) -> None:
+    model = copy.deepcopy(torch_model).to(dtype)
+    load(folder, model, properties={"INFERENCE_PRECISION_HINT": "bf16"}, shapes=shapes)
+    call = example_inputs(name, dtype=dtype)
+    y = run(model, name, **call)
+    program = model.transformer_blocks[0].program
+    assert {port.get_element_type().get_type_name() for port in program.compiled.outputs} == {"bf16"}
+    assert y.dtype == dtype
+    assert 1e-4 < relative_error(run(torch_model, name), y) < 0.05
+    assert torch.equal(run(model, name, **call), y)  # a copy, which the next call does not overwrite
+
+
 @pytest.mark.parametrize("small", [True, False])
 def test_graphs_of_several_sizes_are_kept_while_they_are_small(
     torch_model: nn.Module, name: str, folder: Path, small: bool, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""What is changed in a graph after it was converted: GELU as a quotient, attention in bf16."""
+"""What is changed in a graph after it was converted: GELU as a quotient, attention as products, in bf16."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import numpy as np
 import openvino as ov
 import openvino.opset13 as op
 
-from ditq.deploy.attention import LONG, in_bf16, resolved
+from ditq.deploy.attention import KIND, LONG, as_products, resolved
 from ditq.deploy.rewrite import rewrite
 from ditq.engines.openvino.linear import CLIP
 from ditq.engines.openvino.probe import core
@@ -72,33 +72,40 @@ def test_a_gelu_before_static_rounding_stays() -> None:
     assert "Gelu" not in kinds(both)
 
 
-def attention(keys: int, masked: bool, scale: float | None = None) -> Any:
+def attention(keys: int, masked: bool, scale: float | None = None, boolean: bool = False, **options: Any) -> Any:
     sizes = [[2, 3, LENGTH, 24], [2, 3, keys, 24], [2, 3, keys, 24], [2, 1, LENGTH, keys]]
     inputs = [op.parameter(size, ov.Type.f32) for size in sizes[: 4 if masked else 3]]
+    if boolean:
+        inputs[3] = op.parameter(sizes[3], ov.Type.boolean)
     given = [op.constant(np.float32(0))] if scale and not masked else []
     given += [op.constant(np.float32(scale))] if scale else []
-    y = op.scaled_dot_product_attention(*inputs, *given)
+    y = op.scaled_dot_product_attention(*inputs, *given, **options)
     return ov.Model([op.multiply(y, op.constant(np.float32(2)))], inputs)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("scale", [None, 0.5])
-def test_long_attention_rounds_its_inputs_to_bf16(masked: bool, scale: float | None) -> None:
+def example(keys: int = LENGTH) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, tokens, 24) for tokens in (LENGTH, LENGTH, LENGTH))
-    mask = torch.zeros(2, 1, LENGTH, LENGTH)
-    mask[1, :, :, 50:] = -10000.0
-    inputs = (q, k, v, mask) if masked else (q, k, v)
-    exact = 2 * F.scaled_dot_product_attention(q, k, v, mask if masked else None, scale=scale)
-    plain, model = (attention(LENGTH, masked, scale) for _ in range(2))
-    in_bf16(model)
-    node = next(x for x in model.get_ordered_ops() if x.get_type_name() == "ScaledDotProductAttention")
-    assert {port.get_element_type().get_type_name() for port in node.inputs()} == {"bf16"}
+    return tuple(torch.randn(2, 3, tokens, 24) for tokens in (LENGTH, keys, keys))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("mask", [None, "added", "boolean"])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_attention_as_two_products(half: bool, mask: str | None, scale: float | None) -> None:
+    q, k, v = example()
+    allowed = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)
+    allowed[1, :, :, 50:] = False
+    given = None if mask is None else allowed if mask == "boolean" else torch.where(allowed, 0.0, -10000.0)
+    exact = 2 * F.scaled_dot_product_attention(q, k, v, given, scale=scale)
+    model = attention(LENGTH, mask is not None, scale, mask == "boolean")
+    as_products(model, half)
+    assert KIND not in kinds(model)
+    products = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
+    assert {node.get_output_element_type(0).get_type_name() for node in products} == {"bf16" if half else "f32"}
     assert model.outputs[0].get_element_type().get_type_name() == "f32"
-    torch.testing.assert_close(call(plain, *inputs), exact, rtol=1e-4, atol=1e-5)
-    found = call(model, *inputs)
+    found = call(model, q, k, v, *([] if given is None else [given]))
     error = float((found - exact).norm() / exact.norm())
-    assert 1e-4 < error < 1e-2  # rounded, and by little more than bf16 rounds
+    assert (1e-4 < error < 1e-2) if half else (error < 1e-5)  # rounded, and by little more than bf16 rounds
 
 
 def test_heads_move_in_bf16() -> None:
@@ -108,7 +115,7 @@ def test_heads_move_in_bf16() -> None:
     heads = [op.transpose(x, op.constant([0, 2, 1, 3])) for x in inputs]
     y = op.transpose(op.scaled_dot_product_attention(*heads), op.constant([0, 2, 1, 3]))
     model = ov.Model([op.multiply(op.reshape(y, op.constant([0, -1, 72]), True), op.constant(np.float32(1)))], inputs)
-    in_bf16(model)
+    as_products(model, half=True)
     moves = [x for x in model.get_ordered_ops() if x.get_type_name() in ("Transpose", "Reshape")]
     assert len(moves) == 5
     assert {x.get_output_element_type(0).get_type_name() for x in moves} == {"bf16"}
@@ -117,16 +124,25 @@ def test_heads_move_in_bf16() -> None:
     assert 1e-4 < float((found - exact).norm() / exact.norm()) < 1e-2
 
 
-def test_short_attention_and_open_sizes_stay() -> None:
-    for model in (attention(LENGTH - 1, False), attention(LENGTH, False)):
-        if model.inputs[1].get_shape()[2] == LENGTH:
-            model.reshape({1: ov.PartialShape([2, 3, -1, 24]), 2: ov.PartialShape([2, 3, -1, 24])})
-        in_bf16(model)
+def test_short_attention_stays_in_float32() -> None:
+    model = attention(LENGTH - 1, False)
+    as_products(model, half=True)
+    assert "MatMul" in kinds(model)
+    assert "Convert" not in kinds(model)
+
+
+def test_attention_that_is_no_pair_of_products_stays() -> None:
+    sizes = attention(LENGTH, False)
+    sizes.reshape({1: ov.PartialShape([2, 3, -1, 24]), 2: ov.PartialShape([2, 3, -1, 24])})
+    for model in (sizes, attention(LENGTH, False, causal=True)):
+        as_products(model, half=True)
+        assert kinds(model).count(KIND) == 1
         assert "Convert" not in kinds(model)
 
 
 def test_auto_is_what_openvino_prefers() -> None:
     assert resolved("f32") == "f32"
     assert resolved("bf16") == "bf16"
+    assert resolved("int8") == resolved("auto")
     preferred = core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
     assert resolved("auto") == ("bf16" if preferred == "bf16" else "f32")

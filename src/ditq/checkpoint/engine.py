@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ditq.deploy.options import ATTENTIONS, SHAPES
 from ditq.engines.registry import forced
 from ditq.errors import CheckpointError
 
@@ -27,13 +28,13 @@ def checked(engine: Any) -> dict[str, Any]:
         not isinstance(options, dict)
         or engine.keys() - {"name", "shapes", "attention", "options"}
         or engine.get("name") != OPENVINO
-        or shapes not in ("dynamic", "static")
-        or attention not in ("auto", "f32", "bf16")
+        or shapes not in SHAPES
+        or attention not in ATTENTIONS
         or not all(isinstance(k, str) and isinstance(v, str | int) for k, v in options.items())
     ):
         raise CheckpointError(
             f"The config names the engine {engine!r}; known is {{'name': '{OPENVINO}', "
-            "'shapes': 'dynamic' or 'static', 'attention': 'auto', 'f32' or 'bf16', 'options': {NAME: value}}."
+            f"'shapes': one of {SHAPES}, 'attention': one of {ATTENTIONS}, 'options': {{NAME: value}}}}."
         )
     return {"name": OPENVINO, "shapes": shapes, "attention": attention, "options": options}
 

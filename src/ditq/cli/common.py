@@ -123,6 +123,20 @@ def pick_fps(fps: float | None, pipe: Any) -> float:
     return fps or FRAMES_PER_SECOND
 
 
+def read_prompts(file: Path) -> list[str]:
+    """Those of a text file.
+
+    Raises:
+        UsageError: it is missing or empty.
+    """
+    if not file.is_file():
+        raise UsageError(f"There is no prompts file {file}.")
+    prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    if not prompts:
+        raise UsageError(f"The prompts file {file} is empty: write one prompt a line.")
+    return prompts
+
+
 def pick_prompts(
     path: str, pipe: Any, architecture: Architecture, file: Path | None, split: str, count: int | None = None
 ) -> list[str]:
@@ -132,11 +146,7 @@ def pick_prompts(
         UsageError: the file is missing or empty, or there is nothing to choose from.
     """
     if file is not None:
-        if not file.is_file():
-            raise UsageError(f"There is no prompts file {file}.")
-        prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-        if not prompts:
-            raise UsageError(f"The prompts file {file} is empty: write one prompt a line.")
+        prompts = read_prompts(file)
     elif path.startswith("bundled:"):
         import ditq_bundled
 

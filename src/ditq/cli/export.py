@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ditq.cli.common import ArchitectureOption, Quiet, out
+from ditq.cli.common import ArchitectureOption, PromptFile, Quiet, Seed, out, progress_bars, read_prompts
 
 
 def export(
@@ -18,8 +18,13 @@ def export(
         str, typer.Option(help="dynamic: one graph for all sizes; static: compiled for each size, faster then.")
     ] = "dynamic",
     attention: Annotated[
-        str, typer.Option(help="Long attention with static shapes: f32, bf16, or auto: bf16 where the CPU has it.")
+        str,
+        typer.Option(
+            help="f32; bf16 where it is long, with static shapes; auto: bf16 where the CPU has it; "
+            "int8: queries and keys in 8 bits (calibrated on --prompts)."
+        ),
     ] = "auto",
+    prompts: PromptFile = None,
     options: Annotated[
         list[str] | None, typer.Option("--option", help="NAME=VALUE of the runtime, e.g. INFERENCE_NUM_THREADS=4.")
     ] = None,
@@ -29,6 +34,7 @@ def export(
     allow_float: Annotated[
         bool, typer.Option("--allow-float", help="Take layers that the runtime cannot multiply in integers.")
     ] = False,
+    seed: Seed = 0,
     architecture: ArchitectureOption = None,
     quiet: Quiet = False,
 ) -> None:
@@ -45,10 +51,12 @@ def export(
         if not equals or not name:
             raise UsageError(f"--option takes NAME=VALUE, got {option!r}.")
         settings[name] = value
-    text = api.export(
-        pipeline, out_dir, engine=engine, shapes=shapes, attention=attention, options=settings,
-        architecture=architecture, allow_float=allow_float, whole_pipeline=whole_pipeline,
-    )  # fmt: skip
+    with progress_bars(quiet) as progress:
+        text = api.export(
+            pipeline, out_dir, engine=engine, shapes=shapes, attention=attention, options=settings,
+            prompts=None if prompts is None else read_prompts(prompts), seed=seed, progress=progress,
+            architecture=architecture, allow_float=allow_float, whole_pipeline=whole_pipeline,
+        )  # fmt: skip
     if not quiet:
         out.print(text, markup=False)
         out.print(f"saved to {out_dir}", markup=False)

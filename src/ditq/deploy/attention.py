@@ -1,8 +1,7 @@
-"""Attention in bf16 inside of a graph that computes everything else in float32.
+"""Attention in a graph of fixed sizes: as two products, long ones in bf16 where everything else is in float32.
 
 The two products of attention are all that is left in floats of a quantized block: on a CPU with bf16 instructions
-they take a seventh of a DiT block's time in float32, and two thirds of that in bf16. ``INFERENCE_PRECISION_HINT=bf16``
-would round the residual stream and the outputs of every layer too, which costs digits and, for the casts, time.
+they take a seventh of a DiT block's time in float32, and two thirds of that in bf16.
 """
 
 from __future__ import annotations
@@ -11,63 +10,129 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ditq.deploy.options import Attention
 from ditq.engines.openvino.probe import core
 from ditq.engines.openvino.settings import PRECISION
-
-Attention = Literal["auto", "f32", "bf16"]
 
 # Fewer pairs of a query and a key take no time worth a rounding: the frames of a clip, small pictures and their texts.
 LONG = 128 * 128
 
+KIND = "ScaledDotProductAttention"
+
+# Moves of numbers, after which rounding gives what it gives before.
+MOVES = ("Transpose", "Reshape")
+
 
 def resolved(attention: Attention) -> Literal["f32", "bf16"]:
-    """What ``auto`` is on this CPU: the precision that OpenVINO chooses for it, bf16 where it has the instructions."""
-    if attention != "auto":
+    """What ``auto`` is on this CPU: the precision that OpenVINO chooses for it, bf16 where it has the instructions.
+
+    What "int8" leaves in floats is as with ``auto``.
+    """
+    if attention == "f32" or attention == "bf16":
         return attention
     return "bf16" if core().get_property("CPU", PRECISION).get_type_name() == "bf16" else "f32"
 
 
-def in_bf16(model: Any) -> None:
-    """Rounds the inputs of every attention over :data:`LONG` pairs or more to bf16, in place.
+def as_products(model: Any, half: bool = False) -> None:
+    """Writes every attention of fixed sizes as softmax(q k^T) v, in place.
 
-    Queries are scaled in float32 first: OpenVINO would round them, scale them in bf16, and so round them twice.
+    OpenVINO does that by itself, but then moves the channels of all keys behind their tokens in memory, a tenth of
+    attention's time; written like this it reads them where they are.
 
     Args:
-        model: an ``openvino.Model`` of fixed sizes; with open ones OpenVINO cuts digits off instead of rounding.
+        model: an ``openvino.Model``; attention of open sizes stays as it is, and so does causal attention.
+        half: rounds the inputs of attention over :data:`LONG` pairs or more to bf16, unless its queries and keys
+            have 8 bits. With open sizes OpenVINO would cut digits off instead of rounding.
     """
     import openvino as ov
-    import openvino.opset13 as op
-
-    def half(x: Any, factor: Any = None) -> Any:
-        """In bf16; rounded before heads are moved, which is then half the work, and joins that of the layer before."""
-        node = x.get_node()
-        if node.get_type_name() == "Transpose":
-            return op.transpose(half(node.input_value(0), factor), node.input_value(1)).output(0)
-        x = x if factor is None else op.multiply(x, factor).output(0)
-        return op.convert(x, "bf16").output(0) if x.get_element_type().get_type_name() == "f32" else x
 
     for node in model.get_ordered_ops():
-        if node.get_type_name() != "ScaledDotProductAttention":
+        if node.get_type_name() != KIND or node.get_attributes()["causal"]:
             continue
-        q, k, v, *rest = (port.get_source_output() for port in node.inputs())
-        queries, keys, channels = q.get_partial_shape()[2], k.get_partial_shape()[2], q.get_partial_shape()[3]
-        if queries.is_dynamic or keys.is_dynamic or queries.get_length() * keys.get_length() < LONG:
+        shapes = [port.get_partial_shape() for port in node.inputs()[:3]]
+        if any(shape.is_dynamic for shape in shapes):
             continue
-        mask = rest[0] if rest else op.constant(np.float32(0)).output(0)
-        scale = rest[1] if len(rest) > 1 else op.constant(np.float32(channels.get_length() ** -0.5))
-        y = op.scaled_dot_product_attention(
-            half(q, scale), half(k), half(v), half(mask),
-            half(op.constant(np.float32(1)).output(0)), causal=node.get_attributes()["causal"],
-        )  # fmt: skip
+        y = _products(node, half and int(shapes[0][-2].get_length() * shapes[1][-2].get_length()) >= LONG)
         y.set_friendly_name(node.get_friendly_name())
-        # Back in float32 only where heads lie beside each other again, in the pass of whatever comes next.
         last = node
-        while len(users := last.output(0).get_target_inputs()) == 1:
-            following = next(iter(users)).get_node()
-            if (kind := following.get_type_name()) not in ("Transpose", "Reshape"):
-                break
-            last = following
-            order, same = last.input_value(1), last.get_attributes().get("special_zero")
-            y = op.transpose(y, order) if kind == "Transpose" else op.reshape(y, order, same)
-            y.set_friendly_name(last.get_friendly_name())
-        ov.utils.replace_node(last, op.convert(y, "f32"))
+        if y.get_element_type().get_type_name() == "bf16":
+            y, last = _moved(y, node)
+        ov.utils.replace_node(last, y)
+
+
+def rounded_attentions(model: Any) -> int:
+    """How many attentions of an ``openvino.Model``, as exported, multiply 8-bit queries and keys."""
+    nodes = (node for node in model.get_ops() if node.get_type_name() == KIND)
+    return sum(_is_rounded(node.input_value(0)) and _is_rounded(node.input_value(1)) for node in nodes)
+
+
+def multiplying(compiled: Any) -> int:
+    """In how many attentions of an ``openvino.CompiledModel`` queries and keys are multiplied as integers."""
+    found = 0
+    for node in compiled.get_runtime_model().get_ops():
+        info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
+        one = info["layerType"] == "Subgraph" and KIND in info["originalLayersNames"]
+        found += (one or info["layerType"] == "MatMul") and info["runtimePrecision"] in ("i8", "u8")
+    return found
+
+
+def _is_rounded(x: Any) -> bool:
+    """Whether an ``openvino.Output`` of heads has 8-bit codes behind it."""
+    node = x.get_node()
+    while node.get_type_name() in MOVES:
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "FakeQuantize")
+
+
+def _products(node: Any, half: bool) -> Any:
+    """softmax(q k^T scale + mask) v for the inputs of an attention node."""
+    import openvino.opset13 as op
+
+    q, k, v, *rest = (port.get_source_output() for port in node.inputs())
+    scale = rest[1] if len(rest) > 1 else op.constant(np.float32(q.get_partial_shape()[-1].get_length() ** -0.5))
+    if _is_rounded(q) and _is_rounded(k):
+        scores = op.multiply(op.matmul(q, k, False, True), scale)
+        half = False
+    elif half:
+        # Queries are scaled in float32: OpenVINO would round them, scale them in bf16, and so round them twice.
+        q, k, v = _half(q, scale), _half(k), _half(v)
+        scores = op.matmul(q, k, False, True)
+    else:
+        scores = op.matmul(op.multiply(q, scale), k, False, True)
+    if rest and len(rest[0].get_partial_shape()) > 0:
+        mask = rest[0]
+        if mask.get_element_type().get_type_name() == "boolean":
+            mask = op.select(mask, op.constant(np.float32(0)), op.constant(np.float32(-np.inf))).output(0)
+        scores = op.add(scores, _half(mask) if half else mask)
+    return op.matmul(op.softmax(scores, -1), v, False, False)
+
+
+def _half(x: Any, factor: Any = None) -> Any:
+    """In bf16; rounded before heads are moved, which is then half the work, and joins that of the layer before."""
+    import openvino.opset13 as op
+
+    node = x.get_node()
+    if node.get_type_name() == "Transpose":
+        return op.transpose(_half(node.input_value(0), factor), node.input_value(1)).output(0)
+    x = x if factor is None else op.multiply(x, factor).output(0)
+    return op.convert(x, "bf16").output(0) if x.get_element_type().get_type_name() == "f32" else x
+
+
+def _moved(y: Any, node: Any) -> tuple[Any, Any]:
+    """``y``, moved as the output of ``node`` is, in float32 only then: in the pass of whatever comes next.
+
+    Returns:
+        The new node, and the last one that it stands for.
+    """
+    import openvino.opset13 as op
+
+    last = node
+    while len(users := last.output(0).get_target_inputs()) == 1:
+        following = next(iter(users)).get_node()
+        if (kind := following.get_type_name()) not in MOVES:
+            break
+        last = following
+        order, same = last.input_value(1), last.get_attributes().get("special_zero")
+        y = op.transpose(y, order) if kind == "Transpose" else op.reshape(y, order, same)
+        y.set_friendly_name(last.get_friendly_name())
+    return op.convert(y, "f32"), last

@@ -47,7 +47,7 @@ class CompiledStack(nn.Module):
         lost = _samples_with_nan(feed.values())
         outputs = []
         for i in range(self.segment.outputs):
-            output = torch.from_numpy(results[i])
+            output = results[i]
             if lost is not None and len(lost) == len(output):
                 output[lost] = torch.nan
             outputs.append(output.to(first.dtype) if first.is_floating_point() else output)

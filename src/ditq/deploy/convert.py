@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.arguments import filled
+from ditq.deploy import scores
 from ditq.deploy.capture import BlockCall, returned
 from ditq.engines.openvino.graph import Builder
 from ditq.engines.openvino.linear import LinearSpec, emulate
@@ -23,6 +24,7 @@ _linears: ContextVar[tuple[Sequence[LinearSpec], int, bool]] = ContextVar("ditq_
 
 _library = torch.library.Library("ditq", "FRAGMENT")
 _library.define("openvino_linear(Tensor x, int index) -> Tensor")
+_library.define("openvino_codes(Tensor x, float scale) -> Tensor")
 
 
 def _openvino_linear(x: Tensor, index: int) -> Tensor:
@@ -30,7 +32,12 @@ def _openvino_linear(x: Tensor, index: int) -> Tensor:
     return emulate(x, linears[index], group_size, torch.float32, rounded)
 
 
+def _openvino_codes(x: Tensor, scale: float) -> Tensor:
+    return scores.emulate(x, scale) if _linears.get()[2] else x.clone()
+
+
 _library.impl("openvino_linear", _openvino_linear, "CompositeExplicitAutograd")
+_library.impl("openvino_codes", _openvino_codes, "CompositeExplicitAutograd")
 
 
 class _Stub(nn.Module):
@@ -51,19 +58,28 @@ class Chain(nn.Module):
         example: a call of the first block; its arguments that are no tensors are constants.
         link: which output of a block is which argument of the next.
         names: of the tensor arguments, in the order in which this function takes them.
+        largest: of the queries and keys of every attention in turn, where they are rounded.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], example: BlockCall, link: Mapping[str, int], names: Sequence[str]):
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        example: BlockCall,
+        link: Mapping[str, int],
+        names: Sequence[str],
+        largest: scores.Largest = (),
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.example, self.link, self.names = example, dict(link), list(names)
+        self.example, self.link, self.names, self.largest = example, dict(link), list(names), largest
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, tensors, strict=True))
         outputs: tuple[Tensor, ...] = ()
-        for block in self.blocks:
-            outputs, _ = returned(block(**filled(self.example.arguments, given)), "a block")
-            given |= {name: outputs[i] for name, i in self.link.items()}
+        with scores.rounding(self.largest):
+            for block in self.blocks:
+                outputs, _ = returned(block(**filled(self.example.arguments, given)), "a block")
+                given |= {name: outputs[i] for name, i in self.link.items()}
         return outputs
 
 
@@ -148,6 +164,7 @@ def graph(
     # ov.convert_model would do the same, and send statistics of its use to its makers.
     frontend = FrontEndManager().load_by_framework("pytorch")
     frontend.add_extension(ConversionExtension("ditq::openvino_linear", convert))
+    frontend.add_extension(ConversionExtension("ditq::openvino_codes", scores.convert))
     decoder = TorchScriptPythonDecoder(traced)  # must outlive the conversion
     model = frontend.convert(frontend.load(decoder))
     for port, name in zip(model.inputs, inputs, strict=True):

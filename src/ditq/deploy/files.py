@@ -9,7 +9,8 @@ from typing import Any
 
 from ditq.deploy.constants import keep_bf16, shrink
 from ditq.deploy.manifest import FILE, Segment
-from ditq.deploy.program import Program, Shapes
+from ditq.deploy.options import Shapes
+from ditq.deploy.program import Program
 from ditq.deploy.rewrite import rewrite
 from ditq.engines.openvino.probe import core
 from ditq.errors import CheckpointError, UsageError

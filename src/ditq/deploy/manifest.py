@@ -65,6 +65,7 @@ class Segment(_Strict):
         returns: what a call returns the ``outputs`` tensors in.
         digests: of the graph's files, see :func:`ditq.deploy.openvino.digest`.
         kept: modules of the first block that the model calls too; they stay torch modules.
+        attentions: how many of them multiply queries and keys of 8 bits.
     """
 
     place: Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]
@@ -77,6 +78,7 @@ class Segment(_Strict):
     kept: tuple[str, ...] = Field(strict=False)
     digests: dict[Annotated[str, Field(pattern=r"^[\w.]+$")], str]
     layers: tuple[Layer, ...] = Field(strict=False)
+    attentions: Annotated[int, Field(ge=0)] = 0
 
 
 class Manifest(_Strict):

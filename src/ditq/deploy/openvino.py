@@ -14,14 +14,16 @@ from torch import nn
 from ditq.architectures import Architecture
 from ditq.arguments import parameters
 from ditq.deploy import files
-from ditq.deploy.attention import Attention, resolved
+from ditq.deploy.attention import resolved
 from ditq.deploy.calls import variations
 from ditq.deploy.capture import capture
 from ditq.deploy.compiled import CompiledStack
 from ditq.deploy.convert import linear_spec
 from ditq.deploy.manifest import Manifest, Segment
-from ditq.deploy.program import Program, Shapes
+from ditq.deploy.options import Attention, Shapes
+from ditq.deploy.program import Program
 from ditq.deploy.report import Report, examine, some
+from ditq.deploy.scores import Largest
 from ditq.deploy.segment import parts, write_segment
 from ditq.deploy.threads import one_thread
 from ditq.engines.openvino import ENGINE
@@ -38,6 +40,7 @@ def export(
     call: Mapping[str, Any],
     folder: str | Path,
     *,
+    largest: Mapping[str, Largest] | None = None,
     allow_float: bool = False,
 ) -> Report:
     """Writes the blocks of a transformer that ditq has quantized as OpenVINO graphs; the model stays as it is.
@@ -48,6 +51,8 @@ def export(
     Args:
         call: keyword arguments of one call of the model, see :func:`ditq.deploy.calls.record`.
         folder: an existing folder; gets a graph for every stack and a small JSON file.
+        largest: of the queries and keys of every block, which are then rounded to 8 bits, see
+            :func:`ditq.deploy.scores.observed`.
         allow_float: takes layers whose shape keeps OpenVINO from multiplying integers, and models without any.
 
     Returns:
@@ -74,7 +79,7 @@ def export(
         for stack in architecture.stacks:
             first, second = (capture(model, stack, c) for c in variations(call, architecture, model))
             for part in parts(model, stack, first, second):
-                segment, check = write_segment(part, folder, specs, reasons, width)
+                segment, check = write_segment(part, folder, specs, reasons, width, largest)
                 segments.append(segment)
                 programs.append(files.program(folder, segment, config))
                 in_floats = files.program(folder, segment, compile_config(0), change=unrounded)
@@ -108,8 +113,7 @@ def load(
             (compiled models are kept there), ``INFERENCE_PRECISION_HINT`` (``bf16`` is faster on CPUs that have
             it, and rounds everything between the linears).
         shapes: "static" compiles anew for the sizes of a call, see :class:`ditq.deploy.program.Program`.
-        attention: "bf16" computes it in bf16 where it is long and sizes are fixed (``shapes="static"``), "auto" does
-            so on CPUs with the instructions for it.
+        attention: see :mod:`ditq.deploy.options`; "int8" was chosen at export, here it is as "auto".
         allow_float: takes layers that this machine cannot execute on integers.
 
     Raises:
@@ -123,7 +127,7 @@ def load(
     for segment in manifest.segments:
         _check_place(model, segment)
     config = compile_config(manifest.group_size, properties)
-    half = resolved(attention) == "bf16"
+    half = resolved(attention) == "bf16" and config[PRECISION] != "bf16"  # where all is in bf16 anyway
     programs = [files.program(folder, segment, config, shapes, half=half) for segment in manifest.segments]
     report = examine(manifest, programs, config[PRECISION], allow_float)
     for segment, program in zip(manifest.segments, programs, strict=True):
@@ -141,11 +145,12 @@ def compile_in_place(
     properties: Mapping[str, str | int] | None = None,
     shapes: Shapes = "dynamic",
     attention: Attention = "f32",
+    largest: Mapping[str, Largest] | None = None,
     allow_float: bool = False,
 ) -> Report:
     """:func:`export` and :func:`load` without a folder that stays. Arguments and errors as there."""
     with tempfile.TemporaryDirectory(prefix="ditq-") as folder:
-        export(model, architecture, call, folder, allow_float=allow_float)
+        export(model, architecture, call, folder, largest=largest, allow_float=allow_float)
         # Elsewhere than on Windows a deleted file stays mapped, and mapped weights need no memory of their own.
         extra = {files.MMAP: "NO"} if os.name == "nt" else {}
         options = {**(properties or {}), **extra}

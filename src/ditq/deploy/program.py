@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from ditq.deploy.attention import in_bf16
+from ditq.deploy.attention import as_products
+from ditq.deploy.options import Shapes
 from ditq.engines.openvino.probe import core
+from ditq.engines.openvino.settings import PRECISION
 
 logger = logging.getLogger(__name__)
-
-Shapes = Literal["dynamic", "static"]
 
 # Sizes that a static program compiles for before it gives up: compiling takes seconds.
 MOST_SIZES = 4
@@ -32,6 +34,9 @@ class Program:
     sizes goes back to one graph for all of them. ``half`` has attention over many keys computed in bf16, in graphs
     that are compiled for a size.
 
+    With the hint of bf16 outputs are in bf16 too: OpenVINO keeps whatever adds up to an output in its type, which
+    for a stack of blocks is the whole residual stream, and then converts it forth and back around every layer.
+
     Outputs are copies. A lock serializes calls from several threads, since a request of OpenVINO serves one.
     """
 
@@ -43,17 +48,19 @@ class Program:
         constants = (node for node in graph.get_ops() if node.get_type_name() == "Constant")
         self.small = sum(node.get_byte_size() for node in constants) <= SMALL
         self._lock = threading.Lock()
+        if self.config.get(PRECISION) == "bf16":
+            _give_bf16(graph)
         self._use(core().compile_model(graph, "CPU", self.config))
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Any]:
-        """Runs once; the outputs as arrays."""
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Runs once."""
         with self._lock:
             if self._graph is not None:
                 self._fit({name: tuple(x.shape) for name, x in inputs.items()})
             # Inputs are read where they are; outputs are copied, the next call overwrites them.
             feed = {name: x.numpy() for name, x in inputs.items()}
-            results = self._request.infer(feed, share_inputs=True, share_outputs=False)
-        return [results[i] for i in range(len(results))]
+            self._request.infer(feed, share_inputs=True, share_outputs=True)
+            return [_copied(self._request.get_output_tensor(i)) for i in range(len(self.compiled.outputs))]
 
     def _use(self, compiled: Any) -> None:
         self.compiled = compiled
@@ -79,8 +86,7 @@ class Program:
         else:
             graph = graph.clone()
             graph.reshape({name: ov.PartialShape(list(shape)) for name, shape in sizes.items()})
-            if self._half:
-                in_bf16(graph)
+            as_products(graph, self._half)
             self._compilations += 1
         if not self.small:
             self._kept.clear()
@@ -88,3 +94,20 @@ class Program:
         self._use(core().compile_model(graph, "CPU", self.config))
         if self._graph is not None:
             self._kept[key] = self.compiled
+
+
+def _give_bf16(graph: Any) -> None:
+    """Converts the float outputs of an ``openvino.Model`` to bf16, in place."""
+    import openvino.opset13 as op
+
+    for result in graph.get_results():
+        if result.get_element_type().get_type_name() == "f32":
+            result.input(0).replace_source_output(op.convert(result.input_value(0), "bf16").output(0))
+    graph.validate_nodes_and_infer_types()
+
+
+def _copied(tensor: Any) -> Tensor:
+    """An ``openvino.Tensor`` as torch's own; numpy has no bf16."""
+    if tensor.element_type.get_type_name() == "bf16":
+        return torch.from_numpy(tensor.data.view(np.int16)).view(torch.bfloat16).clone()
+    return torch.from_numpy(tensor.data).clone()

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ditq.deploy.attention import multiplying
 from ditq.deploy.manifest import Layer, Manifest
 from ditq.deploy.program import Program
 from ditq.engines.openvino.probe import Execution, execution, multiplies
@@ -19,11 +20,13 @@ class Report:
     Attributes:
         executions: "int8" or "float" for each layer of ``layers``, by name.
         group_size: channels of a token that share an activation scale where OpenVINO rounds the input.
+        attentions: how many multiply 8-bit queries and keys.
     """
 
     layers: tuple[Layer, ...]
     executions: dict[str, Execution]
     group_size: int
+    attentions: int = 0
 
     def summary(self) -> str:
         """A few lines of text: counts, then the layers that multiply floats, and why."""
@@ -35,6 +38,8 @@ class Report:
             finer = [layer for layer in integer if layer.activations == "plugin"]
             if finer:
                 line += f"; {len(finer)} have an activation scale for each token and {self.group_size} channels"
+        if self.attentions:
+            line += f"; {self.attentions} attentions multiply 8-bit queries and keys"
         reasons: dict[str, list[str]] = {}
         for layer in self.layers:
             if self.executions[layer.name] == "float":
@@ -54,11 +59,19 @@ def examine(manifest: Manifest, programs: Iterable[Program], precision: str, all
     kernel (a pass that expands them to floats would be seen there).
 
     Raises:
-        DitqError: a layer with 8-bit activations would be executed in floats, and that is not allowed.
+        DitqError: a layer with 8-bit activations, or an attention with 8-bit queries and keys, would be executed in
+            floats, and that is not allowed.
     """
     executions: dict[str, Execution] = {}
     failed: dict[str, list[str]] = {}
+    attentions = 0
     for segment, program in zip(manifest.segments, programs, strict=True):
+        attentions += (multiplied := min(multiplying(program.compiled), segment.attentions))
+        if multiplied < segment.attentions and not allow_float:
+            raise DitqError(
+                f"On this CPU OpenVINO multiplies queries and keys as floats in {segment.attentions - multiplied} of "
+                f"{segment.attentions} attentions of {segment.place}. Export with another attention than int8."
+            )
         intact = multiplies(
             program.compiled, {layer.name: layer.kernel for layer in segment.layers if layer.kernel is not None}
         )
@@ -85,4 +98,4 @@ def examine(manifest: Manifest, programs: Iterable[Program], precision: str, all
             f"integers: {some(names)} ({kernel_name}). Keep them in 16 bit, or allow floats (allow_float=True)."
         )
     layers = tuple(layer for segment in manifest.segments for layer in segment.layers)
-    return Report(layers, executions, manifest.group_size)
+    return Report(layers, executions, manifest.group_size, attentions)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ditq.arguments import leaves, parameters
 from ditq.deploy import files
+from ditq.deploy.attention import rounded_attentions
 from ditq.deploy.capture import BlockCall, StackCall
 from ditq.deploy.convert import Chain, emulated, graph, traceable
 from ditq.deploy.manifest import Input, Layer, Plain, Segment
 from ditq.deploy.program import Program
+from ditq.deploy.scores import Largest
 from ditq.engines.openvino.linear import LinearSpec
 from ditq.errors import DitqError
 from ditq.layers import TimestepLinear
@@ -55,7 +57,7 @@ class Check:
             except RuntimeError as error:
                 raise DitqError(f"{wrong}: it takes inputs of one size only ({files.first_line(error)}).") from error
             for i, exact in enumerate(self.exact):
-                difference = relative_error(exact, torch.from_numpy(results[i]))
+                difference = relative_error(exact, results[i])
                 limit = TOLERANCE + share * self.rounding[i]
                 if not difference < limit:
                     raise DitqError(
@@ -107,12 +109,14 @@ def write_segment(
     specs: Mapping[str, LinearSpec] | None = None,
     reasons: Mapping[str, str] | None = None,
     group_size: int = 0,
+    largest: Mapping[str, Largest] | None = None,
 ) -> tuple[Segment, Check]:
     """Converts a part into one graph and writes it.
 
     Args:
         specs: the quantized linears of the model, by name.
         reasons: why some of them have 16-bit activations although their plan says 8.
+        largest: of queries and keys, by blocks, where these are rounded (:func:`ditq.deploy.scores.observed`).
 
     Raises:
         DitqError: the blocks are called in a way that a graph cannot be.
@@ -136,10 +140,12 @@ def write_segment(
     shapes = {name: _open_shape(given[name], varied[name]) for name in tensors}
     inputs, check = ({name: _plain(values[name]) for name in tensors} for values in (given, varied))
     linears = [spec for name, spec in specs.items() if name.startswith(tuple(f"{block}." for block in part.blocks))]
-    chain = Chain(list(part.blocks.values()), call, part.link, tensors)
+    attentions = [found for block in part.blocks for found in (largest or {}).get(block, ())]
+    chain = Chain(list(part.blocks.values()), call, part.link, tensors, attentions)
     with traceable(part.blocks, linears):
         with emulated(linears, group_size):
-            digests = files.write(graph(chain, inputs, shapes, linears, group_size), folder, place)
+            model = graph(chain, inputs, shapes, linears, group_size)
+            digests = files.write(model, folder, place)
             rounded = chain(*check.values())
         with emulated(linears, group_size, rounded=False):
             exact = chain(*check.values())
@@ -154,6 +160,7 @@ def write_segment(
         returns=call.returns,
         kept=part.kept,
         layers=tuple(_layers(part.blocks, specs, reasons)),
+        attentions=rounded_attentions(model),
     )
     return segment, Check(check, exact, tuple(map(relative_error, exact, rounded)))
 
