@@ -2,7 +2,8 @@
 
 ``python benchmarks/cpu/pictures.py`` draws the same prompts from the same noise with every pipeline in turn: 16-bit
 weights in torch (fp32 and bf16), and each recipe by the torch engine and by OpenVINO (in fp32 between the layers, and
-in bf16 where the CPU has it), there as ``ditq export --whole-pipeline`` leaves it. Text encoder, sampler and decoder
+in bf16 where the CPU has it; static recipes also with int8 attention), there as ``ditq export --whole-pipeline``
+leaves it. Text encoder, sampler and decoder
 are included. It writes ``benchmarks/results/cpu_pictures_MODEL.json`` and a bar plot; the milliseconds there are per
 picture. ``psnr_db`` compares a row with the torch engine's pictures of the same plan,
 ``psnr_fp32_db`` with the fp32 pictures.
@@ -23,7 +24,7 @@ from _variants import has_bf16, openvino_bytes
 import ditq
 from ditq import api, architectures
 from ditq.calibration import calibrate
-from ditq.deploy.options import Shapes
+from ditq.deploy.options import Attention, Shapes
 from ditq.metrics.fidelity import psnr_db
 from ditq.recipe import Calibration, load
 from ditq.sampling import Samples, sample
@@ -39,19 +40,27 @@ def pipelines(model: str, recipes: list[str], calibration: list[str], seed: int,
     if any(load(recipe).needs_calibration for recipe in recipes):
         settings = Calibration(prompts=len(calibration))
         found = calibrate(out["torch fp32"], arch, calibration, settings, seed=seed)
-    hints = {"torch engine": None, "OpenVINO": "f32", **({"OpenVINO bf16": "bf16"} if has_bf16() else {})}
+    hints = ("f32", "bf16") if has_bf16() else ("f32",)
     for recipe in recipes:
-        for engine, hint in hints.items():
+
+        def quantized(recipe: str = recipe) -> Any:
             pipe = api.load(model)
             ditq.quantize(pipe, recipe, statistics=found, seed=seed)
-            if hint:
-                pipe = exported(pipe, shapes, hint)
-            out[f"ditq {recipe}, {engine}"] = pipe
+            return pipe
+
+        out[f"ditq {recipe}, torch engine"] = quantized()
+        for hint in hints:
+            name = f"ditq {recipe}, OpenVINO{'' if hint == 'f32' else ' bf16'}"
+            out[name] = exported(quantized(), shapes, hint)
+            if "static" in recipe:
+                out[f"{name}, int8 attention"] = exported(quantized(), shapes, hint, "int8", calibration)
     trim()
     return out
 
 
-def exported(pipe: Any, shapes: Shapes, hint: str) -> Any:
+def exported(
+    pipe: Any, shapes: Shapes, hint: str, attention: Attention = "auto", prompts: list[str] | None = None
+) -> Any:
     """The pipeline as OpenVINO runs all of it."""
     options: dict[str, str | int] = {
         "INFERENCE_PRECISION_HINT": hint,
@@ -60,7 +69,9 @@ def exported(pipe: Any, shapes: Shapes, hint: str) -> Any:
     with tempfile.TemporaryDirectory(prefix="ditq-bench-") as folder:
         source, out = Path(folder) / "quantized", Path(folder) / "exported"
         pipe.save_pretrained(source)
-        ditq.export(source, out, shapes=shapes, whole_pipeline=True, options=options)
+        ditq.export(
+            source, out, shapes=shapes, attention=attention, prompts=prompts, whole_pipeline=True, options=options
+        )
         return api.load(out)
 
 
@@ -119,7 +130,9 @@ def psnr(r: Row, drawn: dict[str, list[Samples]]) -> dict[str, float]:
         return statistics.mean(psnr_db(a, b) for x, y in batches for a, b in zip(x.images, y.images, strict=True))
 
     found = {} if r.name == "torch fp32" else {"fp32": mean("torch fp32")}
-    twin = r.name.replace("OpenVINO bf16", "OpenVINO").replace("OpenVINO", "torch engine")
+    if not r.name.startswith("ditq"):
+        return found
+    twin = r.name.partition(", ")[0] + ", torch engine"
     return found if twin == r.name else {**found, "torch engine": mean(twin)}
 
 

@@ -14,6 +14,7 @@ from ditq.sampling import sample
 if (reason := ENGINE.why_unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
+from ditq.deploy import scores
 from ditq.deploy.calls import record
 from ditq.deploy.openvino import compile_in_place
 
@@ -34,3 +35,17 @@ def test_emoji_pictures_are_those_of_the_torch_engine(recipe: str, storage: str,
     assert report.group_size == width
     again = sample(pipe, arch, prompts, steps=8)
     assert compare(drawn, again).metrics["psnr_db"].mean > 40
+
+
+def test_emoji_pictures_with_queries_and_keys_in_8_bits() -> None:
+    pipe = api.load("bundled:emoji-t2i")
+    arch = architectures.match(pipe.transformer)
+    prompts, calibration = (ditq_bundled.prompts("emoji-t2i", part)[:4] for part in ("evaluation", "calibration"))
+    ditq.quantize(pipe, "smoothquant-static-w8a8", prompts=calibration, overrides=SHORT[:2])
+    drawn = sample(pipe, arch, prompts, steps=8)
+    largest = scores.drawn(pipe, arch, calibration)
+    report = compile_in_place(pipe.transformer, arch, record(pipe, arch, prompts[:1]), largest=largest)
+    assert report.attentions == 2 * len(largest) == 16
+    assert {*report.executions.values()} == {"int8"}
+    again = sample(pipe, arch, prompts, steps=8)
+    assert 30 < compare(drawn, again).metrics["psnr_db"].mean < 60  # close, and not the same: they were rounded

@@ -37,7 +37,9 @@ def as_products(model: Any, half: bool = False) -> None:
     """Writes every attention of fixed sizes as softmax(q k^T) v, in place.
 
     OpenVINO does that by itself, but then moves the channels of all keys behind their tokens in memory, a tenth of
-    attention's time; written like this it reads them where they are.
+    attention's time; written like this it reads them where they are. And where there are as many queries as heads (16
+    frames and 16 heads of Latte) OpenVINO 2026.4 mixes them up when it joins their exchange with the product; with an
+    axis more it leaves both alone.
 
     Args:
         model: an ``openvino.Model``; attention of open sizes stays as it is, and so does causal attention.
@@ -90,21 +92,27 @@ def _products(node: Any, half: bool) -> Any:
 
     q, k, v, *rest = (port.get_source_output() for port in node.inputs())
     scale = rest[1] if len(rest) > 1 else op.constant(np.float32(q.get_partial_shape()[-1].get_length() ** -0.5))
-    if _is_rounded(q) and _is_rounded(k):
-        scores = op.multiply(op.matmul(q, k, False, True), scale)
-        half = False
-    elif half:
-        # Queries are scaled in float32: OpenVINO would round them, scale them in bf16, and so round them twice.
-        q, k, v = _half(q, scale), _half(k), _half(v)
-        scores = op.matmul(q, k, False, True)
-    else:
-        scores = op.matmul(op.multiply(q, scale), k, False, True)
-    if rest and len(rest[0].get_partial_shape()) > 0:
-        mask = rest[0]
-        if mask.get_element_type().get_type_name() == "boolean":
-            mask = op.select(mask, op.constant(np.float32(0)), op.constant(np.float32(-np.inf))).output(0)
-        scores = op.add(scores, _half(mask) if half else mask)
-    return op.matmul(op.softmax(scores, -1), v, False, False)
+    mask = rest[0] if rest and len(rest[0].get_partial_shape()) > 0 else None
+    if mask is not None and mask.get_element_type().get_type_name() == "boolean":
+        mask = op.select(mask, op.constant(np.float32(0)), op.constant(np.float32(-np.inf))).output(0)
+    rounded = _is_rounded(q) and _is_rounded(k)
+    half = half and not rounded
+    # A static scale of codes stays behind their product. Queries of 16 bits are scaled in float32: OpenVINO would
+    # round them, scale them in bf16, and so round them twice.
+    before, after = (None, scale) if rounded else (scale, None)
+    if half:
+        q, k, v, mask = _half(q, before), _half(k), _half(v), None if mask is None else _half(mask)
+    elif before is not None:
+        q = op.multiply(q, before).output(0)
+    shape = q.get_partial_shape()
+    confused = len(shape) > 3 and shape[-3] == shape[-2]
+    if confused:
+        q, k, v = (op.unsqueeze(x, op.constant(0)).output(0) for x in (q, k, v))
+    scores = op.matmul(q, k, False, True)
+    scores = scores if after is None else op.multiply(scores, after)
+    scores = scores if mask is None else op.add(scores, mask)
+    y = op.matmul(op.softmax(scores, -1), v, False, False)
+    return op.squeeze(y, op.constant(0)) if confused else y
 
 
 def _half(x: Any, factor: Any = None) -> Any:

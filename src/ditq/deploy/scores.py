@@ -22,7 +22,7 @@ from ditq.deploy.attention import MOVES
 from ditq.errors import UsageError
 from ditq.numerics import code_range
 from ditq.recipe import Calibration
-from ditq.sampling import sample
+from ditq.sampling import draws_videos, sample
 
 BOTTOM, TOP = code_range(8, True)
 
@@ -99,6 +99,7 @@ def drawn(
     with observed(pipe.transformer, architecture) as found:
         sample(
             pipe, architecture, conditions, seed=seed + NOISE_OFFSET, steps=Calibration().steps, decode=False,
+            batch_size=1 if draws_videos(pipe) else 8,
             on_batch=None if progress is None else lambda done: progress("calibrate attention", done, len(conditions)),
         )  # fmt: skip
     if not found:
