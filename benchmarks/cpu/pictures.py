@@ -3,10 +3,9 @@
 ``python benchmarks/cpu/pictures.py`` draws the same prompts from the same noise with every pipeline in turn: 16-bit
 weights in torch (fp32 and bf16), and each recipe by the torch engine and by OpenVINO (in fp32 between the layers, and
 in bf16 where the CPU has it; static recipes also with int8 attention), there as ``ditq export --whole-pipeline``
-leaves it. Text encoder, sampler and decoder
-are included. It writes ``benchmarks/results/cpu_pictures_MODEL.json`` and a bar plot; the milliseconds there are per
-picture. ``psnr_db`` compares a row with the torch engine's pictures of the same plan,
-``psnr_fp32_db`` with the fp32 pictures.
+leaves it. Text encoder, sampler and decoder are included. It writes ``benchmarks/results/cpu_pictures_MODEL.json``
+and a bar plot; the milliseconds there are per picture. ``psnr_db`` compares a row with the fp32 pictures, and with
+the torch engine's of the same plan.
 """
 
 from __future__ import annotations

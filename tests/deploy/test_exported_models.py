@@ -105,11 +105,6 @@ def sizes(name: str) -> list[dict[str, Any]]:
     return out
 
 
-@pytest.fixture(scope="module", params=["pixart", "dit"])
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def torch_model(name: str) -> nn.Module:
     return quantized(name)

@@ -20,7 +20,7 @@ from ditq.architectures import Architecture
 from ditq.calibration.run import NOISE_OFFSET
 from ditq.deploy.attention import MOVES
 from ditq.errors import UsageError
-from ditq.numerics import code_range
+from ditq.numerics import code_range, fake_quantize
 from ditq.recipe import Calibration
 from ditq.sampling import draws_videos, sample
 
@@ -129,8 +129,10 @@ def rounding(largest: Largest) -> Iterator[None]:
 
 
 def emulate(x: Tensor, scale: float) -> Tensor:
-    """``x`` rounded to 8-bit codes with one scale, and back."""
-    return (x / scale).round().clamp(BOTTOM, TOP) * scale
+    """``x`` [..., channels] rounded to 8-bit codes with one scale, and back."""
+    one = torch.tensor([[scale]], device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    return fake_quantize(rows, 8, symmetric=True, granularity="tensor", scale=one).reshape(x.shape)
 
 
 def convert(context: Any) -> Any:
