@@ -14,6 +14,7 @@ from ditq.architectures import Architecture
 from ditq.calibration import Statistics
 from ditq.calibration.capture import Capture
 from ditq.plan import LayerPlan, TensorFormat
+from ditq.recipe import load as load_recipe
 
 WORDS = "<pad> </s> <unk> a red green blue small big cat dog house tree on in the snow sea".split()
 PROMPTS = ["a red cat", "the big dog on the sea", "a small house in the snow", "blue tree"]
@@ -21,6 +22,12 @@ CLASSES = ["3", "7", "11", "0"]
 
 # Parts of the names of layers that write to the residual stream.
 RESIDUAL = (".attn", ".cross_attn", ".ff.", ".ff_context.", ".ffn.", ".mlp.", ".proj_mlp.", ".proj_out.")
+
+
+def alphas(recipe: str) -> list[str]:
+    """An override for few choices of alpha, where the recipe smooths at all."""
+    return ["balance.alpha=[0.3, 0.6]"] if load_recipe(recipe).balance.smooth else []
+
 
 # ------------------------------------------------------------------------------------- transformers
 

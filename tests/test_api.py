@@ -9,7 +9,19 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from helpers import CONDITIONS, PIPELINES, PROMPTS, QUICK, draw, example_inputs, run, tiny_dit, tiny_model, tiny_pixart
+from helpers import (
+    CONDITIONS,
+    PIPELINES,
+    PROMPTS,
+    QUICK,
+    alphas,
+    draw,
+    example_inputs,
+    run,
+    tiny_dit,
+    tiny_model,
+    tiny_pixart,
+)
 
 import ditq
 from ditq.api import new_folder, read_plan
@@ -34,7 +46,7 @@ def left_over(folder: Path) -> list[str]:
 def test_quantized_pipeline_saved_and_reloaded_draws_the_same_picture(recipe: str, name: str, tmp_path: Path) -> None:
     pipe = PIPELINES[name]()
     exact = draw(pipe)
-    overrides = [*QUICK, "balance.alpha=[0.3, 0.6]"]
+    overrides = [*QUICK, *alphas(recipe)]
     result = ditq.quantize(pipe, recipe, prompts=CONDITIONS[name], overrides=overrides)
     assert result.model is pipe.transformer
     assert result.plan.recipe == recipe
@@ -137,7 +149,7 @@ def test_missing_prompts_say_what_to_pass() -> None:
 @pytest.mark.parametrize(
     ("pipe", "recipe", "kwargs", "complaint"),
     [
-        (tiny_dit, "rtn-w9a9", {}, "Unknown recipe"),
+        (tiny_dit, "rtn-x8a8", {}, "Unknown recipe"),
         (tiny_dit, "rtn-w8a8", {"overrides": ["weights.bits=1"]}, "weights.bits"),
         (tiny_dit, "rtn-w8a8", {"architecture": "unet"}, "Unknown architecture"),
         (tiny_dit, "rtn-w8a8", {"architecture": "pixart"}, "pixart.*does not have"),

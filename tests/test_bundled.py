@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from helpers import alphas
 
 import ditq
 from ditq import api, architectures
@@ -17,7 +18,7 @@ from ditq.comparison import compare
 from ditq.sampling import sample
 
 PICTURES = ["emoji-class", "emoji-t2i"]
-SHORT = ("calibration.prompts=8", "calibration.steps=6", "calibration.rows=512", "balance.alpha=[0.3, 0.6]")
+SHORT = ("calibration.prompts=8", "calibration.steps=6", "calibration.rows=512")
 
 
 def few(name: str) -> list[str]:
@@ -84,7 +85,9 @@ def test_quantized_checkpoint_draws_the_same_as_in_memory_and_stays_close(
     options = {"steps": 8, "batch_size": 4}
     reference = sample(pipe, arch, few(name), **options)
     parameters = sum(p.numel() for p in pipe.transformer.parameters())
-    result = ditq.quantize(pipe, recipe, prompts=ditq_bundled.prompts(name, "calibration"), overrides=SHORT)
+    result = ditq.quantize(
+        pipe, recipe, prompts=ditq_bundled.prompts(name, "calibration"), overrides=[*SHORT, *alphas(recipe)]
+    )
     quantized = sample(pipe, arch, few(name), **options)
     assert compare(reference, quantized).metrics["psnr_db"].mean > psnr
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ditq.metrics.extractors.emoji import EmojiClassifier
+from ditq.metrics.networks.emoji import EmojiClassifier
 
 PICTURES = 885
 FOLDER = ditq_bundled.network("emoji-classifier")

@@ -18,10 +18,11 @@ from ditq.api import read_plan
 from ditq.cli.app import run
 from ditq.errors import CheckpointError, UsageError
 from ditq.metrics import psnr_db
+from ditq.openvino import runtime
 from ditq.sampling import fingerprint, sample
 
 pytest.importorskip("openvino")
-if (reason := __import__("ditq.engines.openvino", fromlist=["ENGINE"]).ENGINE.why_unavailable()) is not None:
+if (reason := runtime.why_unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 OPTIONS: dict[str, Any] = {"steps": 3, "guidance_scale": 3.0, "batch_size": 2}
@@ -122,7 +123,7 @@ def test_the_rest_of_the_pipeline_stays_whole(whole: tuple[str, str, Path, Path]
 
 
 def test_components_that_stay_in_torch_are_named(folders: tuple[str, Path, Path], tmp_path: Path) -> None:
-    from ditq.deploy import components
+    from ditq.openvino import components
 
     class Odd(torch.nn.Module):
         pass
@@ -236,9 +237,7 @@ def test_what_cannot_be_exported(
         api.export(source, tmp_path / "plain")
     assert run(["export", str(source), "--out", str(tmp_path / "out"), "--option", "THREADS"]) == 2
     assert "NAME=VALUE" in capsys.readouterr().err
-    from ditq.engines.openvino import ENGINE
-
-    monkeypatch.setattr(type(ENGINE), "why_unavailable", lambda _: "not installed: pip install 'ditq[openvino]'")
+    monkeypatch.setattr(runtime, "why_unavailable", lambda: "not installed: pip install 'ditq[openvino]'")
     assert run(["export", str(source), "--out", str(tmp_path / "out")]) == 1
     assert "ditq[openvino]" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

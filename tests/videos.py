@@ -112,14 +112,14 @@ def mochi() -> Any:
 
 
 def stdit() -> Any:
-    from ditq.architectures.opensora import OpenSoraPipeline
+    from ditq.models.opensora import OpenSoraPipeline
 
     scheduler = diffusers.DDPMScheduler(beta_schedule="linear", variance_type="learned_range", clip_sample=False)
     return _complete(OpenSoraPipeline, tiny_model("stdit"), tiny_vae(), scheduler)
 
 
 def stdit3() -> Any:
-    from ditq.architectures.opensora import OpenSora12Pipeline, OpenSoraVAE
+    from ditq.models.opensora import OpenSora12Pipeline, OpenSoraVAE
 
     torch.manual_seed(7)
     vae = OpenSoraVAE(
@@ -130,7 +130,7 @@ def stdit3() -> Any:
 
 
 def latte_class() -> Any:
-    from ditq.architectures.vchitect import LatteClassPipeline
+    from ditq.models.latte import LatteClassPipeline
 
     scheduler = diffusers.DDPMScheduler(beta_schedule="linear", variance_type="learned_range", clip_sample=False)
     pipe = LatteClassPipeline(tiny_vae(), tiny_model("latte-class"), scheduler)

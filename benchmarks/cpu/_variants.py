@@ -262,8 +262,8 @@ def ours(
     ditq.quantize(model, recipe, calibrate_with=calibrate, overrides=overrides)
     if engine == "torch":
         return torch_variant(model)
-    from ditq.deploy import scores
-    from ditq.deploy.openvino import compile_in_place
+    from ditq.openvino import attention_ranges as scores
+    from ditq.openvino.export import compile_in_place
 
     largest = None
     if attention == "int8":

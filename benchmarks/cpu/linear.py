@@ -54,9 +54,9 @@ def ours(case: Case, engine: str, bits: int, rotate: bool = False, group: int | 
     import openvino as ov
     import openvino.opset13 as op
 
-    from ditq.deploy.convert import linear_spec
-    from ditq.engines.openvino.graph import Builder
-    from ditq.engines.openvino.settings import compile_config, group_size
+    from ditq.openvino.convert import linear_spec
+    from ditq.openvino.graph import Builder
+    from ditq.openvino.settings import compile_config, group_size
 
     spec = linear_spec("linear", layer)
     x = op.parameter(list(case.call["x"].shape), ov.Type.f32)

@@ -23,8 +23,8 @@ from _variants import has_bf16, openvino_bytes
 import ditq
 from ditq import api, architectures
 from ditq.calibration import calibrate
-from ditq.deploy.options import Attention, Shapes
 from ditq.metrics.fidelity import psnr_db
+from ditq.openvino.options import Attention, Shapes
 from ditq.recipe import Calibration, load
 from ditq.sampling import Samples, sample
 

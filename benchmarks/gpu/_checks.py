@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ditq import architectures, engines
-from ditq.methods import quantize_model
+from ditq.conversion import quantize_model
 from ditq.numerics import Rotation, pack, quantize
 from ditq.recipe import load
 

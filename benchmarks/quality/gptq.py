@@ -34,9 +34,9 @@ from environment import environment, write
 import ditq
 from ditq import api, architectures
 from ditq.calibration import Statistics, calibrate
-from ditq.calibration.calls import merged
 from ditq.numerics import Quantized, add_inputs, dequantize, gptq, inverse_factor, quantize, search_clip_ratio
 from ditq.recipe import Calibration
+from ditq.trace.calls import merged
 
 FORMATS: dict[str, dict[str, Any]] = {
     "W4 channel": {"bits": 4, "granularity": "row"},

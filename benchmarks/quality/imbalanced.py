@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.architectures import Architecture
-from ditq.architectures.folding import fold
+from ditq.conversion.folding import fold
 
 SPREAD, SHARE = 0.5, 0.04
 # Ranges of the factor on activations; the weight columns get its inverse.

@@ -31,8 +31,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from ditq.metrics import aggregate
-from ditq.metrics.extractors.base import Features
-from ditq.metrics.extractors.emoji import EmojiClassifier
+from ditq.metrics.networks.base import Features
+from ditq.metrics.networks.emoji import EmojiClassifier
 
 NAME = "emoji-classifier"
 MORE = {"fluent-3d": ("fluent-emoji", "MIT"), "fx": ("fxemoji", "Apache-2.0")}

@@ -21,9 +21,9 @@ from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate
 from ditq.calibration.capture import Capture
 from ditq.checkpoint.backend import attach
-from ditq.deploy.options import ATTENTIONS, SHAPES
+from ditq.conversion import convert, draft, quantize_model
 from ditq.errors import CheckpointError, DitqError, UsageError, unknown
-from ditq.methods import convert, draft, quantize_model
+from ditq.openvino.options import ATTENTIONS, SHAPES
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
@@ -370,8 +370,11 @@ def export(
     import json
 
     from ditq.checkpoint.backend import DitqConfig
-    from ditq.deploy import calls, components, openvino, scores
     from ditq.engines import use_engine
+    from ditq.openvino import attention_ranges as scores
+    from ditq.openvino import components
+    from ditq.openvino import export as openvino
+    from ditq.sampling import first_call
 
     if engine != "openvino":
         raise unknown("engine to export to", engine, ["openvino"])
@@ -403,7 +406,7 @@ def export(
                 raise UsageError("attention='int8' finds scales by drawing: pass prompts=[...] (--prompts FILE).")
             largest = scores.drawn(pipe, arch, drawn, seed=seed, progress=progress)
         report = openvino.export(
-            pipe.transformer, arch, calls.record(pipe, arch, [example]), graphs,
+            pipe.transformer, arch, first_call(pipe, arch, [example]), graphs,
             largest=largest, allow_float=allow_float,
         )  # fmt: skip
         path = temporary / "transformer" / "config.json"

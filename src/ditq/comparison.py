@@ -16,7 +16,6 @@ from torch import nn
 
 from ditq import api, architectures
 from ditq.architectures import Architecture
-from ditq.deploy.calls import record
 from ditq.errors import DitqError, UsageError
 from ditq.metrics.interval import Interval
 from ditq.metrics.layer_errors import LayerErrors, StepTime, layer_errors, step_times
@@ -27,7 +26,7 @@ from ditq.plan import Plan
 from ditq.report.document import MetricInfo, ModelReport, Report, Skipped
 from ditq.report.summary import summary
 from ditq.report.tables import layer_json
-from ditq.sampling import PictureCache, Samples, sample
+from ditq.sampling import PictureCache, Samples, first_call, sample
 
 BUNDLED_NETWORK = "emoji-classifier"
 
@@ -241,7 +240,7 @@ def compare(
             shown = list(prompts)[:explain]
             if _compiled(pipe.transformer):  # graphs have no layers to look into
                 with torch.no_grad():
-                    call = record(base, arch, shown, extra)
+                    call = first_call(base, arch, shown, extra)
                     first.step_time, subject.step_time = step_times(base.transformer, pipe.transformer, (), call)
             else:
                 subject.errors, first.step_time, subject.step_time = layer_errors(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -28,3 +30,11 @@ def unknown(kind: str, value: object, known: Iterable[str], hint: str = "") -> U
     close = difflib.get_close_matches(str(value), names, n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return UsageError(f"Unknown {kind} {str(value)!r}.{guess} Known: {', '.join(names)}.{' ' + hint if hint else ''}")
+
+
+def warn(message: str) -> None:
+    """A ``UserWarning`` at the line outside of ditq that called it."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ditq":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

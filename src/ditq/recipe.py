@@ -1,8 +1,14 @@
-"""What the user asks for: a method, formats for roles, options. A few lines of YAML, validated."""
+"""What the user asks for: formats for roles, balance, rounding, options. A few lines of YAML, validated.
+
+The recipes that come with ditq are families: one file each, in ``recipes/``, that fits any width. ``viditq-w4a8`` is
+family ``viditq`` with 4-bit weights and 8-bit activations; ``a16`` leaves activations in 16 bit.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -11,7 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ditq.errors import UsageError, unknown
+from ditq.errors import UsageError, unknown, warn
 from ditq.plan import Gptq, TensorFormat, Timesteps, first_error
 
 
@@ -27,21 +33,50 @@ class RoleFormats(_Strict):
 
 
 class Balance(_Strict):
-    """Which transforms a method may apply to a layer's input, and how the choice is made.
+    """How the input of a layer is balanced before it is quantized; ``ditq.conversion.balance`` carries it out.
 
-    ``choose: error`` tries every allowed combination on calibration inputs and keeps the one with the
-    smallest output error, layer group by layer group; ``choose: always`` applies all that is allowed.
-    ``alpha`` is one number, or a list to choose from by error.
+    Attributes:
+        smooth: divide each input channel by a static scale, and multiply the weight's column by it.
+        rotate: Hadamard rotation of the input channels, after smoothing.
+        choose: ``always`` applies all of the above; ``error`` tries every combination of them, none included, on
+            calibration inputs and keeps the one with the smallest output error, input group by input group.
+        alpha: migration strength of the smoothing scale, 0 to 1; of several, the one with the smallest error is taken.
+        salience: what stands for the magnitude of an input channel: ``max`` over the timesteps, or ``spearman``,
+            PTQ4DiT's weighted mean of the timesteps' maxima.
+        where: balance ``all`` inputs, or only the ``foldable`` ones, whose producer can carry the smoothing scale.
+        fold: move smoothing scales into the producer of the input where that is exact.
+        power_of_two: round smoothing scales to powers of two.
+        block: width of the rotation; 0 is the widest that is known for the layer.
+        timesteps: ranges [first, last] that get smoothing scales and integers of their own.
     """
 
     smooth: bool = False
     rotate: bool = False
     choose: Literal["error", "always"] = "always"
     alpha: float | tuple[float, ...] = 0.5
+    salience: Literal["max", "spearman"] = "max"
+    where: Literal["all", "foldable"] = "all"
     fold: bool = True
     power_of_two: bool = False
     block: Annotated[int, Field(ge=0)] = 0
-    timesteps: tuple[tuple[int, int], ...] | None = None
+    timesteps: Annotated[tuple[tuple[int, int], ...], Field(min_length=1)] | None = None
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _alphas_are_fractions(cls, alpha: Any) -> Any:
+        values = alpha if isinstance(alpha, list | tuple) else [alpha]
+        numbers = [a for a in values if isinstance(a, int | float) and not isinstance(a, bool) and 0 <= a <= 1]
+        if not values or len(numbers) < len(values):
+            raise ValueError("alpha is a number from 0 to 1, or a list of such numbers")
+        return alpha
+
+    @field_validator("timesteps")
+    @classmethod
+    def _ranges_ascend(cls, ranges: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
+        for first, last in ranges or ():
+            if first > last:
+                raise ValueError(f"range [{first}, {last}] is empty: the smaller timestep comes first")
+        return ranges
 
     @property
     def alphas(self) -> tuple[float, ...]:
@@ -75,7 +110,7 @@ class Recipe(_Strict):
     """A quantization recipe.
 
     Attributes:
-        method: name of a file in ``ditq.methods``.
+        method, paper: labels, shown in tables and reports; they decide nothing.
         weights, activations: formats of every quantized layer.
         keep: roles (or role prefixes) that stay in 16 bit.
         keep_layers: regular expressions of layer names that stay in 16 bit.
@@ -83,7 +118,7 @@ class Recipe(_Strict):
         balance: transforms of the inputs; calibration: what the method looks at.
         clip: range of the weights, ``minmax`` or ``mse`` (searched by squared error).
         rounding: of the weights, ``nearest`` or ``gptq`` (block by block, on inputs from the quantized blocks
-            before; ``gptq`` holds its settings). It goes with any method and balance.
+            before; ``gptq`` holds its settings). Can be combined with any balance.
         fit_groups: where ``group_size`` does not divide the inputs of a layer, the largest divisor below it
             is taken; otherwise it is an error.
     """
@@ -91,7 +126,8 @@ class Recipe(_Strict):
     version: Literal[1] = 1
     name: str = "custom"
     description: str = ""
-    method: str
+    method: str = "custom"
+    paper: str = ""
     weights: TensorFormat
     activations: TensorFormat | None
     keep: tuple[str, ...] = ("embedder", "final", "modulation")
@@ -116,11 +152,11 @@ class Recipe(_Strict):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the method looks at activations before it can quantize."""
+        """Whether statistics of activations are needed to quantize."""
         static = [self.activations, *(r.activations for r in self.roles.values())]
         return (
             self.balance.smooth
-            or self.balance.choose == "error"
+            or (self.balance.choose == "error" and self.balance.rotate)
             or self.rounding == "gptq"
             or any(a is not None and not a.dynamic for a in static)
         )
@@ -152,7 +188,7 @@ class Recipe(_Strict):
         """A copy with ``key=value`` assignments applied; keys are dotted, values are YAML.
 
         Raises:
-            UsageError: an assignment has no ``=`` or names no field of a recipe.
+            UsageError: an assignment has no ``=``, names no field of a recipe, or would have no effect.
         """
         data = self.model_dump(mode="json")
         # Mappings that take any key; validation has the last word.
@@ -174,7 +210,54 @@ class Recipe(_Strict):
                 target[parts[-1]] = yaml.safe_load(value)
             except yaml.YAMLError as error:
                 raise UsageError(f"--set {assignment!r}: the value is not YAML ({error}).") from error
-        return parse(data, "--set")
+        changed = parse(data, "--set")
+        changed.check_effect([assignment.partition("=")[0].strip() for assignment in assignments], "--set ")
+        return changed
+
+    def check_effect(self, keys: Iterable[str], source: str) -> None:
+        """Refuses fields that this recipe would ignore.
+
+        Args:
+            keys: dotted names of the fields that somebody has set, e.g. ``balance.alpha``.
+            source: what stands before a name in the error.
+
+        Raises:
+            UsageError: names the field and what would give it an effect. Calibration settings of a recipe that needs
+                no calibration cause a warning only, so that one list of settings serves several recipes.
+        """
+        idle = self._idle()
+        for key in keys:
+            for field, remedy in idle.items():
+                if key == field or key.startswith(f"{field}."):
+                    message = f"{source}{key} has no effect in recipe {self.name!r}: {remedy}."
+                    if not field.startswith("calibration"):
+                        raise UsageError(message)
+                    warn(message)
+
+    def _idle(self) -> dict[str, str]:
+        """Fields without effect here, each with what would give it one."""
+        rules, idle = self.balance, dict[str, str]()
+        if not rules.smooth:
+            remedy = "it needs balance.smooth=true"
+            idle |= {f"balance.{name}": remedy for name in ("alpha", "salience", "power_of_two")}
+        if not rules.rotate:
+            idle["balance.block"] = "it needs balance.rotate=true"
+        if not rules.smooth and not rules.rotate:
+            remedy = "it needs balance.smooth=true or balance.rotate=true"
+            idle |= {f"balance.{name}": remedy for name in ("choose", "where")}
+        if self.activations is None or not (rules.smooth or not self.activations.dynamic):
+            idle["balance.timesteps"] = "it needs balance.smooth=true, or static activations"
+        if self.rounding != "gptq":
+            idle |= {"gptq": "it needs rounding=gptq", "calibration.calls": "it needs rounding=gptq"}
+        formats = [self.weights, self.activations]
+        formats += [fmt for own in self.roles.values() for fmt in (own.weights, own.activations)]
+        if not any(fmt is not None and fmt.group_size for fmt in formats):
+            idle["fit_groups"] = "no format has groups"
+        if not self.needs_calibration:
+            idle["calibration"] = "it needs no calibration"
+        labels = {"method": "a label, which decides nothing; use balance.* and rounding", "name": "a label",
+                  "paper": "a label", "description": "a label"}  # fmt: skip
+        return idle | labels
 
 
 def _path(key: str) -> list[str]:
@@ -199,39 +282,126 @@ def parse(data: Any, source: str) -> Recipe:
         raise UsageError(f"The recipe in {source} is not valid: {first_error(error)}.") from error
 
 
+class Family(_Strict):
+    """A recipe for any width: a file of ``recipes/``.
+
+    Attributes:
+        name: of the file.
+        for_whom: whom it suits, in a few words.
+        cost: measured on ``bundled:emoji-t2i`` at w4a8, see benchmarks/quality/recipe_cost.py.
+        widths: those that ditq's tables measure; any other from w2a2 to w8a16 works too.
+        fields: of the recipe, without bits; fields in ``at_most_4_bits`` count where weights have 4 bits or fewer.
+    """
+
+    name: str
+    for_whom: str
+    cost: str = ""
+    widths: tuple[str, ...]
+    at_most_4_bits: dict[str, Any] = {}
+    fields: dict[str, Any]
+
+    def recipe(self, weight_bits: int, activation_bits: int) -> Recipe:
+        """The recipe of one width; 16 activation bits leave activations alone."""
+        fields = {**self.fields, **(self.at_most_4_bits if weight_bits <= 4 else {})}
+        fields["name"] = f"{self.name}-w{weight_bits}a{activation_bits}"
+        fields["weights"] = {"bits": weight_bits, **fields["weights"]}
+        fields["activations"] = None if activation_bits == 16 else {"bits": activation_bits, **fields["activations"]}
+        return parse(fields, f"recipe {fields['name']}")
+
+
 @cache
-def _bundled() -> dict[str, Any]:
-    folder = resources.files("ditq") / "recipes"
-    return {p.name.removesuffix(".yaml"): p for p in folder.iterdir() if p.name.endswith(".yaml")}
+def families() -> dict[str, Family]:
+    """The recipes that come with ditq, by name."""
+    found = {}
+    for path in sorted((p for p in (resources.files("ditq") / "recipes").iterdir()), key=lambda p: p.name):
+        if path.name.endswith(".yaml"):
+            name, data = path.name.removesuffix(".yaml"), yaml.safe_load(path.read_text())
+            own = {key: data.pop(key) for key in ("for_whom", "cost", "widths", "at_most_4_bits") if key in data}
+            found[name] = Family(name=name, fields=data, **own)
+    return found
 
 
 def names() -> list[str]:
-    """The recipes that come with ditq."""
-    return sorted(_bundled())
+    """Every recipe that ditq's tables measure; other widths of the same families work too."""
+    return sorted(f"{name}-{width}" for name, family in families().items() for width in family.widths)
+
+
+def _bundled(name: str) -> Recipe | None:
+    """The recipe of this name; None if no family has it.
+
+    Raises:
+        UsageError: the family exists, the width does not.
+    """
+    match = re.fullmatch(r"(.+?)(?:-w(\d{1,3})a(\d{1,3}))?", name)
+    if match is None or match[1] not in families():
+        return None
+    family = families()[match[1]]
+    if match[2] is None:
+        raise UsageError(
+            f"Recipe {name!r} needs a width: {name}-wXaY, with X = 2 to 8 bits for weights and Y = 2 to 8 or 16 for "
+            f"activations. Measured: {', '.join(f'{name}-{width}' for width in family.widths)}."
+        )
+    weight_bits, activation_bits = int(match[2]), int(match[3])
+    if not 2 <= weight_bits <= 8 or not (2 <= activation_bits <= 8 or activation_bits == 16):
+        raise UsageError(
+            f"Recipe {name!r}: weights take 2 to 8 bits and activations 2 to 8 or 16, got w{weight_bits}"
+            f"a{activation_bits}."
+        )
+    return family.recipe(weight_bits, activation_bits)
+
+
+# What recipe files of ditq 0.1 implied by their method, and must say now.
+_IMPLIED = {
+    "smoothquant": ("balance", "smooth", True),
+    "ptq4dit": ("balance", "smooth", True),
+    "quarot": ("balance", "rotate", True),
+    "gptq": ("rounding", "", "gptq"),
+}
 
 
 def load(recipe: str | Path | Recipe) -> Recipe:
-    """A recipe by name, from a YAML file, or as it is.
+    """A recipe by name (``viditq-w4a8``), from a YAML file, or as it is.
 
     Raises:
-        UsageError: no such recipe (the known ones are listed), or not a valid one.
+        UsageError: no such recipe (the families are listed), or not a valid one.
     """
     if isinstance(recipe, Recipe):
         return recipe
-    if str(recipe) in _bundled():
-        text, source = _bundled()[str(recipe)].read_text(), f"recipe {recipe}"
-    elif str(recipe).endswith((".yaml", ".yml")):
-        path = Path(recipe)
-        if not path.is_file():
-            raise UsageError(f"There is no recipe file {path}.")
-        text, source = path.read_text(), str(path)
-    else:
-        raise unknown("recipe", recipe, _bundled(), "Or give the path of a .yaml file.")
+    if not str(recipe).endswith((".yaml", ".yml")):
+        found = _bundled(str(recipe))
+        if found is None:
+            known = [f"{name}-wXaY" for name in families()]
+            close = difflib.get_close_matches(str(recipe), [*names(), *families()], n=1)
+            raise UsageError(
+                f"Unknown recipe {str(recipe)!r}.{f' Did you mean {close[0]!r}?' if close else ''} Known: "
+                f"{', '.join(known)} (X = 2 to 8, Y = 2 to 8 or 16), or the path of a .yaml file."
+            )
+        return found
+    path = Path(recipe)
+    if not path.is_file():
+        raise UsageError(f"There is no recipe file {path}.")
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{source} is not YAML: {error}.") from error
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
+        raise UsageError(f"{path} is not YAML: {error}.") from error
     if not isinstance(data, dict):
-        raise UsageError(f"{source} must hold a mapping, got {type(data).__name__}.")
-    data.setdefault("name", Path(str(recipe)).stem)
-    return parse(data, source)
+        raise UsageError(f"{path} must hold a mapping, got {type(data).__name__}.")
+    data.setdefault("name", path.stem)
+    loaded = parse(data, str(path))
+    labels = {"version", "name", "description", "method", "paper"}
+    loaded.check_effect([key for key in _fields(data) if key.partition(".")[0] not in labels], f"{path}: ")
+    _check_implied(loaded, path)
+    return loaded
+
+
+def _check_implied(recipe: Recipe, path: Path) -> None:
+    """Refuses a file of ditq 0.1 that left to its method what a recipe has to say now."""
+    section, field, value = _IMPLIED.get(recipe.method, ("", "", None))
+    if not section:
+        return
+    found = getattr(recipe.balance, field) if section == "balance" else recipe.rounding
+    if found != value:
+        spelling = f"{section}: {{{field}: true}}" if field else f"{section}: {value}"
+        raise UsageError(
+            f"{path}: method {recipe.method!r} is a label and decides nothing. Add `{spelling}`, or change the label."
+        )

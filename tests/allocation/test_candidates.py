@@ -9,8 +9,8 @@ from helpers import run, tiny_model, tiny_statistics
 
 from ditq import architectures
 from ditq.allocation import Candidates, Space
+from ditq.conversion import convert, plan_layers
 from ditq.layers import QuantizedLinear
-from ditq.methods import convert, plan_layers
 from ditq.recipe import Recipe, load
 
 ARCH = architectures.load("dit")

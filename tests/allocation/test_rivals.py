@@ -9,8 +9,8 @@ from toy import toy_space
 
 from ditq import architectures
 from ditq.allocation import Space, integer_program, layer_errors, uniform_genomes
+from ditq.conversion import draft
 from ditq.errors import UsageError
-from ditq.methods import draft
 from ditq.recipe import load
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ditq import architectures
 from ditq.architectures import Architecture, InputGroup
-from ditq.architectures.folding import fold, prepare
+from ditq.conversion.folding import fold, prepare
 from ditq.errors import UsageError
 from ditq.plan import Fold
 

@@ -11,7 +11,7 @@ import torch
 from ditq import architectures
 from ditq.cli.app import run
 from ditq.cli.architectures import as_markdown, checkpoints, families, page
-from ditq.methods.estimate import estimate
+from ditq.conversion import estimate
 from ditq.recipe import load
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"

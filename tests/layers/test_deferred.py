@@ -15,12 +15,12 @@ from torch.nn import functional as F  # noqa: N812
 from triton_helpers import why_not
 
 from ditq import architectures, engines
-from ditq.architectures.wiring import unwire
+from ditq.conversion import quantize_model
+from ditq.conversion.wiring import unwire
 from ditq.engines.base import Activation, Norm
 from ditq.layers import QuantizedLinear
 from ditq.layers.deferred import Deferred, DeferredLayerNorm, Half, Output, output
 from ditq.layers.shared import SharedInput
-from ditq.methods import quantize_model
 from ditq.numerics import Quantized
 from ditq.recipe import load
 

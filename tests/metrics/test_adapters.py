@@ -12,7 +12,7 @@ from PIL import Image
 from ditq.errors import DitqError, UsageError
 from ditq.metrics.adapters import vbench
 from ditq.metrics.adapters.image_reward import ImageReward
-from ditq.metrics.extractors import MissingWeights
+from ditq.metrics.networks import MissingWeights
 
 cv2 = pytest.importorskip("cv2")
 

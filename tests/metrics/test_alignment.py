@@ -24,7 +24,7 @@ from ditq.metrics.alignment import (
     concept_accuracy,
     concept_score,
 )
-from ditq.metrics.extractors import Extractor, Features, MissingWeights
+from ditq.metrics.networks import Extractor, Features, MissingWeights
 
 MEAN, STD = np.array([0.48, 0.46, 0.41]), np.array([0.27, 0.26, 0.28])
 SIDE = 32

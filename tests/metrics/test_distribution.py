@@ -23,7 +23,7 @@ from ditq.metrics.distribution import (
     precision_recall,
     sfid,
 )
-from ditq.metrics.extractors import Extractor, Features
+from ditq.metrics.networks import Extractor, Features
 
 Array = NDArray[np.float64]
 

@@ -16,7 +16,6 @@ from PIL import Image
 
 from ditq.errors import UsageError
 from ditq.metrics import aggregate, fidelity
-from ditq.metrics.extractors import Extractor, Features, MissingWeights
 from ditq.metrics.fidelity import (
     Fidelity,
     feature_distance,
@@ -27,6 +26,7 @@ from ditq.metrics.fidelity import (
     psnr_db,
     ssim,
 )
+from ditq.metrics.networks import Extractor, Features, MissingWeights
 
 
 def picture(values: np.ndarray) -> Image.Image:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ditq.errors import UsageError
 from ditq.metrics import distribution
-from ditq.metrics.extractors import Extractor, Features
 from ditq.metrics.fitness import distance_to_real
+from ditq.metrics.networks import Extractor, Features
 from ditq.metrics.real import Real
 from ditq.sampling import Samples
 

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import map_coordinates
 
 from ditq.errors import UsageError
-from ditq.metrics.extractors import MissingWeights
 from ditq.metrics.flow import _dis, flow, occluded, warp
+from ditq.metrics.networks import MissingWeights
 
 pytest.importorskip("cv2")
 

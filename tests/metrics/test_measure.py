@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from ditq.errors import UsageError
-from ditq.metrics import extractors
-from ditq.metrics.extractors import Extractor, Features, MissingWeights
+from ditq.metrics import networks
 from ditq.metrics.measure import BASIC, MEASURES, measure
+from ditq.metrics.networks import Extractor, Features, MissingWeights
 from ditq.metrics.real import Real
 from ditq.sampling import Samples
 
@@ -43,8 +43,8 @@ class Colours(Extractor):
 
 @pytest.fixture(autouse=True)
 def colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {**extractors._extractors(), "colours": Colours}
-    monkeypatch.setattr(extractors, "_extractors", lambda: known)
+    known = {**networks._networks(), "colours": Colours}
+    monkeypatch.setattr(networks, "_networks", lambda: known)
 
 
 def picture(word: str, noise: float, seed: int) -> Image.Image:
@@ -124,7 +124,7 @@ def test_what_cannot_be_measured_is_skipped_with_its_reason(monkeypatch: pytest.
         raise MissingWeights("no weights in the cellar")
 
     monkeypatch.setattr(Colours, "load", missing)
-    extractors.load.cache_clear()
+    networks.load.cache_clear()
     try:
         found = run({"q": samples(5.0)})
         assert "no weights in the cellar" in found.skipped["kid"]
@@ -133,7 +133,7 @@ def test_what_cannot_be_measured_is_skipped_with_its_reason(monkeypatch: pytest.
         with pytest.raises(MissingWeights, match="cellar"):
             run({"q": samples(5.0)}, metrics=["psnr_db", "kid"])
     finally:
-        extractors.load.cache_clear()
+        networks.load.cache_clear()
 
 
 def test_no_real_pictures_skip_the_distribution_only() -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
-from ditq.metrics import extractors
+from ditq.metrics import networks
 from ditq.metrics.alignment import concept, concept_score
 from ditq.metrics.distribution import estimates, kid
-from ditq.metrics.extractors import Features
 from ditq.metrics.fidelity import feature_distance, ms_ssim, psnr_db, ssim
+from ditq.metrics.networks import Features
 from ditq.metrics.temporal import clip_temp, flow_score, motion, motion_smoothness, warping_error
 
 DATA = Path(__file__).parents[1] / "data"
@@ -35,7 +35,7 @@ def named() -> list[str]:
 
 @cache
 def seen(network: str, change: Change | None = None) -> Features:
-    return extractors.load(network)([change(x) if change else x for x in artwork()])
+    return networks.load(network)([change(x) if change else x for x in artwork()])
 
 
 def noise(level: float) -> Change:
@@ -72,7 +72,7 @@ def test_damage_orders_every_fidelity_metric(damage: str) -> None:
         best = metric(pictures[0], pictures[0])
         assert b < a < best, metric.__name__
     for name in NETWORKS:
-        network = extractors.load(name)
+        network = networks.load(name)
         a, b = (np.mean([feature_distance(x, change(x), network) for x in pictures[:8]]) for change in (little, much))
         assert 0 < a < b, name
         assert feature_distance(pictures[0], pictures[0], network) == 0
@@ -111,7 +111,7 @@ def test_identity_and_another_set() -> None:
 
 
 def test_shuffled_captions_lower_the_alignment() -> None:
-    network = extractors.load("emoji-classifier")
+    network = networks.load("emoji-classifier")
     probabilities = seen("emoji-classifier").probabilities
     assert probabilities is not None
 
@@ -156,7 +156,7 @@ def test_shuffled_frames_raise_the_warping_error_and_lower_the_smoothness() -> N
 
 
 def test_still_and_flickering_videos() -> None:
-    network = extractors.load("emoji-classifier")
+    network = networks.load("emoji-classifier")
     picture, other = artwork()[0], artwork()[1]
     still = [picture] * 6
     moves = motion(still)

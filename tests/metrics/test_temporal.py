@@ -13,8 +13,8 @@ from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 from ditq.errors import UsageError
-from ditq.metrics.extractors import Extractor, Features
 from ditq.metrics.flow import occluded
+from ditq.metrics.networks import Extractor, Features
 from ditq.metrics.temporal import (
     TEMPORAL,
     Motion,

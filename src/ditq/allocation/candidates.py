@@ -12,13 +12,13 @@ from ditq.allocation.budget import grouped
 from ditq.allocation.space import Genome, Space
 from ditq.architectures import Architecture, InputGroup
 from ditq.calibration import Statistics
-from ditq.calibration.calls import Call
+from ditq.conversion import convert, replace
+from ditq.conversion.error import group_scale
+from ditq.conversion.hessians import round_weight, walk_blocks
 from ditq.layers import QuantizedLinear
-from ditq.methods import convert, replace
-from ditq.methods.error import group_scale
-from ditq.methods.gptq import round_weight, walk_blocks
 from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
+from ditq.trace.calls import Call
 
 
 class Candidates:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ditq.architectures import Architecture
-from ditq.arguments import bound
-from ditq.calibration.blocks import on_device
-from ditq.calibration.calls import Call, Recorder, call_time
 from ditq.sampling import Samples
+from ditq.trace.arguments import bound
+from ditq.trace.blocks import on_device
+from ditq.trace.calls import Call, Recorder, call_time
 
 
 @dataclass(frozen=True)

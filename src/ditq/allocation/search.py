@@ -23,12 +23,12 @@ from ditq.allocation.rivals import Fixed, integer_program, layer_errors, uniform
 from ditq.allocation.space import Genome, Space
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate
-from ditq.calibration.calls import Call, merged
+from ditq.conversion import draft, plan_layers
 from ditq.errors import DitqError, UsageError, unknown
-from ditq.methods import draft, plan_layers
 from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
 from ditq.sampling import Samples, batches, fingerprint, sample
+from ditq.trace.calls import Call, merged
 
 STRATEGIES = ("evolution", "random", "program", "uniform")
 ROUNDINGS = ("nearest", "recipe")

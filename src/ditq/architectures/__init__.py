@@ -9,6 +9,7 @@ from ditq.architectures.architecture import (
     match,
     names,
     pipeline_class,
+    roles,
 )
 
-__all__ = ["Architecture", "Condition", "InputGroup", "Linear", "load", "match", "names", "pipeline_class"]
+__all__ = ["Architecture", "Condition", "InputGroup", "Linear", "load", "match", "names", "pipeline_class", "roles"]

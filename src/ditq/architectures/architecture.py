@@ -271,6 +271,16 @@ def names() -> list[str]:
     return sorted(_bundled())
 
 
+@cache
+def roles() -> frozenset[str]:
+    """Every role that an architecture of ditq gives to a linear."""
+    found: set[str] = set()
+    for architecture in _bundled().values():
+        groups = [group for stack in architecture.stacks.values() for group in stack]
+        found.update(architecture.other.values(), *(group.linears.values() for group in groups))
+    return frozenset(found)
+
+
 def load(architecture: str | Path | Architecture) -> Architecture:
     """An architecture by name, or from a YAML file of one's own.
 

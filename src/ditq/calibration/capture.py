@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ditq.architectures import Architecture, Condition, InputGroup
-from ditq.arguments import bound
-from ditq.calibration.calls import Recorder, attended, call_time
 from ditq.calibration.statistics import GroupStatistics, Statistics
 from ditq.errors import DitqError
+from ditq.trace.arguments import bound
+from ditq.trace.calls import Recorder, attended, call_time
 
 # Rows of each linear's input that kept calls give for each of its channels, if the trajectories have as many: a
 # Hessian of K channels from R rows is off by about sqrt(K / R). The papers have more (Q-DiT on DiT-XL/2 28 rows a

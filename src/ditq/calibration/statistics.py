@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ditq.calibration.calls import Call, from_plain, to_plain
 from ditq.calibration.timesteps import normal_timesteps
 from ditq.errors import CheckpointError
 from ditq.plan import Timesteps
+from ditq.trace.calls import Call, from_plain, to_plain
 
 # Before the names of tensors of calls; no layer is called so.
 _CALLS = "calls/"

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from ditq.architectures import load as load_architecture
 from ditq.architectures import match
-from ditq.architectures.folding import BUFFER, prepare, unfold
-from ditq.architectures.wiring import unwire, wire
 from ditq.checkpoint.engine import checked, compile_graphs
 from ditq.checkpoint.registration import register
 from ditq.checkpoint.verify import DIGESTS, digest, verify
+from ditq.conversion import quantize_model, replace
+from ditq.conversion.folding import BUFFER, prepare, unfold
+from ditq.conversion.wiring import unwire, wire
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
-from ditq.methods import quantize_model, replace
 from ditq.plan import Plan
 from ditq.recipe import load as load_recipe
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ditq.deploy.options import ATTENTIONS, SHAPES
 from ditq.engines.registry import forced
 from ditq.errors import CheckpointError
+from ditq.openvino.options import ATTENTIONS, SHAPES
 
 OPENVINO = "openvino"
 
@@ -47,7 +47,7 @@ def compile_graphs(model: nn.Module, engine: dict[str, Any] | None, folder: Path
     """
     if engine is None or forced() not in (None, OPENVINO):
         return False
-    from ditq.deploy import openvino
+    from ditq.openvino import export as openvino
     from ditq.sampling import cache_root
 
     cache = cache_root() / OPENVINO

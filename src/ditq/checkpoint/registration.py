@@ -21,8 +21,18 @@ TARGETS = {
 }
 
 
+# Modules that model_index.json of folders saved by ditq 0.1 names, and where they are now.
+RENAMED = {
+    "ditq.architectures.opensora": "ditq.models.opensora",
+    "ditq.architectures.vchitect.latte": "ditq.models.latte.transformer",
+    "ditq.architectures.vchitect": "ditq.models.latte",
+}
+
+
 def register() -> None:
     """Makes ``DiffusionPipeline.from_pretrained`` understand ditq checkpoints. Safe to call twice."""
+    if not any(isinstance(finder, _Renamed) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Renamed())
     for name in TARGETS:
         module = sys.modules.get(name)
         if module is not None:
@@ -71,3 +81,27 @@ class _Waiting:
 
         spec.loader.exec_module = run_then_extend  # type: ignore[method-assign]
         return spec
+
+
+class _Renamed:
+    """A meta path finder and loader: an old name of a module gives the module under its new name."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return None if _new_name(name) is None else ModuleSpec(name, self)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(str(_new_name(spec.name)))
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec  # the import system has put the old name's there
+
+
+def _new_name(name: str) -> str | None:
+    for old, new in RENAMED.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name[len(old) :]
+    return None

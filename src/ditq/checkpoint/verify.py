@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ditq.architectures.folding import BUFFER
+from ditq.conversion.folding import BUFFER
 from ditq.errors import CheckpointError
 from ditq.layers.quantized_linear import buffers
 from ditq.plan import Plan

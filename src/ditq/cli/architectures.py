@@ -93,7 +93,7 @@ def checkpoints(known: list[Architecture]) -> list[Row]:
     """One row for each public config, built on the meta device."""
     import torch
 
-    from ditq.methods.estimate import estimate
+    from ditq.conversion import estimate
     from ditq.recipe import load
 
     rows = []

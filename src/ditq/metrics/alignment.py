@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ditq.errors import UsageError
-from ditq.metrics.extractors.base import Extractor, MissingWeights
 from ditq.metrics.interval import Interval, aggregate
 from ditq.metrics.metric import Description
+from ditq.metrics.networks.base import Extractor, MissingWeights
 
 CLIP = "openai/clip-vit-base-patch32"  # the one of CLIPScore and of CLIPSIM
 BETWEEN_WORDS = re.compile(r"[\W_]+")

@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from ditq.errors import UsageError
-from ditq.metrics.extractors.base import Extractor, Features
 from ditq.metrics.interval import Interval
 from ditq.metrics.metric import Description
+from ditq.metrics.networks.base import Extractor, Features
 
 RESAMPLES = 1000  # of KID's bootstrap
 GROUPS = 10  # of the jackknife

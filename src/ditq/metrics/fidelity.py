@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ditq.errors import UsageError
-from ditq.metrics.extractors.base import Extractor, MissingWeights
 from ditq.metrics.interval import Interval, aggregate
 from ditq.metrics.metric import Description
+from ditq.metrics.networks.base import Extractor, MissingWeights
 
 # Identical pictures have no finite PSNR; means need one. 8-bit pictures that differ in a single
 # value stay far below.

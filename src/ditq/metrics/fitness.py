@@ -12,7 +12,7 @@ from PIL import Image
 from ditq.allocation import Fitness
 from ditq.errors import unknown
 from ditq.metrics import distribution
-from ditq.metrics.extractors import Extractor, Features
+from ditq.metrics.networks import Extractor, Features
 from ditq.metrics.real import Real, from_folder
 from ditq.sampling import Samples
 

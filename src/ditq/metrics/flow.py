@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from ditq.errors import UsageError
-from ditq.metrics.extractors.base import MissingWeights
+from ditq.metrics.networks.base import MissingWeights
 
 Flow = NDArray[np.float32]  # [H, W, 2]: pixels to the right, pixels down
 

@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from ditq.errors import UsageError, unknown
-from ditq.metrics import alignment, distribution, extractors, fidelity, temporal
+from ditq.metrics import alignment, distribution, fidelity, networks, temporal
 from ditq.metrics.alignment import Clip
-from ditq.metrics.extractors import Extractor, Features, MissingWeights
 from ditq.metrics.interval import Interval, aggregate, paired_difference
 from ditq.metrics.metric import Description
+from ditq.metrics.networks import Extractor, Features, MissingWeights
 from ditq.metrics.real import Real
 from ditq.metrics.score import Curve, PairDifference, Score, verdict
 from ditq.sampling import Samples
@@ -192,16 +192,16 @@ def feature_network(name: str) -> Callable[[], Extractor]:
     Raises:
         UsageError: there is none of this name (at once).
     """
-    if name != "auto" and name not in extractors.names():
-        raise unknown("feature network", name, extractors.names())
+    if name != "auto" and name not in networks.names():
+        raise unknown("feature network", name, networks.names())
 
     def look() -> Extractor:
         if name != "auto":
-            return extractors.load(name)
+            return networks.load(name)
         reasons = []
         for candidate in NETWORKS:
             try:
-                return extractors.load(candidate)
+                return networks.load(candidate)
             except MissingWeights as error:
                 reasons.append(str(error))
         raise MissingWeights(" Or: ".join(reasons))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps, ImageSequence
 
 from ditq.errors import CheckpointError, UsageError
-from ditq.metrics.extractors import Extractor, Features, MissingWeights
+from ditq.metrics.networks import Extractor, Features, MissingWeights
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEO_SUFFIXES = (".gif", ".mp4")

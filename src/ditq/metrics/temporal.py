@@ -23,11 +23,11 @@ from torch.nn.functional import cosine_similarity
 from ditq.errors import UsageError
 from ditq.metrics.alignment import Clip, concept
 from ditq.metrics.distribution import Estimate, fid, kid
-from ditq.metrics.extractors.base import Extractor, Features
 from ditq.metrics.fidelity import to_tensor
 from ditq.metrics.flow import Flow, flow, occluded, warp
 from ditq.metrics.interval import Interval, aggregate
 from ditq.metrics.metric import Description
+from ditq.metrics.networks.base import Extractor, Features
 
 Video = Sequence[Image.Image]
 

@@ -3,6 +3,7 @@
 from ditq.folders import cache_root
 from ditq.sampling.cache import PictureCache
 from ditq.sampling.fingerprint import fingerprint
+from ditq.sampling.first_call import first_call
 from ditq.sampling.sample import Samples, batches, sample
 from ditq.sampling.size import draws_videos, size_arguments
 
@@ -13,6 +14,7 @@ __all__ = [
     "cache_root",
     "draws_videos",
     "fingerprint",
+    "first_call",
     "sample",
     "size_arguments",
 ]

@@ -13,7 +13,7 @@ _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae
 
 def draws_videos(pipe: Any) -> bool:
     """Whether a pipeline draws videos: its call takes a number of frames, or it is one of ditq's own."""
-    from ditq.architectures.pipeline import VideoPipeline
+    from ditq.models.pipeline import VideoPipeline
 
     return _frames_argument(pipe) is not None or isinstance(pipe, VideoPipeline)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ditq.metrics.extractors.base import MissingWeights
 from ditq.metrics.metric import Description
+from ditq.metrics.networks.base import MissingWeights
 
 FILES = ("ImageReward.pt", "med_config.json")
 

@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 from ditq.errors import DitqError, UsageError, unknown
-from ditq.metrics.extractors.base import MissingWeights
 from ditq.metrics.metric import Description
+from ditq.metrics.networks.base import MissingWeights
 
 # The dimensions that VBench judges by the video alone; of the other nine, six need its own prompts and labels.
 DIMENSIONS = {

@@ -1,0 +1,101 @@
+"""Chooses how the input of a group of linears is balanced: smoothed, rotated, both or neither.
+
+One function for every method: SmoothQuant (Xiao et al. 2023, eq. 4), QuaRot's online rotation (Ashkboos et al. 2024),
+PTQ4DiT (Wu et al. 2024) and ViDiT-Q's static-dynamic channel balancing (Zhao et al. 2025) differ in their
+:class:`ditq.recipe.Balance` only. ViDiT-Q sets by hand which layers are balanced, and alpha; ``choose: error`` finds
+both, input group by input group, by the output error on calibration inputs.
+
+A second kind of rotation goes into :func:`options` here, ``Rotate.kind`` of the plan and ``ditq.numerics.hadamard``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ditq.architectures import InputGroup
+from ditq.calibration import GroupStatistics
+from ditq.conversion.error import SEARCH_ROWS, group_scale, output_error
+from ditq.errors import UsageError
+from ditq.numerics import is_supported, largest_block
+from ditq.plan import LayerPlan, Rotate, Smooth
+from ditq.recipe import Balance
+
+Option = tuple[Smooth | None, Rotate | None]
+
+
+def smooth_of(group: InputGroup, rules: Balance, alpha: float) -> Smooth:
+    """The smoothing of a group at one ``alpha``, folded where the rules and the architecture allow it."""
+    fold = rules.fold and rules.timesteps is None
+    return Smooth(
+        alpha=alpha,
+        salience=rules.salience,
+        power_of_two=rules.power_of_two,
+        folded=group.input.foldable if fold else None,
+    )
+
+
+def rotate_of(width: int, rules: Balance, seed: int) -> Rotate:
+    """The widest Hadamard rotation known for ``width`` inputs, or the block size that the rules name.
+
+    Raises:
+        UsageError: the block does not divide the width, or no Hadamard matrix of its size is known.
+    """
+    block = rules.block
+    if block and (width % block or not is_supported(block)):
+        fits = [b for b in range(2, width + 1) if width % b == 0 and is_supported(b)]
+        raise UsageError(
+            f"balance.block={block} does not fit an input of {width} channels; possible: "
+            f"{', '.join(map(str, fits))}, or 0 for the widest."
+        )
+    return Rotate(block=block or (width if is_supported(width) else largest_block(width)), seed=seed)
+
+
+def options(group: InputGroup, width: int, rules: Balance, seed: int) -> list[Option]:
+    """What the rules allow for the input of ``group``; never empty. Of equal errors, the first one wins."""
+    if rules.where == "foldable" and group.input.foldable is None:
+        return [(None, None)]
+    smooths = [smooth_of(group, rules, alpha) for alpha in rules.alphas] if rules.smooth else []
+    rotation = rotate_of(width, rules, seed) if rules.rotate else None
+    both: list[Option] = [(smooth, rotation) for smooth in smooths] or [(None, rotation)]
+    if rules.choose == "always":
+        return both
+    found: list[Option] = [(None, None), *((smooth, None) for smooth in smooths)]
+    if rotation is not None:
+        found += [(None, rotation), *((smooth, rotation) for smooth in smooths)]
+    return found
+
+
+def choose_balance(
+    group: InputGroup,
+    layers: Sequence[LayerPlan],
+    rules: Balance,
+    seen: GroupStatistics | None,
+    timesteps: Tensor | None,
+    seed: int,
+) -> Option:
+    """Smoothing and rotation of the input of ``group``: the allowed combination with the smallest output error.
+
+    Args:
+        layers: draft plans of the group's linears that are quantized (at least one).
+        seen: statistics of the input, None where the recipe needs no calibration.
+        timesteps: float32 [T] that ``seen.absmax`` is indexed by.
+
+    Raises:
+        UsageError: the choice needs calibration and there is none.
+    """
+    possible = options(group, layers[0].in_features, rules, seed)
+    if len(possible) == 1 and possible[0][0] is None:
+        return possible[0]
+    if seen is None or timesteps is None:
+        raise UsageError("Smoothing needs calibration: pass prompts, or a calibration cache.")
+    if len(possible) == 1:
+        return possible[0]
+    x = seen.rows()
+    x = x[:: max(1, len(x) // SEARCH_ROWS)].to(group.linears[0].module.weight.device)
+    errors, exact = [], dict[str, Tensor]()
+    for smooth, rotation in possible:
+        scale = None if smooth is None else group_scale(smooth, group, seen, timesteps)
+        errors.append(output_error(x, group, layers, scale, rotation, exact))
+    return possible[errors.index(min(errors))]

@@ -1,0 +1,106 @@
+"""The formats that a recipe gives to every linear of a model, before anything is measured or changed."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import ValidationError
+from torch import nn
+
+from ditq import architectures
+from ditq.architectures import Architecture, Linear
+from ditq.errors import NothingQuantizedError, UsageError
+from ditq.plan import MIN_GROUP_SIZE, LayerPlan, Plan, TensorFormat, first_error
+from ditq.recipe import Recipe
+
+
+def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[LayerPlan]:
+    """The recipe's formats for every linear of the model, by role; nothing balanced yet.
+
+    Raises:
+        UsageError: a format does not fit a layer, or the recipe names roles or layers that the model does not have.
+        NothingQuantizedError: the recipe keeps every layer in 16 bit.
+    """
+    _check_targets(architecture.linears(model), recipe)
+    quantizable = {linear.name for group in architecture.groups(model) for linear in group.linears}
+    layers = []
+    for linear in architecture.linears(model):
+        weight, activation, reason = recipe.formats(linear.name, linear.role)
+        weight, activation = (_fitted(fmt, linear, recipe.fit_groups) for fmt in (weight, activation))
+        if activation is not None and linear.name not in quantizable:
+            # Not in a stack: nothing is known about its input. It is rounded where its role is given a format for it
+            # that needs no calibration, else only the weight is quantized.
+            activation = activation if recipe.own(linear.role) and activation.dynamic else None
+        rounding = recipe.rounding if weight and linear.name in quantizable else "nearest"
+        try:
+            layer = LayerPlan(
+                name=linear.name, role=linear.role, in_features=linear.module.in_features,
+                out_features=linear.module.out_features, bias=linear.module.bias is not None,
+                weight=weight, activation=activation, clip=recipe.clip if weight else "minmax",
+                rounding=rounding, gptq=recipe.gptq if rounding == "gptq" else None,
+                timesteps=recipe.balance.timesteps if weight and activation else None, reason=reason,
+            )  # fmt: skip
+        except ValidationError as error:
+            raise UsageError(f"Recipe {recipe.name!r} cannot be carried out: {first_error(error)}.") from error
+        layers.append(layer)
+    if not any(layer.weight for layer in layers):
+        raise NothingQuantizedError(f"Recipe {recipe.name!r} keeps all {len(layers)} linear layers in 16 bit.")
+    return layers
+
+
+def _fitted(fmt: TensorFormat | None, linear: Linear, fit: bool) -> TensorFormat | None:
+    """The format with a group size that divides the inputs of the layer: the recipe's, or the largest one below.
+
+    Raises:
+        UsageError: it does not divide them, and there is none below or the recipe does not allow another.
+    """
+    if fmt is None or fmt.group_size is None:
+        return fmt
+    columns, size = linear.module.in_features, fmt.group_size
+    smaller = [g for g in range(size, MIN_GROUP_SIZE - 1, -1) if columns % g == 0]
+    if smaller and (fit or smaller[0] == size):
+        return fmt.model_copy(update={"group_size": smaller[0]})
+    try:
+        fmt.groups(columns)
+    except UsageError as error:
+        hint = "" if fit else " Or let ditq choose: fit_groups: true (--set fit_groups=true)."
+        raise UsageError(f"Layer {linear.name!r}: {error}{hint}") from error
+    return fmt
+
+
+def _check_targets(linears: list[Linear], recipe: Recipe) -> None:
+    """Refuses roles that no architecture has, and patterns of names that match no layer.
+
+    A role that only this model lacks is fine: one recipe serves models with and without cross-attention.
+    """
+    own = {linear.role for linear in linears}
+    known = own | architectures.roles()
+    for field, prefixes in (("keep", recipe.keep), ("roles", tuple(recipe.roles))):
+        for prefix in prefixes:
+            if not any(role == prefix or role.startswith(f"{prefix}.") for role in known):
+                raise UsageError(
+                    f"{field} of the recipe: there is no role {prefix!r}. This model has {', '.join(sorted(own))}."
+                )
+    for pattern in recipe.keep_layers:
+        if not any(re.search(pattern, linear.name) for linear in linears):
+            raise UsageError(
+                f"keep_layers: no layer matches {pattern!r}; names look like {linears[0].name!r} and "
+                f"{linears[-1].name!r}."
+            )
+
+
+def estimate(model: nn.Module, architecture: Architecture, recipe: Recipe) -> Plan:
+    """The plan of a recipe without balance, for its roles, bits and memory. The model may be on the meta device.
+
+    Raises:
+        UsageError: a linear has no role, or the recipe's group size does not fit a layer.
+        NothingQuantizedError: the recipe keeps every layer in 16 bit.
+    """
+    layers = draft(model, architecture, recipe)
+    total = sum(p.numel() for p in model.parameters())
+    return Plan(
+        method=recipe.method, recipe=recipe.name, architecture=architecture.name,
+        nominal_weight_bits=recipe.weights.bits,
+        nominal_activation_bits=recipe.activations.bits if recipe.activations else 16,
+        layers=tuple(layers), other_parameters=total - sum(layer.parameters for layer in layers),
+    )  # fmt: skip

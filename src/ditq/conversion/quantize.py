@@ -1,0 +1,69 @@
+"""A recipe on a model: draft, choose the balance of every input group, carry it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ditq.architectures import Architecture
+from ditq.calibration import Statistics
+from ditq.conversion.balance import choose_balance
+from ditq.conversion.convert import convert
+from ditq.conversion.draft import draft
+from ditq.errors import UsageError
+from ditq.plan import LayerPlan, Plan
+from ditq.recipe import Recipe
+
+Progress = Callable[[str, int, int], None]
+
+
+def plan_layers(
+    model: nn.Module,
+    architecture: Architecture,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[LayerPlan]:
+    """The layer plans a recipe leads to, with the balance that was chosen; the model is not changed.
+
+    Raises:
+        UsageError: the recipe needs calibration and there are no statistics.
+    """
+    if recipe.needs_calibration and statistics is None:
+        raise UsageError(f"Recipe {recipe.name!r} needs calibration: pass prompts (or a calibration callable).")
+    statistics = statistics.at(recipe.calibration.timesteps) if statistics else None
+    plans = {layer.name: layer for layer in draft(model, architecture, recipe)}
+    groups = architecture.groups(model)
+    timesteps = statistics.timesteps if statistics else None
+    for i, group in enumerate(groups):
+        layers = [plans[x.name] for x in group.linears if plans[x.name].weight]
+        if layers:
+            seen = statistics.groups[group.name] if statistics else None
+            smooth, rotate = choose_balance(group, layers, recipe.balance, seen, timesteps, seed)
+            for layer in layers:
+                plans[layer.name] = layer.model_copy(update={"smooth": smooth, "rotate": rotate})
+        if progress:
+            progress("balance", i + 1, len(groups))
+    return list(plans.values())
+
+
+def quantize_model(
+    model: nn.Module,
+    architecture: Architecture,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Plan:
+    """Quantizes ``model`` in place by a recipe and returns the plan that was carried out."""
+    layers = plan_layers(model, architecture, recipe, statistics, seed=seed, progress=progress)
+    return convert(
+        model, architecture, layers, statistics, method=recipe.method, recipe=recipe.name,
+        nominal=(recipe.weights.bits, recipe.activations.bits if recipe.activations else 16), seed=seed,
+        timesteps=recipe.calibration.timesteps,
+        progress=None if progress is None else lambda done, total: progress("quantize", done, total),
+    )  # fmt: skip

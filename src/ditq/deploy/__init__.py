@@ -1,1 +1,0 @@
-"""Turns a quantized transformer into one that another runtime executes, inside the same diffusers class."""

@@ -1,0 +1,80 @@
+"""Inception v3 as FID was published with it (Heusel et al. 2017), by torch-fidelity's port of the TensorFlow graph."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ditq.metrics.networks.base import Extractor, Features, MissingWeights
+
+FILE = "weights-inception-2015-12-05-6726825d.pth"
+# "mixed_6/conv:0" of the graph, after its ReLU: what ADM's evaluator takes sFID from.
+SPATIAL = "Mixed_6d.branch1x1"
+STAGES = ("MaxPool_1", "MaxPool_2", "Mixed_5d", "Mixed_6e", "Mixed_7c")
+
+
+class InceptionV3(Extractor):
+    """The network of published FID, sFID, KID and Inception Score.
+
+    The network resizes pictures itself (to 299 x 299, bilinear without antialias, as in TensorFlow 1) from 8-bit
+    values. ``pooled`` has 2048 features, ``spatial`` 7 x 17 x 17 (Nash et al. 2021), ``probabilities`` are the softmax
+    of the 1008 logits without their bias, all as in the evaluators of those papers.
+    """
+
+    name: ClassVar[str] = "inception-v3"
+
+    def __init__(self, weights: str | Path) -> None:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        self.network = FeatureExtractorInceptionV3(
+            self.name, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+        )
+        self.network.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls) -> InceptionV3:
+        folders = [Path(torch.hub.get_dir()) / "checkpoints"]
+        if own := os.environ.get("DITQ_WEIGHTS"):
+            folders.insert(0, Path(own))
+        file = next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
+        try:
+            import torch_fidelity  # noqa: F401
+
+            missing = []
+        except ImportError as e:
+            missing = [f"the package torch-fidelity ({e})"]
+        if file is None:
+            missing.append(f"the file {FILE}")
+        if file is None or missing:
+            raise MissingWeights(
+                f"The feature network {cls.name!r} needs torch-fidelity and its weights; missing: "
+                f"{' and '.join(missing)}. ditq downloads nothing: the file, of torch-fidelity's release 0.2.0, is "
+                f"looked for in {' and '.join(map(str, folders))}; DITQ_WEIGHTS names another folder."
+            )
+        return cls(file)
+
+    def features(self, images: Tensor) -> Features:
+        (pooled, logits), maps = self._run(images, [SPATIAL])
+        spatial = maps[0][:, :7].flatten(1)
+        return Features(pooled.cpu(), spatial.cpu(), logits.softmax(1).cpu())
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        return self._run(images, STAGES)[1]
+
+    def _run(self, images: Tensor, layers: list[str] | tuple[str, ...]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+        """Pooled features and logits, and what the named layers gave on the way."""
+        maps: list[Tensor] = []
+        network = self.network.to(images.device)
+        hooks = [network.get_submodule(name).register_forward_hook(lambda *a: maps.append(a[2])) for name in layers]
+        try:
+            return network((images * 255).round().byte()), maps
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+EXTRACTOR = InceptionV3

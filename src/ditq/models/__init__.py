@@ -1,0 +1,1 @@
+"""Transformers, VAEs and pipelines that diffusers does not have."""

@@ -1,0 +1,161 @@
+"""Queries and keys in 8 bits: their largest values, found on calls of a model, and their rounding in a graph.
+
+The queries of an attention share one static scale, and its keys another, as the inputs of a linear layer do with
+static activations. Softmax, and its product with the values, stay in floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.overrides import TorchFunctionMode
+
+from ditq.architectures import Architecture
+from ditq.calibration.run import NOISE_OFFSET
+from ditq.errors import UsageError
+from ditq.numerics import code_range, fake_quantize
+from ditq.openvino.passes.attention import MOVES
+from ditq.recipe import Calibration
+from ditq.sampling import draws_videos, sample
+
+BOTTOM, TOP = code_range(8, True)
+
+# The largest magnitudes of queries and of keys, for one attention after the other.
+Largest = Sequence[tuple[float, float]]
+
+
+class EveryAttention(TorchFunctionMode):
+    """Inside, every attention gets what ``change(query, key)`` returns for its queries and keys."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._change = change
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+        query, key = self._change(given.pop("query"), given.pop("key"))
+        return func(query, key, given.pop("value"), *args[3:], **given)
+
+
+@contextmanager
+def observed(model: nn.Module, architecture: Architecture) -> Iterator[dict[str, list[tuple[float, float]]]]:
+    """Inside, calls of a model are watched; yields a growing ``{full name of a block: Largest}``.
+
+    Blocks that compute attention in another way than by torch's ``scaled_dot_product_attention`` are not in it.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    current, place = [""], [0]
+
+    def note(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        if current[0]:
+            largest, i = found.setdefault(current[0], []), place[0]
+            before = largest[i] if i < len(largest) else (0.0, 0.0)
+            largest[i : i + 1] = [(max(before[0], _largest(query)), max(before[1], _largest(key)))]
+            place[0] += 1
+        return query, key
+
+    def inside(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            current[0], place[0] = name, 0
+
+        return hook
+
+    hooks = []
+    for stack in architecture.stacks:
+        blocks: Any = model.get_submodule(stack)
+        for i, block in enumerate(blocks):
+            hooks.append(block.register_forward_pre_hook(inside(f"{stack}.{i}")))
+            hooks.append(block.register_forward_hook(inside(""), always_call=True))
+    try:
+        with EveryAttention(note):
+            yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def drawn(
+    pipe: Any,
+    architecture: Architecture,
+    conditions: Sequence[str],
+    *,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, list[tuple[float, float]]]:
+    """What :func:`observed` finds while a pipeline draws, with noise that no comparison draws from.
+
+    Raises:
+        UsageError: none of its blocks uses torch's attention.
+    """
+    with observed(pipe.transformer, architecture) as found:
+        sample(
+            pipe, architecture, conditions, seed=seed + NOISE_OFFSET, steps=Calibration().steps, decode=False,
+            batch_size=1 if draws_videos(pipe) else 8,
+            on_batch=None if progress is None else lambda done: progress("calibrate attention", done, len(conditions)),
+        )  # fmt: skip
+    if not found:
+        raise UsageError(
+            f"{type(pipe.transformer).__name__} does not use torch's scaled_dot_product_attention; export it with "
+            "attention='auto'."
+        )
+    return found
+
+
+@contextmanager
+def rounding(largest: Largest) -> Iterator[None]:
+    """Inside, queries and keys of one attention after the other are rounded, as in a graph."""
+    if not largest:
+        yield
+        return
+    scales = iter([(q / TOP, k / TOP) for q, k in largest])
+
+    def change(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = next(scales, (0.0, 0.0))
+        if not q * k:  # never seen, or nothing but zeros
+            return query, key
+        return torch.ops.ditq.openvino_codes(query, q), torch.ops.ditq.openvino_codes(key, k)
+
+    with EveryAttention(change):
+        yield
+
+
+def emulate(x: Tensor, scale: float) -> Tensor:
+    """``x`` [..., channels] rounded to 8-bit codes with one scale, and back."""
+    one = torch.tensor([[scale]], device=x.device)
+    rows = x.reshape(-1, x.shape[-1])
+    return fake_quantize(rows, 8, symmetric=True, granularity="tensor", scale=one).reshape(x.shape)
+
+
+def convert(context: Any) -> Any:
+    """The nodes of ``ditq::openvino_codes``, for OpenVINO's frontend.
+
+    Rounded before heads are moved, which is then a quarter of the work; the product of a linear layer before it then
+    writes the codes.
+    """
+    return _rounded(context.get_input(0), float(context.get_values_from_const_input(1))).outputs()
+
+
+def _rounded(x: Any, scale: float) -> Any:
+    import openvino.opset13 as op
+
+    node = x.get_node()
+    kind = node.get_type_name()
+    if kind in MOVES:
+        inner, order = _rounded(node.input_value(0), scale), node.input_value(1)
+        same = node.get_attributes().get("special_zero")
+        return op.transpose(inner, order) if kind == "Transpose" else op.reshape(inner, order, same)
+    ends = [op.constant(np.float32(end * scale)) for end in (BOTTOM, TOP, BOTTOM, TOP)]
+    return op.fake_quantize(x, *ends, TOP - BOTTOM + 1)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.detach().abs().amax())

@@ -1,0 +1,139 @@
+"""A stack of transformer blocks that OpenVINO executes, called like one of its blocks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditq.errors import UsageError
+from ditq.openvino.manifest import Input, Segment
+from ditq.openvino.program import Program
+from ditq.trace.arguments import leaves
+
+_TORCH = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
+
+
+class CompiledStack(nn.Module):
+    """Stands in a model for a list of blocks, or for one.
+
+    Tensors of any float dtype are computed in float32 and come back in the dtype of the argument that the
+    output replaces (float32 where that is a text's tokens). A sample with NaN in any argument is NaN in every
+    output, as in torch: the integer kernels of OpenVINO would turn it into plausible numbers.
+
+    Copies of a model share the program and its weights, which nobody can change.
+    """
+
+    def __init__(self, segment: Segment, program: Program, kept: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.segment = segment
+        self.program = program
+        self._inputs = {spec.name: spec for spec in segment.inputs}
+        for name, module in kept.items():
+            _place(self, name, module)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the files that it was read from: what it computes, for caches."""
+        return self.segment.digests
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._bind(args, kwargs)
+        first = given[self.segment.inputs[0].name]
+        feed = {name: self._feed(given[name], spec) for name, spec in self._inputs.items()}
+        results = self.program(feed)
+        lost = _samples_with_nan(feed.values())
+        outputs = []
+        for i in range(self.segment.outputs):
+            output = results[i]
+            if lost is not None and len(lost) == len(output):
+                output[lost] = torch.nan
+            outputs.append(output.to(first.dtype) if first.is_floating_point() else output)
+        return self._returned(outputs)
+
+    def _returned(self, outputs: list[Tensor]) -> Any:
+        if self.segment.returns == "BaseModelOutput":
+            from transformers.modeling_outputs import BaseModelOutput
+
+            return BaseModelOutput(last_hidden_state=outputs[0])
+        return outputs[0] if self.segment.returns == "tensor" else tuple(outputs)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Tensor arguments by leaf name; whatever else is given must be as it was when the model was exported."""
+        named = {**dict(zip(self.segment.parameters, args, strict=False)), **kwargs}
+        tensors: dict[str, Tensor] = {}
+        for name, value in leaves(named).items():
+            if name in self._inputs and isinstance(value, Tensor):
+                tensors[name] = value
+            elif name in self._inputs or value != self.segment.constants.get(name):
+                expected = "a tensor" if name in self._inputs else repr(self.segment.constants.get(name))
+                got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise UsageError(
+                    f"{self.segment.place} was exported with {name}={expected} and cannot be called with {got}; "
+                    "export it again with such a call as the example."
+                )
+        missing = [name for name in self._inputs if name not in tensors]
+        if missing:
+            raise UsageError(
+                f"{self.segment.place} was exported with the tensor {missing[0]!r}, which this call lacks."
+            )
+        return tensors
+
+    def _feed(self, value: Tensor, spec: Input) -> Tensor:
+        if value.device.type != "cpu":
+            raise UsageError(f"OpenVINO runs on the CPU; {spec.name!r} is on {value.device}: pipe.to('cpu').")
+        if torch.is_grad_enabled() and value.requires_grad:
+            raise UsageError(
+                "A model exported to OpenVINO has no gradients; train with the checkpoint it was made of."
+            )
+        fits = len(value.shape) == len(spec.shape) and all(
+            size in (None, given) for size, given in zip(spec.shape, value.shape, strict=True)
+        )
+        if not fits or (value.is_floating_point() and spec.dtype != "float32"):
+            shape = ", ".join("any" if size is None else str(size) for size in spec.shape)
+            raise UsageError(
+                f"{self.segment.place} was exported for {spec.name} of shape [{shape}] and dtype {spec.dtype}, "
+                f"got {list(value.shape)} and {str(value.dtype).removeprefix('torch.')}."
+            )
+        return _contiguous(value.detach()).to(_TORCH[spec.dtype])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledStack:
+        kept = {name: copy.deepcopy(self.get_submodule(name), memo) for name in self.segment.kept}
+        return CompiledStack(self.segment, self.program, kept)
+
+    def extra_repr(self) -> str:
+        return f"{self.segment.place}, {len(self.segment.layers)} linears on OpenVINO"
+
+
+def _samples_with_nan(tensors: Any) -> Tensor | None:
+    """Of shape [B], or None where no sample has NaN (the usual case, found by sums: NaN spreads through them)."""
+    floats = [x for x in tensors if x.is_floating_point() and x.ndim]
+    if not any(bool(torch.isnan(x.sum())) for x in floats):
+        return None
+    lost = torch.zeros(len(floats[0]), dtype=torch.bool)
+    for x in floats:
+        bad = torch.isnan(x.reshape(len(x), -1)).any(1)
+        lost |= bad if len(bad) == len(lost) else bad.any()  # shared by all samples
+    return lost
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """``x`` in the order of its numbers: torch transposes one matrix several times as fast as a batch of them."""
+    if x.is_contiguous() or x.ndim < 3:
+        return x.contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for target, source in zip(out, x, strict=True):
+        target.copy_(source)
+    return out
+
+
+def _place(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Makes ``root.a.b.c`` the module, with empty modules between, so that names of parameters stay."""
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    root.add_module(last, module)

@@ -1,0 +1,225 @@
+"""Export to OpenVINO: the blocks of a quantized transformer become one compiled graph, the rest stays torch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ditq.architectures import Architecture
+from ditq.errors import CheckpointError, DitqError, UsageError
+from ditq.layers import QuantizedLinear, TimestepLinear
+from ditq.openvino import runtime
+from ditq.openvino import storage as files
+from ditq.openvino.attention_ranges import Largest
+from ditq.openvino.compiled import CompiledStack
+from ditq.openvino.convert import linear_spec
+from ditq.openvino.graph import unrounded
+from ditq.openvino.linear import LinearSpec, why_inexact
+from ditq.openvino.manifest import Manifest, Segment
+from ditq.openvino.options import Attention, Shapes
+from ditq.openvino.passes.attention import resolved
+from ditq.openvino.program import Program
+from ditq.openvino.segment import parts, write_segment
+from ditq.openvino.settings import PRECISION, compile_config, group_size, why_float
+from ditq.openvino.summary import Report, examine, some
+from ditq.openvino.threads import one_thread
+from ditq.trace.arguments import parameters
+from ditq.trace.stacks import capture
+from ditq.trace.variations import variations
+
+
+def export(
+    model: nn.Module,
+    architecture: Architecture,
+    call: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    largest: Mapping[str, Largest] | None = None,
+    allow_float: bool = False,
+) -> Report:
+    """Writes the blocks of a transformer that ditq has quantized as OpenVINO graphs; the model stays as it is.
+
+    Batch, resolution and text length stay open. Linears that the plan keeps in 16 bit, norms, attention
+    and everything else of a block is computed in float32.
+
+    Args:
+        call: keyword arguments of one call of the model, see :func:`ditq.sampling.first_call.first_call`.
+        folder: an existing folder; gets a graph for every stack and a small JSON file.
+        largest: of the queries and keys of every block, which are then rounded to 8 bits, see
+            :func:`ditq.openvino.attention_ranges.observed`.
+        allow_float: takes layers whose shape keeps OpenVINO from multiplying integers, and models without any.
+
+    Returns:
+        How each layer is executed on this machine.
+
+    Raises:
+        UsageError: the model is not quantized, or its plan has formats that OpenVINO does not execute.
+        DitqError: OpenVINO or its integer kernels are not available, a layer would be executed in floats,
+            or the exported graph does not compute what the model computes.
+    """
+    import openvino as ov
+
+    runtime.require()
+    folder = Path(folder)
+    specs = _specs(model, architecture, allow_float)
+    width = group_size(specs.values())
+    reasons = _float_shapes(specs, width, allow_float)
+    specs |= {name: replace(specs[name], activation=None) for name in reasons}
+    config = compile_config(width)
+    segments, programs = [], []
+    was_training = model.training
+    model.eval()
+    try:
+        for stack in architecture.stacks:
+            first, second = (capture(model, stack, c) for c in variations(call, architecture, model))
+            for part in parts(model, stack, first, second):
+                segment, check = write_segment(part, folder, specs, reasons, width, largest)
+                segments.append(segment)
+                programs.append(files.program(folder, segment, config))
+                in_floats = files.program(folder, segment, compile_config(0), change=unrounded)
+                check.run(segment.place, in_floats, programs[-1])
+    finally:
+        model.train(was_training)
+    manifest = Manifest(
+        openvino=ov.__version__, architecture=architecture.name, group_size=width, segments=tuple(segments)
+    )
+    report = examine(manifest, programs, config[PRECISION], allow_float)
+    manifest.write(folder)
+    return report
+
+
+def load(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    properties: Mapping[str, str | int] | None = None,
+    shapes: Shapes = "dynamic",
+    attention: Attention = "f32",
+    allow_float: bool = False,
+) -> Report:
+    """Puts the compiled blocks of an exported folder into a transformer of the same class, in place of its own.
+
+    The model's own blocks are dropped and may be without weights (on the meta device), except for those of
+    their modules that the model itself calls (``Segment.kept``; DiT's ``norm1.emb``).
+
+    Args:
+        properties: of OpenVINO, by its names: ``INFERENCE_NUM_THREADS``, ``NUM_STREAMS``, ``CACHE_DIR``
+            (compiled models are kept there), ``INFERENCE_PRECISION_HINT`` (``bf16`` is faster on CPUs that have
+            it, and rounds everything between the linears).
+        shapes: "static" compiles anew for the sizes of a call, see :class:`ditq.openvino.program.Program`.
+        attention: see :mod:`ditq.openvino.options`; "int8" was chosen at export, here it is as "auto".
+        allow_float: takes layers that this machine cannot execute on integers.
+
+    Raises:
+        CheckpointError: the folder is damaged, or does not fit the model.
+        UsageError: OpenVINO refuses a property.
+        DitqError: OpenVINO is not available here, or a layer would be executed in floats.
+    """
+    runtime.require()
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    for segment in manifest.segments:
+        _check_place(model, segment)
+    config = compile_config(manifest.group_size, properties)
+    half = resolved(attention) == "bf16" and config[PRECISION] != "bf16"  # where all is in bf16 anyway
+    programs = [files.program(folder, segment, config, shapes, half=half) for segment in manifest.segments]
+    report = examine(manifest, programs, config[PRECISION], allow_float)
+    for segment, program in zip(manifest.segments, programs, strict=True):
+        _install(model, segment, program)
+    if all(program.small for program in programs):
+        one_thread(model)
+    return report
+
+
+def compile_in_place(
+    model: nn.Module,
+    architecture: Architecture,
+    call: Mapping[str, Any],
+    *,
+    properties: Mapping[str, str | int] | None = None,
+    shapes: Shapes = "dynamic",
+    attention: Attention = "f32",
+    largest: Mapping[str, Largest] | None = None,
+    allow_float: bool = False,
+) -> Report:
+    """:func:`export` and :func:`load` without a folder that stays. Arguments and errors as there."""
+    with tempfile.TemporaryDirectory(prefix="ditq-") as folder:
+        export(model, architecture, call, folder, largest=largest, allow_float=allow_float)
+        # Elsewhere than on Windows a deleted file stays mapped, and mapped weights need no memory of their own.
+        extra = {files.MMAP: "NO"} if os.name == "nt" else {}
+        options = {**(properties or {}), **extra}
+        return load(folder, model, properties=options, shapes=shapes, attention=attention, allow_float=allow_float)
+
+
+def _specs(model: nn.Module, architecture: Architecture, allow_float: bool) -> dict[str, LinearSpec]:
+    """The quantized linears of all blocks; refuses what cannot be executed as planned."""
+    found: dict[str, LinearSpec] = {}
+    inexact: dict[str, list[str]] = {}
+    for stack in architecture.stacks:
+        for name, module in model.get_submodule(stack).named_modules(prefix=stack):
+            if isinstance(module, TimestepLinear):
+                raise UsageError(
+                    f"Layer {name!r} has its own integers for each range of timesteps, and an OpenVINO graph has no "
+                    "clock. Quantize with a recipe without balance.timesteps."
+                )
+            # Layers of layers (adapters around a quantized linear) are found by the inner one.
+            if isinstance(module, QuantizedLinear):
+                found[name] = linear_spec(name, module)
+                if (reason := why_inexact(found[name])) is not None:
+                    formats = f"weights {module.plan.weight} and activations {module.plan.activation}: {reason}"
+                    inexact.setdefault(formats, []).append(name)
+    if inexact:
+        detail = "; ".join(f"{some(names)} with {reason}" for reason, names in inexact.items())
+        raise UsageError(
+            f"OpenVINO cannot execute this plan exactly: {detail}. With groups use dynamic symmetric int8 activations."
+        )
+    if not found and not allow_float:
+        raise UsageError(
+            f"The blocks of this {type(model).__name__} have no quantized layers; quantize it first (ditq quantize)."
+        )
+    return found
+
+
+def _float_shapes(specs: Mapping[str, LinearSpec], width: int, allow_float: bool) -> dict[str, str]:
+    """Layers whose shape rules integers out, with the reason; an error unless that is allowed."""
+    reasons = {name: reason for name, spec in specs.items() if (reason := why_float(spec, width)) is not None}
+    if reasons and not allow_float:
+        name, reason = next(iter(reasons.items()))
+        raise DitqError(
+            f"OpenVINO would execute {len(reasons)} layers in floats, among them {name!r} ({specs[name].kernel}): "
+            f"{reason}. Keep such layers in 16 bit, or allow floats (allow_float=True)."
+        )
+    return reasons
+
+
+def _check_place(model: nn.Module, segment: Segment) -> None:
+    """Whether the model has blocks at this place that are called as the exported ones were."""
+    try:
+        found: Any = model.get_submodule(segment.place)
+        block = found[0] if isinstance(found, nn.ModuleList) else found
+        for name in segment.kept:
+            block.get_submodule(name)
+    except (AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"The exported model has {segment.place!r}, {type(model).__name__} has not: {error}."
+        ) from error
+    if parameters(block) != segment.parameters:
+        raise CheckpointError(
+            f"Blocks of {type(model).__name__} at {segment.place!r} take ({', '.join(parameters(block))}), "
+            f"the exported ones ({', '.join(segment.parameters)}): another version of diffusers?"
+        )
+
+
+def _install(model: nn.Module, segment: Segment, program: Program) -> None:
+    found: Any = model.get_submodule(segment.place)
+    whole = isinstance(found, nn.ModuleList)
+    block = found[0] if whole else found
+    stack = CompiledStack(segment, program, {name: block.get_submodule(name) for name in segment.kept})
+    parent, _, child = segment.place.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.ModuleList([stack]) if whole else stack)

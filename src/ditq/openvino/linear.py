@@ -1,0 +1,203 @@
+"""One quantized linear layer as OpenVINO's CPU plugin executes it: which of its kernels, and the reference for it.
+
+The plugin has two ways to multiply 8-bit integers, and ditq chooses one for each layer:
+
+* ``graph``: the graph itself rounds the input to 8-bit codes (scales from reductions, or static ones), the plugin
+  multiplies u8 by i8 codes in int32, the graph rescales. Exactly what the plan says, for any scales of whole
+  tokens, and the faster one. Weights take 8 bits each.
+* ``plugin``: a product with integer weights that are dequantized in the graph becomes one node that holds them as
+  they are, 4 bits too, and quantizes its input at run time: symmetric, 8 bits, a scale for every token and every
+  G channels. It does so only if every one of its conditions holds; otherwise it multiplies floats, three times
+  slower and without a word. The conditions, found by experiment with OpenVINO 2026.4:
+  G = DYNAMIC_QUANTIZATION_GROUP_SIZE, one number for a whole model, is a multiple of 16 and at most K; groups of
+  weights are whole multiples of G; weights are u8 or u4 with zero points of the same type, or i8 or i4 without;
+  there is more than one output, and the CPU has VNNI.
+
+``ditq.openvino.probe`` proves for every kernel that the integers were really multiplied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ditq.engines.base import QuantizedWeight
+from ditq.numerics import Quantized, Rotation, dequantize, fake_quantize, rotate, unpack
+from ditq.plan import TensorFormat
+
+Storage = Literal["i8", "u8", "i4", "u4"]
+Activations = Literal["float", "plugin", "graph"]
+
+# What follows the name of a layer in the names of its other nodes.
+BIAS, CLIP, SHIFT, SUMS = "/bias", "/clip", "/shift", "/sums"
+
+# The smallest number of input channels, and the unit of groups, that the plugin itself quantizes.
+STEP = 16
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What decides how the plugin executes a linear layer; the probe tries every kernel once.
+
+    Attributes:
+        columns: K, input features.
+        rows: N, output features.
+        storage: element type of the weight; unsigned ones have zero points.
+        weight_group: input channels that share a weight scale, None for all of them.
+        activations: who rounds them; "float" for nobody: the kernel is built such that it multiplies floats.
+    """
+
+    columns: int
+    rows: int
+    storage: Storage
+    weight_group: int | None = None
+    activations: Activations = "graph"
+
+    @property
+    def integer(self) -> bool:
+        """Whether the plan has integer activations."""
+        return self.activations != "float"
+
+    @property
+    def element_type(self) -> str:
+        """Of the weight as the compiled graph holds it: the graph subtracts zero points after the product."""
+        return "i8" if self.activations == "graph" else self.storage
+
+    def __str__(self) -> str:
+        per = f"groups of {self.weight_group}" if self.weight_group else "channels"
+        return f"{self.columns} -> {self.rows}, {self.storage} weights by {per}"
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSpec:
+    """One quantized linear: y = Q(x / s R) W^T + b, with W the integer weight of the balanced input.
+
+    Attributes:
+        weight: codes, scales and zero points.
+        bias: float [N] or None.
+        activation: the planned format of the input, None for 16 bit.
+        smooth: s, float32 [K], where the layer itself divides by it; None where that was folded.
+        rotation: R or None.
+        input_scale: float32 [1, 1] of static activations, else None.
+    """
+
+    name: str
+    weight: QuantizedWeight
+    bias: Tensor | None = None
+    activation: TensorFormat | None = None
+    smooth: Tensor | None = None
+    rotation: Rotation | None = None
+    input_scale: Tensor | None = None
+
+    @property
+    def kernel(self) -> Kernel:
+        fmt, activations = self.weight.format, self._activations()
+        width = 4 if fmt.bits <= 4 and activations != "graph" else 8
+        # A float kernel has a zero point that is no integer: it keeps the plugin from quantizing the input.
+        signed = fmt.symmetric and activations != "float"
+        return Kernel(
+            self.weight.columns,
+            len(self.weight.packed),
+            f"{'i' if signed else 'u'}{width}",  # type: ignore[arg-type]
+            self.weight_group,
+            activations,
+        )
+
+    @property
+    def weight_group(self) -> int | None:
+        """Input channels that share a weight scale; None for all of them."""
+        size = self.weight.format.group_size
+        return None if size == self.weight.columns else size
+
+    def _activations(self) -> Activations:
+        if self.activation is None:
+            return "float"
+        if self.weight_group or self.activation.group_size:
+            return "plugin"
+        # Four bits stay four bits in memory only where the plugin rounds the input.
+        small = self.weight.format.bits <= 4 and self.weight.columns >= STEP and len(self.weight.packed) > 1
+        return "plugin" if small and _as_the_plugin_does(self.activation) else "graph"
+
+
+def _as_the_plugin_does(activation: TensorFormat) -> bool:
+    return activation.dynamic and activation.bits == 8 and activation.symmetric
+
+
+def why_inexact(linear: LinearSpec) -> str | None:
+    """Why OpenVINO cannot quantize the input of a layer as planned, or None.
+
+    It may quantize more finely (groups of channels instead of tokens, tokens instead of tensors), never more coarsely.
+    """
+    activation = linear.activation
+    if activation is None or linear.kernel.activations == "graph" or _as_the_plugin_does(activation):
+        return None
+    if not activation.dynamic:
+        return "with groups the CPU plugin scales activations at run time, not by static scales"
+    if activation.bits != 8:
+        return f"with groups the CPU plugin quantizes activations to 8 bits, not to {activation.bits}"
+    return "with groups the CPU plugin quantizes activations symmetrically, without zero points"
+
+
+def balance(x: Tensor, linear: LinearSpec) -> Tensor:
+    """The input after online smoothing and rotation, float32 [..., K]."""
+    x = x.float()
+    if linear.smooth is not None:
+        x = x * (1 / linear.smooth)
+    return x if linear.rotation is None else rotate(x, linear.rotation)
+
+
+def dequantized(linear: LinearSpec) -> Tensor:
+    """The weight's values, float32 [N, K], with respect to the balanced input."""
+    fmt = linear.weight.format
+    codes = unpack(linear.weight.packed, fmt.bits, linear.weight.columns)
+    return dequantize(Quantized(codes, linear.weight.scale, linear.weight.zero_point), fmt.rows, fmt.group_size)
+
+
+def emulate(
+    x: Tensor, linear: LinearSpec, group_size: int, dtype: torch.dtype = torch.float64, rounded: bool = True
+) -> Tensor:
+    """What the plugin computes, in plain torch: the reference of the probe, of exports and of tests.
+
+    Args:
+        x: [..., K].
+        group_size: G, for layers whose input the plugin rounds; 0 leaves it as it is there.
+        dtype: of sums and products. Activation codes are found in float32, as the plugin does.
+        rounded: False for a product with the input as it is.
+
+    Returns:
+        [..., N] in ``dtype``.
+    """
+    x = balance(x, linear)
+    how = linear.kernel.activations if rounded else "float"
+    if how == "plugin" and group_size:
+        x = _values_by_plugin(x, group_size)
+    elif how == "graph":
+        x = _values_by_graph(x, linear)
+    y = x.to(dtype) @ dequantized(linear).to(dtype).T
+    return y if linear.bias is None else y + linear.bias.to(dtype)
+
+
+def _values_by_graph(x: Tensor, linear: LinearSpec) -> Tensor:
+    """``x`` [..., K] rounded as planned, with a scale per token where the plan says one per tensor."""
+    fmt = linear.activation
+    assert fmt is not None
+    rows = x.reshape(-1, x.shape[-1])
+    granularity: Literal["tensor", "row"] = "row" if fmt.dynamic else "tensor"
+    scale = None if linear.input_scale is None else linear.input_scale.float()
+    return fake_quantize(rows, fmt.bits, symmetric=fmt.symmetric, granularity=granularity, scale=scale).reshape(
+        x.shape
+    )
+
+
+def _values_by_plugin(x: Tensor, group_size: int) -> Tensor:
+    """``x`` [..., K] rounded to 8-bit codes per token and ``group_size`` channels; the last group may be shorter."""
+    out = torch.empty_like(x)
+    for begin in range(0, x.shape[-1], group_size):
+        part = x[..., begin : begin + group_size]
+        scale = part.abs().amax(-1, keepdim=True) / 127
+        scale = torch.where(scale > 0, scale, 1.0)
+        out[..., begin : begin + group_size] = (part * (1 / scale)).round_() * scale
+    return out

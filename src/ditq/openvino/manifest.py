@@ -1,0 +1,125 @@
+"""The small JSON file beside an exported model: how to call it, and how each linear layer is to be executed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ditq.errors import CheckpointError
+from ditq.openvino.linear import Activations, Kernel, Storage
+from ditq.plan import first_error
+from ditq.trace.stacks import Returns
+
+FORMAT_VERSION = 2
+FILE = "ditq_openvino.json"
+
+Plain = bool | int | float | str | None
+DType = Literal["float32", "int64", "bool"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Input(_Strict):
+    """A tensor argument, or a tensor inside one (``"rotary.0"``). ``shape`` has None for sizes that may change."""
+
+    name: Annotated[str, Field(min_length=1)]
+    dtype: DType
+    shape: tuple[Annotated[int, Field(ge=0)] | None, ...] = Field(strict=False)
+
+
+class Layer(_Strict):
+    """A linear layer: its kernel, or None where it keeps floating-point weights; ``reason`` says why not int8.
+
+    ``twin`` names the first layer with the same weights, bit for bit (DiT has a copy of its embedders in every block):
+    OpenVINO computes both at once where their inputs are one tensor.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    columns: Annotated[int, Field(ge=1)]
+    rows: Annotated[int, Field(ge=1)]
+    storage: Storage | None = None
+    weight_group: Annotated[int, Field(ge=1)] | None = None
+    activations: Activations = "float"
+    reason: str = ""
+    twin: str = ""
+
+    @property
+    def kernel(self) -> Kernel | None:
+        if self.storage is None:
+            return None
+        return Kernel(self.columns, self.rows, self.storage, self.weight_group, self.activations)
+
+
+class Segment(_Strict):
+    """One compiled graph: a whole stack of blocks, or one block of a stack that is no plain chain.
+
+    Attributes:
+        place: the module it stands for, ``"transformer_blocks"`` or ``"transformer_blocks.3"``.
+        file: of the graph, in the same folder.
+        parameters: names of the arguments of the block's forward, in order.
+        constants: arguments that are no tensors; a call must give the same.
+        returns: what a call returns the ``outputs`` tensors in.
+        digests: of the graph's files, see :func:`ditq.openvino.export.digest`.
+        kept: modules of the first block that the model calls too; they stay torch modules.
+        attentions: how many of them multiply queries and keys of 8 bits.
+    """
+
+    place: Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]
+    file: Annotated[str, Field(pattern=r"^[\w.]+\.xml$")]
+    parameters: tuple[str, ...] = Field(strict=False)
+    inputs: tuple[Input, ...] = Field(strict=False, min_length=1)
+    constants: dict[str, Plain]
+    outputs: Annotated[int, Field(ge=1)]
+    returns: Returns
+    kept: tuple[str, ...] = Field(strict=False)
+    digests: dict[Annotated[str, Field(pattern=r"^[\w.]+$")], str]
+    layers: tuple[Layer, ...] = Field(strict=False)
+    attentions: Annotated[int, Field(ge=0)] = 0
+
+
+class Manifest(_Strict):
+    """Everything about an exported transformer that its graphs do not say.
+
+    Attributes:
+        openvino: version that wrote the graphs.
+        group_size: channels of a token that share an activation scale where OpenVINO rounds the input; 0 if nowhere.
+    """
+
+    format_version: Literal[2] = 2
+    openvino: str
+    architecture: str
+    group_size: Annotated[int, Field(ge=0, multiple_of=16)]
+    segments: tuple[Segment, ...] = Field(strict=False, min_length=1)
+
+    @model_validator(mode="after")
+    def _places_are_unique(self) -> Self:
+        places = [segment.place for segment in self.segments]
+        if len(set(places)) < len(places) or len({segment.file for segment in self.segments}) < len(places):
+            raise ValueError("two segments have one place or one file")
+        return self
+
+    def write(self, folder: Path) -> None:
+        (folder / FILE).write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Reads and validates.
+
+        Raises:
+            CheckpointError: there is none, a field is wrong (which is named), or it is newer than this ditq.
+        """
+        path = folder / FILE
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{folder} holds no exported model: {FILE} cannot be read ({error}).") from error
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{path} is not valid (this ditq reads format_version {FORMAT_VERSION}): {first_error(error)}."
+            ) from error

@@ -1,0 +1,80 @@
+"""Graphs on disk: written, checked and compiled."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ditq.errors import CheckpointError, UsageError
+from ditq.openvino.manifest import FILE, Segment
+from ditq.openvino.options import Shapes
+from ditq.openvino.passes.constants import keep_bf16, shrink
+from ditq.openvino.passes.rewrite import rewrite
+from ditq.openvino.probe import core
+from ditq.openvino.program import Program
+
+MMAP = "ENABLE_MMAP"
+
+
+def write(graph: Any, folder: Path, place: str) -> dict[str, str]:
+    """Writes an ``openvino.Model`` as ``PLACE.xml`` and ``PLACE.bin``; returns the digest of each file."""
+    import openvino as ov
+
+    path = folder / f"{place}.xml"
+    shrink(graph)
+    rewrite(graph)
+    ov.save_model(graph, str(path), compress_to_fp16=False)  # scales keep their float32
+    return {name: _digest(folder / name) for name in (path.name, path.with_suffix(".bin").name)}
+
+
+def program(
+    folder: Path,
+    segment: Segment,
+    config: Mapping[str, str],
+    shapes: Shapes = "dynamic",
+    change: Callable[[Any], Any] | None = None,
+    half: bool = False,
+) -> Program:
+    """The compiled graph of a segment.
+
+    Args:
+        change: makes another graph of the one in the file.
+        half: long attention in bf16, see :class:`ditq.openvino.program.Program`.
+
+    Raises:
+        CheckpointError: a file is missing, was changed, or is not the graph that the manifest speaks of.
+        UsageError: OpenVINO refuses a property.
+    """
+    for name, digest in segment.digests.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}.")
+        if _digest(folder / name) != digest:
+            raise CheckpointError(f"{folder / name} was changed since it was exported, or is damaged.")
+    path = folder / segment.file
+    reading = {key: value for key, value in config.items() if key == MMAP}
+    try:
+        graph = core().read_model(str(path), config=reading)
+    except RuntimeError as error:
+        raise CheckpointError(f"OpenVINO cannot read {path}: {first_line(error)}") from error
+    keep_bf16(graph)
+    inputs = {name: port for port in graph.inputs for name in port.get_names()}
+    if inputs.keys() != {spec.name for spec in segment.inputs} or len(graph.outputs) != segment.outputs:
+        raise CheckpointError(f"{path} does not have the inputs and outputs that {FILE} says.")
+    try:
+        return Program(graph if change is None else change(graph), config, shapes, half)
+    except RuntimeError as error:
+        raise UsageError(f"OpenVINO cannot compile {path}: {first_line(error)}") from error
+
+
+def _digest(path: Path) -> str:
+    """Sixteen hexadecimal digits of the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def first_line(error: Exception) -> str:
+    """What OpenVINO says, without the places in its source."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.startswith(("Exception from", "Check '"))), "no reason")

@@ -1,0 +1,1 @@
+"""Calls of modules: recorded, batched and replayed."""

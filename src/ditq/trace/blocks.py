@@ -1,0 +1,144 @@
+"""Runs kept calls through a transformer block by block, so that a block sees what changed blocks before it give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditq.errors import DitqError
+from ditq.trace.arguments import Leaves, bound, filled, leaves, same
+from ditq.trace.calls import Call
+
+
+class _Reached(Exception):  # noqa: N818 - ends a call of the model early, nothing went wrong
+    pass
+
+
+class BlockWalk:
+    """A walk over blocks in the order the model calls them: ``enter`` one, ``run`` it, change it, enter the next.
+
+    Where all that a block gets comes from the block before it, outputs are handed over; elsewhere (the first
+    block, another kind of block, an architecture that computes between blocks) the model runs up to the block.
+
+    Attributes:
+        order: names of the blocks in the order of their calls.
+
+    Raises:
+        DitqError: the model does not call one of the blocks exactly once.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], calls: Sequence[Call], tell: Callable[[Call], None]
+    ) -> None:
+        """``tell`` is called before a block runs by itself, for what only the model's own call would set."""
+        self.model, self.calls, self._tell = model, calls, tell
+        self.order, self._links = _probe(model, names, on_device(calls[0], model))
+        self._at: str | None = None
+        self._inputs: list[Call] = []
+
+    @torch.no_grad()
+    def enter(self, name: str) -> None:
+        """Makes ready to run block ``name``; blocks before it must have been changed by now."""
+        before, self._at = self._at, name
+        link = self._links.get(name)
+        if link is not None and before == self.order[self.order.index(name) - 1]:
+            self._inputs = [self._handed_over(before, i, link) for i in range(len(self.calls))]
+            return
+        self._inputs = []
+        block = self.model.get_submodule(name)
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inputs.append(_on_cpu(bound(block, name, args, kwargs)))
+            raise _Reached
+
+        with _hooked(block, stop):
+            for call in self.calls:
+                try:
+                    self.model(**on_device(call, self.model), return_dict=False)
+                except _Reached:
+                    continue
+
+    def run(self) -> Iterator[Call]:
+        """Runs the block on one call after the other; yields each call of the model before its run."""
+        assert self._at is not None
+        for i, call in enumerate(self.calls):
+            yield call
+            with torch.no_grad():
+                self._outputs(self._at, i)
+
+    def _outputs(self, name: str, i: int) -> tuple[Tensor, ...]:
+        self._tell(self.calls[i])
+        output = self.model.get_submodule(name)(**on_device(self._inputs[i], self.model))
+        return output if isinstance(output, tuple) else (output,)
+
+    def _handed_over(self, before: str, i: int, link: dict[str, int]) -> Call:
+        outputs = self._outputs(before, i)
+        new: Call = filled(self._inputs[i], {argument: outputs[j].cpu() for argument, j in link.items()})
+        self._inputs[i] = {}  # one set of inputs in memory, not two
+        return new
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, names: Sequence[str], call: Call) -> tuple[list[str], dict[str, dict[str, int]]]:
+    """The order of the blocks; and for each that gets all from the one before, which argument is which output."""
+    order: list[str] = []
+    given: list[Leaves] = []
+    returned: list[tuple[Any, ...]] = []
+
+    def watch(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            order.append(name)
+            given.append(leaves(bound(block, name, args, kwargs)))
+
+        def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            returned.append(output if isinstance(output, tuple) else (output,))
+
+        return before, after
+
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(_hooked(model.get_submodule(name), *watch(name)))
+        model(**call, return_dict=False)
+    if sorted(order) != sorted(names):
+        odd = next(name for name in [*names, *order] if order.count(name) != 1)
+        raise DitqError(
+            f"The model calls block {odd!r} {order.count(odd)} times, not once: it cannot be run by blocks."
+        )
+    links = {}
+    for name, before, outputs, here in zip(order[1:], given, returned, given[1:], strict=False):
+        index = {id(output): i for i, output in enumerate(outputs)}
+        link = {leaf: index[id(value)] for leaf, value in here.items() if id(value) in index}
+        rest = here.keys() - link.keys()
+        if link and here.keys() == before.keys() and all(same(here[leaf], before[leaf]) for leaf in rest):
+            links[name] = link
+    return order, links
+
+
+@contextmanager
+def _hooked(block: nn.Module, before: Any, after: Any = None) -> Iterator[None]:
+    # Before ditq's own hooks (the folded modulation), which belong to the block.
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True, prepend=True)]
+    if after is not None:
+        handles.append(block.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_cpu(arguments: Call) -> Call:
+    tensors = {name: value for name, value in leaves(arguments).items() if isinstance(value, Tensor)}
+    moved: Call = filled(arguments, {name: value.detach().cpu() for name, value in tensors.items()})
+    return moved
+
+
+def on_device(arguments: Call, model: nn.Module) -> Call:
+    device = next(model.parameters()).device
+    tensors = {name: value for name, value in leaves(arguments).items() if isinstance(value, Tensor)}
+    moved: Call = filled(arguments, {name: value.to(device) for name, value in tensors.items()})
+    return moved
