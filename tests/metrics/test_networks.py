@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ditq.errors import UsageError
-from ditq.metrics import extractors
+from ditq.metrics import networks
 from ditq.metrics.networks import Extractor, MissingWeights
 from ditq.metrics.networks.efficientnet import EfficientNetLite0
 from ditq.metrics.networks.emoji import EmojiClassifier
@@ -56,9 +56,9 @@ def emoji(folder: Path) -> EmojiClassifier:
 
 
 def test_registry_names_and_errors() -> None:
-    assert {"efficientnet-lite0", "emoji-classifier", "inception-v3"} <= set(extractors.names())
+    assert {"efficientnet-lite0", "emoji-classifier", "inception-v3"} <= set(networks.names())
     with pytest.raises(UsageError, match="Did you mean 'emoji-classifier'"):
-        extractors.load("emoji-clasifier")
+        networks.load("emoji-clasifier")
 
 
 def test_emoji_features_are_those_of_the_stock_network(emoji: EmojiClassifier, folder: Path) -> None:
@@ -104,11 +104,11 @@ def test_batch_size_does_not_matter(name: str, batch_size: int, request: pytest.
 @pytest.fixture(scope="module")
 def efficientnet() -> Extractor:
     pytest.importorskip("efficientnet_lite_pytorch")
-    return extractors.load("efficientnet-lite0")
+    return networks.load("efficientnet-lite0")
 
 
 def test_extractors_are_loaded_once(efficientnet: Extractor) -> None:
-    assert extractors.load("efficientnet-lite0") is efficientnet
+    assert networks.load("efficientnet-lite0") is efficientnet
 
 
 def test_efficientnet_classifies_as_the_stock_network(efficientnet: EfficientNetLite0) -> None:
@@ -219,7 +219,7 @@ def test_missing_inception_names_file_and_folders(
 
 def test_rows_and_cat_are_inverse(emoji: EmojiClassifier) -> None:
     features = emoji.features(pictures())
-    again = extractors.Features.cat([features[:2], features[torch.tensor([2, 3, 4])]])
+    again = networks.Features.cat([features[:2], features[torch.tensor([2, 3, 4])]])
     assert len(again) == 5
     assert torch.equal(again.pooled, features.pooled)
     assert torch.equal(again.probabilities, features.probabilities)

@@ -22,7 +22,7 @@ from ditq.recipe import load as load_recipe
 if (reason := runtime.why_unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from ditq.openvino import scores
+from ditq.openvino import attention_ranges
 from ditq.openvino.export import compile_in_place, export, load
 
 BLOCKS = 2
@@ -38,7 +38,7 @@ def quantized(name: str) -> nn.Module:
 
 
 def observed(model: nn.Module, name: str) -> dict[str, list[tuple[float, float]]]:
-    with scores.observed(model, architectures.load(name)) as found:
+    with attention_ranges.observed(model, architectures.load(name)) as found:
         run(model, name)
     return found
 
@@ -48,9 +48,9 @@ def rounded(model: nn.Module, name: str, largest: dict[str, list[tuple[float, fl
     scales = iter([(q / 127, k / 127) for i in range(BLOCKS) for q, k in largest[f"transformer_blocks.{i}"]])
 
     def change(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(scores.emulate(x, scale) for x, scale in zip((query, key), next(scales), strict=True))  # type: ignore[return-value]
+        return tuple(attention_ranges.emulate(x, scale) for x, scale in zip((query, key), next(scales), strict=True))  # type: ignore[return-value]
 
-    with scores.EveryAttention(change):
+    with attention_ranges.EveryAttention(change):
         return run(model, name)
 
 
@@ -63,11 +63,11 @@ def test_rounding_is_that_of_static_activations() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 5)
     scale = float(x.abs().amax()) / 127
-    found = scores.emulate(x, scale)
+    found = attention_ranges.emulate(x, scale)
     expected = fake_quantize(x.flatten(0, 1), 8, symmetric=True, granularity="tensor", scale=torch.tensor([[scale]]))
     assert torch.equal(found, expected.unflatten(0, (4, 3)))
     torch.testing.assert_close(found, (x / scale).round() * scale)
-    assert float(scores.emulate(torch.tensor([1e9, -1e9]), scale).abs().amax()) == pytest.approx(127 * scale)
+    assert float(attention_ranges.emulate(torch.tensor([1e9, -1e9]), scale).abs().amax()) == pytest.approx(127 * scale)
 
 
 def test_the_largest_query_and_key_of_every_attention(name: str, model: nn.Module) -> None:
@@ -90,7 +90,7 @@ def test_the_largest_query_and_key_of_every_attention(name: str, model: nn.Modul
 
 def test_ranges_grow_from_call_to_call(name: str, model: nn.Module) -> None:
     call = example_inputs(name)
-    with scores.observed(model, architectures.load(name)) as found:
+    with attention_ranges.observed(model, architectures.load(name)) as found:
         run(model, name)
         first = copy.deepcopy(found)
         run(model, name, hidden_states=3 * call["hidden_states"])
@@ -140,14 +140,14 @@ def test_products_in_floats_are_noticed(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_attention_that_is_not_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = type("Pipe", (), {"transformer": tiny_model("dit")})
-    monkeypatch.setattr(scores, "sample", lambda *args, **kwargs: None)
+    monkeypatch.setattr(attention_ranges, "sample", lambda *args, **kwargs: None)
     with pytest.raises(UsageError, match="does not use torch's scaled_dot_product_attention"):
-        scores.drawn(pipe, architectures.load("dit"), ["a"])
+        attention_ranges.drawn(pipe, architectures.load("dit"), ["a"])
 
 
 def test_other_functions_pass_through() -> None:
     q, k, v = torch.randn(3, 1, 2, 4, 8)
-    with scores.EveryAttention(lambda query, key: (2 * query, key)):
+    with attention_ranges.EveryAttention(lambda query, key: (2 * query, key)):
         assert torch.equal(torch.add(q, k), q + k)
         found = [
             F.scaled_dot_product_attention(q, k, v, scale=0.5),

@@ -14,7 +14,7 @@ from ditq.sampling import sample
 if (reason := runtime.why_unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from ditq.openvino import scores
+from ditq.openvino import attention_ranges
 from ditq.openvino.export import compile_in_place
 from ditq.sampling import first_call
 
@@ -43,7 +43,7 @@ def test_emoji_pictures_with_queries_and_keys_in_8_bits() -> None:
     prompts, calibration = (ditq_bundled.prompts("emoji-t2i", part)[:4] for part in ("evaluation", "calibration"))
     ditq.quantize(pipe, "smoothquant-static-w8a8", prompts=calibration, overrides=SHORT[:2])
     drawn = sample(pipe, arch, prompts, steps=8)
-    largest = scores.drawn(pipe, arch, calibration)
+    largest = attention_ranges.drawn(pipe, arch, calibration)
     report = compile_in_place(pipe.transformer, arch, first_call(pipe, arch, prompts[:1]), largest=largest)
     assert report.attentions == 2 * len(largest) == 16
     assert {*report.executions.values()} == {"int8"}

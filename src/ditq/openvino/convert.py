@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.layers import QuantizedLinear
-from ditq.openvino import attention_ranges as scores
+from ditq.openvino import attention_ranges
 from ditq.openvino.graph import Builder
 from ditq.openvino.linear import LinearSpec, emulate
 from ditq.openvino.settings import GROUP_SIZE
@@ -33,7 +33,7 @@ def _openvino_linear(x: Tensor, index: int) -> Tensor:
 
 
 def _openvino_codes(x: Tensor, scale: float) -> Tensor:
-    return scores.emulate(x, scale) if _linears.get()[2] else x.clone()
+    return attention_ranges.emulate(x, scale) if _linears.get()[2] else x.clone()
 
 
 _library.impl("openvino_linear", _openvino_linear, "CompositeExplicitAutograd")
@@ -67,7 +67,7 @@ class Chain(nn.Module):
         example: BlockCall,
         link: Mapping[str, int],
         names: Sequence[str],
-        largest: scores.Largest = (),
+        largest: attention_ranges.Largest = (),
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -76,7 +76,7 @@ class Chain(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, tensors, strict=True))
         outputs: tuple[Tensor, ...] = ()
-        with scores.rounding(self.largest):
+        with attention_ranges.rounding(self.largest):
             for block in self.blocks:
                 outputs, _ = returned(block(**filled(self.example.arguments, given)), "a block")
                 given |= {name: outputs[i] for name, i in self.link.items()}
@@ -164,7 +164,7 @@ def graph(
     # ov.convert_model would do the same, and send statistics of its use to its makers.
     frontend = FrontEndManager().load_by_framework("pytorch")
     frontend.add_extension(ConversionExtension("ditq::openvino_linear", convert))
-    frontend.add_extension(ConversionExtension("ditq::openvino_codes", scores.convert))
+    frontend.add_extension(ConversionExtension("ditq::openvino_codes", attention_ranges.convert))
     decoder = TorchScriptPythonDecoder(traced)  # must outlive the conversion
     model = frontend.convert(frontend.load(decoder))
     for port, name in zip(model.inputs, inputs, strict=True):
