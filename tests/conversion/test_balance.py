@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import run, tiny_model, tiny_statistics
+from helpers import grid, run, tiny_model, tiny_statistics
 from torch import Tensor, nn
 
 import ditq
@@ -259,6 +259,6 @@ def test_a_plan_with_weights_only_is_balanced_and_computes_what_it_says(subject:
     for layer in plan.quantized:
         assert layer.rotate is not None
         rotation = Rotation(layer.in_features, layer.rotate.block, layer.rotate.seed)
-        rounded = fake_quantize(rotate(exact[layer.name], rotation), 4, symmetric=False)
+        rounded = fake_quantize(rotate(exact[layer.name], rotation), grid(4, symmetric=False))
         found = model.get_submodule(layer.name).weight
         assert sqnr_db(unrotate(rounded, rotation), found) > 30, layer.name

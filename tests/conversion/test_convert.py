@@ -244,7 +244,7 @@ def test_plan_of_16_bit_only_is_an_error(name: str) -> None:
 
 
 def test_group_size_that_does_not_divide_names_the_layer_or_those_that_do(name: str) -> None:
-    with pytest.raises(UsageError, match="group_size must divide in_features=128; got 96; possible: 16, 32, 64, 128"):
+    with pytest.raises(UsageError, match="group_size must divide the 128 columns, got 96; possible: 16, 32, 64, 128"):
         ditq.quantize(
             tiny_model(name), "rtn-w4a8", overrides=["weights={bits: 4, granularity: group, group_size: 96}"]
         )

@@ -16,7 +16,7 @@ from ditq.conversion.hessians import Hessians, InputHessian, round_weight, walk_
 from ditq.conversion.wiring import wire
 from ditq.errors import NothingQuantizedError, UsageError
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
-from ditq.numerics import code_range, incoherence
+from ditq.numerics import incoherence
 from ditq.plan import Fold, Incoherence, LayerPlan, Plan, Timesteps
 from ditq.trace.calls import Call, call_time
 
@@ -231,7 +231,7 @@ def _static_scale(
     else:
         x = balanced(seen.rows(between), scale.cpu() if scale is not None else None, plan.rotate, weight=False)
         largest = x.abs().amax(0)
-    _, top = code_range(plan.activation.bits, plan.activation.symmetric)
+    _, top = plan.activation.code_range
     groups = largest.reshape(1, plan.activation.groups(plan.in_features), -1)  # [1, G, g]
     return groups.amax(-1).clamp_min(1e-12) / top
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ditq.architectures import InputGroup
 from ditq.calibration import GroupStatistics
-from ditq.numerics import Rotation, fake_quantize, rotate, salience_weights, smoothing_scale
-from ditq.plan import LayerPlan, Rotate, Smooth, TensorFormat
+from ditq.numerics import Grid, Rotation, fake_quantize, rotate, salience_weights, smoothing_scale
+from ditq.plan import LayerPlan, Rotate, Smooth
 
 # The search looks at this many rows at most: its cost grows with candidates x layers x rows.
 SEARCH_ROWS = 512
@@ -44,10 +44,10 @@ def balanced(x: Tensor, scale: Tensor | None, rotate_plan: Rotate | None, *, wei
     return x
 
 
-def _rounded(x: Tensor, fmt: TensorFormat | None) -> Tensor:
+def _rounded(x: Tensor, fmt: Grid | None) -> Tensor:
     if fmt is None:
         return x
-    return fake_quantize(x, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size)
+    return fake_quantize(x, fmt)
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def output_error(
     exact = {} if exact is None else exact
     plans = {layer.name: layer for layer in layers}
     inputs = balanced(x, scale, rotate_plan, weight=False)
-    rounded: dict[TensorFormat | None, Tensor] = {}
+    rounded: dict[Grid | None, Tensor] = {}
     total = 0.0
     for linear in group.linears:
         plan = plans.get(linear.name)

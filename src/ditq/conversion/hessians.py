@@ -169,9 +169,8 @@ def round_weight(
     assert fmt is not None
     weight = balanced(linear.weight.detach(), scale, plan.rotate, weight=True)
     found = gptq(
-        weight, hessian.matrix, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size,
-        clip=plan.clip == "mse", damping=settings.damping, order=settings.order, block=settings.block,
-        factor=hessian.factor(settings),
+        weight, hessian.matrix, fmt, clip=plan.clip == "mse", damping=settings.damping, order=settings.order,
+        block=settings.block, factor=hessian.factor(settings),
     )  # fmt: skip
     before, after = float(found.nearest.sum()), float(found.error.sum())
     if not after < before:
