@@ -375,7 +375,8 @@ def load(recipe: str | Path | Recipe) -> Recipe:
             close = difflib.get_close_matches(str(recipe), [*names(), *families()], n=1)
             raise UsageError(
                 f"Unknown recipe {str(recipe)!r}.{f' Did you mean {close[0]!r}?' if close else ''} Known: "
-                f"{', '.join(known)} (X = 2 to 8, Y = 2 to 8 or 16), or the path of a .yaml file."
+                f"{', '.join(known)} (X = 2 to 8, Y = 2 to 8 or 16; e.g. viditq-w4a8, rtn-w8a8), or the "
+                "path of a .yaml file."
             )
         return found
     path = Path(recipe)
