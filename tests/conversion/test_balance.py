@@ -15,7 +15,8 @@ from ditq.architectures import InputGroup
 from ditq.calibration import Statistics
 from ditq.conversion import draft, plan_layers
 from ditq.conversion.balance import rotate_of, smooth_of
-from ditq.conversion.error import group_scale, output_error
+from ditq.conversion.error import output_error
+from ditq.conversion.scales import group_scale
 from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear
 from ditq.numerics import Rotation, fake_quantize, rotate, sqnr_db, unrotate

@@ -17,7 +17,7 @@ from ditq.conversion import convert, draft, plan_layers
 from ditq.errors import NothingQuantizedError, UsageError
 from ditq.layers import QuantizedLinear, TimestepLinear
 from ditq.numerics import sqnr_db
-from ditq.plan import LayerPlan, Smooth
+from ditq.plan import LayerPlan, Plan, Smooth
 from ditq.recipe import load as load_recipe
 
 NAMES = ("dit", "pixart")
@@ -30,7 +30,11 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def carry_out(model: nn.Module, name: str, layers: list[LayerPlan], statistics: Any = None) -> Any:
     arch = architectures.load(name)
-    return convert(model, arch, layers, statistics, method="rtn", recipe="mine", nominal=(4, 8))
+    plan = Plan(
+        method="rtn", recipe="mine", architecture=name, nominal_weight_bits=4, nominal_activation_bits=8,
+        layers=tuple(layers),
+    )  # fmt: skip
+    return convert(model, arch, plan, statistics)
 
 
 def drafted(name: str, recipe: str = "rtn-w4a8", *overrides: str) -> tuple[nn.Module, list[LayerPlan]]:
@@ -258,7 +262,7 @@ def test_recipe_that_needs_calibration_says_so(name: str) -> None:
 
 def test_linears_that_read_tensors_of_their_own_have_hessians_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The outputs of a joint attention share a scale, since values of both streams carry it, but not an input."""
-    module = sys.modules["ditq.conversion.convert"]
+    module = sys.modules["ditq.conversion.make"]
     seen: dict[str, Any] = {}
     original = module.round_weight
 

@@ -27,8 +27,9 @@ import ditq
 from ditq import architectures, numerics
 from ditq.calibration import Statistics
 from ditq.conversion import hessians as method
-from ditq.conversion.error import balanced, group_scale
-from ditq.conversion.hessians import InputHessian, round_weight
+from ditq.conversion.hessians import InputHessian
+from ditq.conversion.rounding import round_weight
+from ditq.conversion.scales import balanced, group_scale
 from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear
 from ditq.layers.quantized_linear import nearest

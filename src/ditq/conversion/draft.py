@@ -104,4 +104,5 @@ def estimate(model: nn.Module, architecture: Architecture, recipe: Recipe) -> Pl
         nominal_weight_bits=recipe.weights.bits,
         nominal_activation_bits=recipe.activations.bits if recipe.activations else 16,
         layers=tuple(layers), other_parameters=total - sum(layer.parameters for layer in layers),
+        calibration_timesteps=recipe.calibration.timesteps,
     )  # fmt: skip
