@@ -365,6 +365,11 @@ def load(recipe: str | Path | Recipe) -> Recipe:
 
     Raises:
         UsageError: no such recipe (the families are listed), or not a valid one.
+
+    Example:
+        >>> recipe = load("viditq-w4a8").override(["balance.rotate=false", "clip=minmax"])
+        >>> recipe.weights.bits, recipe.balance.rotate, recipe.needs_calibration
+        (4, False, True)
     """
     if isinstance(recipe, Recipe):
         return recipe
