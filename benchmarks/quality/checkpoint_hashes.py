@@ -76,9 +76,8 @@ def main() -> None:
     for model, recipe in jobs():
         key = f"{model}/{recipe}"
         found[key] = digest(model, recipe)
-        print(
-            f"{key:40} {found[key][:16]} {'' if args.write else 'equal' if known.get(key) == found[key] else 'DIFFERS'}"
-        )
+        verdict = "" if args.write else "equal" if known.get(key) == found[key] else "DIFFERS"
+        print(f"{key:40} {found[key][:16]} {verdict}")
     if args.write:
         print(write(FILE, {**environment(), "sha256": found}))
     elif found != known:
