@@ -24,8 +24,9 @@ from helpers import (
 )
 
 import ditq
-from ditq.api import new_folder, read_plan
+from ditq.checkpoint.folder import read_plan
 from ditq.errors import CheckpointError, DitqError, UsageError
+from ditq.files import new_folder
 from ditq.layers import QuantizedLinear
 from ditq.numerics import sqnr_db
 

@@ -14,7 +14,7 @@ from helpers import CONDITIONS, PIPELINES, QUICK, tiny_pixart
 
 import ditq
 from ditq import api, architectures
-from ditq.api import read_plan
+from ditq.checkpoint.folder import read_plan
 from ditq.cli.app import run
 from ditq.errors import CheckpointError, UsageError
 from ditq.metrics import psnr_db
