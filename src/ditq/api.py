@@ -243,11 +243,8 @@ def _carry_out(
 ) -> Plan:
     if isinstance(job, Recipe):
         return quantize_model(model, arch, job, statistics, seed=seed, progress=progress)
-    return convert(
-        model, arch, job.layers, statistics, method=job.method, recipe=job.recipe,
-        nominal=(job.nominal_weight_bits, job.nominal_activation_bits), seed=seed,
-        timesteps=job.calibration_timesteps,
-    )  # fmt: skip
+    on_layer = None if progress is None else lambda done, total: progress("quantize", done, total)
+    return convert(model, arch, job, statistics, progress=on_layer)
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:

@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ditq.errors import UsageError, unknown, warn
-from ditq.plan import Gptq, TensorFormat, Timesteps, first_error
+from ditq.numerics import Grid
+from ditq.plan import Gptq, Timesteps, first_error
 
 
 class _Strict(BaseModel):
@@ -28,8 +29,8 @@ class _Strict(BaseModel):
 class RoleFormats(_Strict):
     """Formats of the layers whose role matches; ``weights: null`` keeps them in 16 bit."""
 
-    weights: TensorFormat | None
-    activations: TensorFormat | None = None
+    weights: Grid | None
+    activations: Grid | None = None
 
 
 class Balance(_Strict):
@@ -128,8 +129,8 @@ class Recipe(_Strict):
     description: str = ""
     method: str = "custom"
     paper: str = ""
-    weights: TensorFormat
-    activations: TensorFormat | None
+    weights: Grid
+    activations: Grid | None
     keep: tuple[str, ...] = ("embedder", "final", "modulation")
     keep_layers: tuple[str, ...] = ()
     roles: dict[str, RoleFormats] = {}
@@ -166,7 +167,7 @@ class Recipe(_Strict):
         """Whether calls of the transformer are kept whole: blocks must be run again."""
         return self.rounding == "gptq"
 
-    def formats(self, name: str, role: str) -> tuple[TensorFormat | None, TensorFormat | None, str]:
+    def formats(self, name: str, role: str) -> tuple[Grid | None, Grid | None, str]:
         """Weight format, activation format and, where it is kept in 16 bit, the reason."""
         for prefix in self.keep:
             if role == prefix or role.startswith(prefix + "."):
@@ -374,7 +375,8 @@ def load(recipe: str | Path | Recipe) -> Recipe:
             close = difflib.get_close_matches(str(recipe), [*names(), *families()], n=1)
             raise UsageError(
                 f"Unknown recipe {str(recipe)!r}.{f' Did you mean {close[0]!r}?' if close else ''} Known: "
-                f"{', '.join(known)} (X = 2 to 8, Y = 2 to 8 or 16), or the path of a .yaml file."
+                f"{', '.join(known)} (X = 2 to 8, Y = 2 to 8 or 16; e.g. viditq-w4a8, rtn-w8a8), or the "
+                "path of a .yaml file."
             )
         return found
     path = Path(recipe)

@@ -89,9 +89,9 @@ def test_pipeline_of_our_own_classes_names_modules_of_0_1(load: Any, name: str) 
     index = json.loads((DATA / name / "model_index.json").read_text())
     assert index["transformer"][0].startswith("ditq.architectures.")  # which is no module any more
     if load is not ditq.load:  # plain diffusers knows the transformer's module only, so the class has to be said
-        from ditq.models import opensora, vchitect
+        from ditq.models import latte_class, opensora
 
-        load = (opensora.OpenSoraPipeline if "opensora" in name else vchitect.LatteClassPipeline).from_pretrained
+        load = (opensora.OpenSoraPipeline if "opensora" in name else latte_class.LatteClassPipeline).from_pretrained
     pipe = load(DATA / name)
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe).__name__ == class_name

@@ -162,10 +162,10 @@ class QuantizedLinear(nn.Linear):
             key = (self.group, engine.name, activation, self.rotation, "smooth_scale" in self._buffers)
             codes = self.shared.get(x, key, self, lambda: self._quantized(engine, x))
         if gate is None and residual is None:
-            return engine.linear(codes, activation, self.quantized_weight, self.bias, x.dtype)
+            return engine.linear(codes, self.quantized_weight, self.bias, x.dtype)
         if isinstance(engine, FusingEngine):
             return engine.gated_linear(codes, self.quantized_weight, self.bias, x.dtype, gate, residual)
-        y = engine.linear(codes, activation, self.quantized_weight, self.bias, x.dtype)
+        y = engine.linear(codes, self.quantized_weight, self.bias, x.dtype)
         y = y if gate is None else (y.unflatten(0, (len(gate), -1)) * gate[:, None]).flatten(0, 1)
         return y if residual is None else residual + y
 
@@ -233,7 +233,4 @@ def nearest(weight: Tensor, plan: LayerPlan) -> Quantized:
     """The balanced ``weight`` [N, K] in the plan's format, each number at the nearest code."""
     fmt = plan.weight
     assert fmt is not None
-    kwargs: dict[str, Any] = {"symmetric": fmt.symmetric, "granularity": fmt.rows, "group_size": fmt.group_size}
-    if plan.clip == "mse":
-        kwargs["clip_ratio"] = search_clip_ratio(weight, fmt.bits, **kwargs)
-    return quantize(weight, fmt.bits, **kwargs)
+    return quantize(weight, fmt, clip_ratio=search_clip_ratio(weight, fmt) if plan.clip == "mse" else 1.0)

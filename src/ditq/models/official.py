@@ -113,7 +113,7 @@ def from_official(kind: Any, path: str | Path, **config: Any) -> Any:
 
     Args:
         kind: STDiT, STDiT3 or OpenSoraVAE of ``ditq.models.opensora``, Latte of
-            ``ditq.models.vchitect``, or DiTTransformer2DModel or LatteTransformer3DModel of diffusers.
+            ``ditq.models.latte_class``, or DiTTransformer2DModel or LatteTransformer3DModel of diffusers.
         path: the file; of several, their index (``model.safetensors.index.json``).
         config: of the model, where it differs from the class's defaults.
 
