@@ -39,7 +39,7 @@ class Smooth(_Frozen):
     """Static channel balancing: inputs divided and weight columns multiplied by one scale per input channel.
 
     ``folded`` names where 1/s went: into the producer of the input (``norm``, ``v``, ``glu``) or, ``None``,
-    into the layer itself, which then divides at run time. ``salience`` is what stands for max|X_j| in the scale:
+    into the layer itself, which then divides at run time. ``salience`` is how max|X_j| in the scale is computed:
     the maximum over all timesteps, or PTQ4DiT's mean of the timesteps' maxima (``ditq.numerics.salience_weights``).
     """
 

@@ -42,7 +42,7 @@ class Balance(_Strict):
         choose: ``always`` applies all of the above; ``error`` tries every combination of them, none included, on
             calibration inputs and keeps the one with the smallest output error, input group by input group.
         alpha: migration strength of the smoothing scale, 0 to 1; of several, the one with the smallest error is taken.
-        salience: what stands for the magnitude of an input channel: ``max`` over the timesteps, or ``spearman``,
+        salience: how the magnitude of an input channel is computed: ``max`` over the timesteps, or ``spearman``,
             PTQ4DiT's weighted mean of the timesteps' maxima.
         where: balance ``all`` inputs, or only the ``foldable`` ones, whose producer can carry the smoothing scale.
         fold: move smoothing scales into the producer of the input where that is exact.
@@ -85,16 +85,20 @@ class Balance(_Strict):
 
 
 class Calibration(_Strict):
-    """How much of the sampling trajectory is looked at.
+    """How much of the sampling trajectory calibration records.
 
-    ``rows`` bounds the sample of every layer's input, ``calls`` is how many timesteps, chosen at random, of each
-    prompt's trajectory are kept whole, both halves of the guidance included, for what must run blocks again: at
-    least so many, more where prompts or tokens are few (``ditq.calibration.capture.ROWS_PER_INPUT``); 0 keeps none.
-    ``batch_size`` is how many prompts are drawn at once: by default 8 pictures, with ``auto`` up to 32 small ones;
-    either way as many videos as have 2^17 latent numbers, at most 8.
-    ``arguments`` go to the pipeline's call as they are, e.g. ``{height: 256, width: 256, num_frames: 17}``.
-    ``timesteps`` says which ones count in ranges, scales and the sample: ``all``, or those that PTQ4DM would draw
-    from a skewed normal distribution, ``normal``.
+    Attributes:
+        prompts: at most this many of the given prompts are used.
+        batch_size: prompts that are sampled together. Default: 8 images; ``auto``: up to 32 small images. Videos: as
+            many as have 2^17 latent numbers together, at most 8.
+        steps, guidance_scale: of the sampler; ``guidance_scale`` null is the pipeline's default.
+        rows: bound of the sample of every layer's input.
+        calls: timesteps of each prompt's trajectory, chosen at random, whose transformer calls are kept whole, both
+            halves of the guidance included; GPTQ replays them block by block. At least this many are kept, more where
+            prompts or tokens are few (``ditq.calibration.capture.ROWS_PER_INPUT``); 0 keeps none.
+        arguments: of the pipeline's call, e.g. ``{height: 256, width: 256, num_frames: 17}``.
+        timesteps: which ones count in ranges, scales and the sample: ``all``, or ``normal``, those of PTQ4DM's skewed
+            normal distribution.
     """
 
     prompts: Annotated[int, Field(ge=1)] = 32
@@ -148,7 +152,7 @@ class Recipe(_Strict):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return patterns
 
     @property
@@ -181,7 +185,7 @@ class Recipe(_Strict):
         return self.weights, self.activations, ""
 
     def own(self, role: str) -> RoleFormats | None:
-        """The formats that the recipe gives to this role, or to the narrowest one that holds it."""
+        """The formats of this role in ``roles``, or of the narrowest role there that contains it."""
         prefixes = [prefix for prefix in self.roles if role == prefix or role.startswith(prefix + ".")]
         return self.roles[max(prefixes, key=len)] if prefixes else None
 
@@ -219,7 +223,7 @@ class Recipe(_Strict):
         """Refuses fields that this recipe would ignore.
 
         Args:
-            keys: dotted names of the fields that somebody has set, e.g. ``balance.alpha``.
+            keys: dotted names of the fields that were set, e.g. ``balance.alpha``.
             source: what stands before a name in the error.
 
         Raises:
@@ -365,6 +369,11 @@ def load(recipe: str | Path | Recipe) -> Recipe:
 
     Raises:
         UsageError: no such recipe (the families are listed), or not a valid one.
+
+    Example:
+        >>> recipe = load("viditq-w4a8").override(["balance.rotate=false", "clip=minmax"])
+        >>> recipe.weights.bits, recipe.balance.rotate, recipe.needs_calibration
+        (4, False, True)
     """
     if isinstance(recipe, Recipe):
         return recipe

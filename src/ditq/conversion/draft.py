@@ -80,7 +80,7 @@ def _check_targets(linears: list[Linear], recipe: Recipe) -> None:
         for prefix in prefixes:
             if not any(role == prefix or role.startswith(f"{prefix}.") for role in known):
                 raise UsageError(
-                    f"{field} of the recipe: there is no role {prefix!r}. This model has {', '.join(sorted(own))}."
+                    f"{field} of the recipe: unknown role {prefix!r}. This model has {', '.join(sorted(own))}."
                 )
     for pattern in recipe.keep_layers:
         if not any(re.search(pattern, linear.name) for linear in linears):

@@ -116,6 +116,15 @@ def quantize(
 
     Raises:
         ValueError: as :func:`scale_and_zero_point`, or the static arguments do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from ditq.numerics import Grid
+        >>> q = quantize(torch.tensor([[0.0, 0.5, -3.5, 7.0]]), Grid(bits=4, granularity="channel"))
+        >>> q.codes.tolist(), q.scale.tolist()
+        ([[0, 0, -4, 7]], [[1.0]])
+        >>> dequantize(q).tolist()
+        [[0.0, 0.0, -4.0, 7.0]]
     """
     bottom, top = grid.code_range
     groups = group_view(x, grid).float()
