@@ -46,6 +46,15 @@ def left_over(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_front_door_is_a_table_of_contents() -> None:
+    document = str(ditq.__doc__)
+    for name in ditq.__all__:
+        assert getattr(ditq, name) is not None
+        if name not in ("__version__", "TensorFormat"):  # the latter is an older name of Grid
+            assert name in document.partition("Verbs:")[2], name
+    assert set(dir(ditq)) == set(ditq.__all__)
+
+
 # ------------------------------------------------------------------------------------------ quantize
 
 
