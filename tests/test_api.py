@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+import videos
 from helpers import (
+    CLASSES,
     CONDITIONS,
     PIPELINES,
     PROMPTS,
@@ -24,10 +27,14 @@ from helpers import (
 )
 
 import ditq
-from ditq.api import new_folder, read_plan
+from ditq.calibration import calibrate
+from ditq.checkpoint.folder import read_plan, read_plans
+from ditq.digests import of_tensor
 from ditq.errors import CheckpointError, DitqError, UsageError
+from ditq.files import new_folder
 from ditq.layers import QuantizedLinear
 from ditq.numerics import sqnr_db
+from ditq.recipe import Calibration
 
 
 @pytest.fixture(params=PIPELINES)
@@ -37,6 +44,15 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def left_over(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_front_door_is_a_table_of_contents() -> None:
+    document = str(ditq.__doc__)
+    for name in ditq.__all__:
+        assert getattr(ditq, name) is not None
+        if name not in ("__version__", "TensorFormat"):  # the latter is an older name of Grid
+            assert name in document.partition("Verbs:")[2], name
+    assert set(dir(ditq)) == set(ditq.__all__)
 
 
 # ------------------------------------------------------------------------------------------ quantize
@@ -176,7 +192,108 @@ def test_overriding_a_plan_is_refused() -> None:
         ditq.quantize(tiny_dit(), plan, overrides=["seed=1"])
 
 
+IDLE: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "calibration-with-recipe": (tiny_dit, {"calibration": Calibration(steps=2)}, "overrides=.*calibration.steps"),
+    "calibrate_with-with-pipeline": (tiny_dit, {"calibrate_with": print}, "bare transformer"),
+    "prompts-with-transformer": (lambda: tiny_model("dit"), {"prompts": ["3"]}, "calibrate_with=function"),
+    "statistics-and-prompts": (tiny_dit, {"statistics": object(), "prompts": ["3"]}, "without prompts"),
+    "statistics-and-function": (
+        lambda: tiny_model("dit"),
+        {"statistics": object(), "calibrate_with": print},
+        "without prompts, calibrate_with",
+    ),
+    "cache-without-calibration": (tiny_dit, {"cache": Path("cache"), "recipe": "rtn-w8a8"}, "Leave them out"),
+    "resume-with-statistics": (tiny_dit, {"resume": True, "statistics": object()}, "Leave them out"),
+    "resume-with-function": (lambda: tiny_model("dit"), {"resume": True, "calibrate_with": print}, "Leave them out"),
+    "component-with-transformer": (lambda: tiny_model("dit"), {"component": "transformer"}, "Leave component out"),
+    "prompts-as-one-string": (tiny_dit, {"prompts": "3"}, r"pass prompts=\['3'\]"),
+}
+
+
+@pytest.mark.parametrize("case", IDLE)
+def test_arguments_without_effect_are_refused_and_the_model_is_left_alone(case: str) -> None:
+    make, arguments, complaint = IDLE[case]
+    pipe = make()
+    model = getattr(pipe, "transformer", pipe)
+    model.train()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(UsageError, match=complaint):
+        ditq.quantize(pipe, arguments.pop("recipe", "smoothquant-w8a8"), **arguments)
+    assert model.training
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_seed_of_a_plan_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = ditq.quantize(tiny_dit(), "smoothquant-w8a8", prompts=CLASSES, overrides=QUICK, seed=3).plan
+    assert plan.seed == 3
+    with pytest.raises(UsageError, match=r"its own seed \(3\); leave out seed=0"):
+        ditq.quantize(tiny_dit(), plan, prompts=CLASSES, seed=0)
+    seeds = []
+
+    def noted(*args: Any, seed: int, **kwargs: Any) -> Any:
+        seeds.append(seed)
+        return calibrate(*args, seed=seed, **kwargs)
+
+    monkeypatch.setattr("ditq.api.calibrate", noted)
+    settings = Calibration(steps=2, prompts=2, batch_size=2, rows=64)
+    again = ditq.quantize(tiny_dit(), plan, prompts=CLASSES, calibration=settings).plan
+    assert seeds == [3]
+    assert again == plan
+
+
+def test_failure_while_calibrating_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("dit").train()
+
+    def fail(_: Any) -> None:
+        assert not model.training
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        ditq.quantize(model, "smoothquant-w8a8", calibrate_with=fail)
+    assert model.training
+    assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
+
+
+def test_one_override_may_be_a_string() -> None:
+    plans = [ditq.quantize(tiny_dit(), "rtn-w8a8", overrides=x).plan for x in ("clip=mse", ["clip=mse"])]
+    assert plans[0] == plans[1]
+    assert {layer.clip for layer in plans[0].quantized} == {"mse"}
+
+
 # ---------------------------------------------------------------------------------------- save, load
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "sharded"])
+def test_load_reads_every_tensor_once(sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_dit()
+    ditq.quantize(pipe, "rtn-w8a8")
+    out = ditq.save(pipe, tmp_path / "out")
+    if sharded:
+        shutil.rmtree(out / "transformer")
+        pipe.transformer.save_pretrained(out / "transformer", max_shard_size="200KB")
+        assert len(list((out / "transformer").glob("*.safetensors"))) > 2
+    hashed: list[int] = []
+    monkeypatch.setattr("ditq.digests.of_tensor", lambda t: hashed.append(t.numel()) or of_tensor(t))
+    ditq.load(out)
+    assert len(hashed) == len(pipe.transformer.state_dict())
+    diffusers.DiffusionPipeline.from_pretrained(out)  # checks by itself, also after ditq.load
+    assert len(hashed) == 2 * len(pipe.transformer.state_dict())
+
+
+def test_load_checks_both_transformers_before_it_loads_anything(tmp_path: Path) -> None:
+    pipe = videos.wan_of_two_experts()
+    for component in ("transformer", "transformer_2"):
+        ditq.quantize(pipe, "rtn-w8a8", component=component)
+    out = ditq.save(pipe, tmp_path / "out")
+    assert read_plans(out) == {c: getattr(pipe, c).hf_quantizer.plan for c in ("transformer", "transformer_2")}
+    (out / "vae" / "config.json").unlink()  # what diffusers would complain about first
+    file = next((out / "transformer_2").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="transformer_2.*does not match its checksum"):
+        ditq.load(out)
 
 
 def test_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import videos
 from diffusers import DiffusionPipeline
-from helpers import CONDITIONS, PIPELINES, QUICK, tiny_pixart
+from helpers import CONDITIONS, PIPELINES, PROMPTS, QUICK, tiny_pixart
 
 import ditq
 from ditq import api, architectures
-from ditq.api import read_plan
+from ditq.checkpoint.folder import read_plan, read_plans
 from ditq.cli.app import run
+from ditq.components import transformer_names
 from ditq.errors import CheckpointError, UsageError
 from ditq.metrics import psnr_db
-from ditq.openvino import runtime
+from ditq.numerics import sqnr_db
+from ditq.openvino import attention_ranges, runtime
 from ditq.sampling import fingerprint, sample
 
 pytest.importorskip("openvino")
@@ -216,6 +219,89 @@ def test_queries_and_keys_in_8_bits(folders: tuple[str, Path, Path], tmp_path: P
         assert run([*command[:3], str(tmp_path / "again"), *command[4:]]) == 2
         assert "--prompts FILE" in capsys.readouterr().err.replace("\n", " ")
         assert not (tmp_path / "again").exists()
+
+
+def test_options_are_checked_before_the_work(
+    folders: tuple[str, Path, Path], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    _, source, _ = folders
+    monkeypatch.setattr(api, "load", lambda *_: pytest.fail("loaded first"))
+    out = tmp_path / "out"
+    for option, complaint in {
+        "NO_SUCH=4": "Unknown property of OpenVINO 'NO_SUCH'",
+        "INFERENCE_NUM_THREAD=4": "Did you mean 'INFERENCE_NUM_THREADS'",
+        "INFERENCE_NUM_THREADS=many": "OpenVINO refuses the options INFERENCE_NUM_THREADS=many",
+    }.items():
+        assert run(["export", str(source), "--out", str(out), "--option", option]) == 2
+        assert complaint in capsys.readouterr().err.replace("\n", " ")
+    for arguments in (["--prompts", __file__], ["--seed", "0"], ["--prompts", __file__, "--attention", "f32"]):
+        assert run(["export", str(source), "--out", str(out), *arguments]) == 2
+        assert "has no effect with attention=" in capsys.readouterr().err.replace("\n", " ")
+    with pytest.raises(UsageError, match="must be a list of strings"):
+        api.export(source, out, attention="int8", prompts="a red cat")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Wan 2.2 with both transformers quantized."""
+    pipe = videos.wan_of_two_experts()
+    for component in transformer_names(pipe):
+        ditq.quantize(pipe, "rtn-w8a8", component=component)
+    return ditq.save(pipe, tmp_path_factory.mktemp("wan") / "w8a8")
+
+
+def draw(pipe: Any) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    arguments = videos.PIPELINES["wan"][1]
+    return sample(
+        pipe, architectures.load("wan"), PROMPTS[:1], steps=4, guidance_scale=3.0, seed=5, **arguments
+    ).latents
+
+
+def test_both_experts_become_graphs(experts: Path, tmp_path: Path) -> None:
+    text = api.export(experts, tmp_path / "out")
+    assert [line.partition(":")[0] for line in text.splitlines() if "multiply 8-bit" in line] == [
+        "transformer", "transformer_2"
+    ]  # fmt: skip
+    pipe, plain = DiffusionPipeline.from_pretrained(tmp_path / "out"), ditq.load(experts)
+    for component in transformer_names(pipe):
+        model = getattr(pipe, component)
+        assert [type(block).__name__ for block in model.blocks] == ["CompiledStack"]
+        config = json.loads((tmp_path / "out" / component / "config.json").read_text())["quantization_config"]
+        assert config["engine"]["name"] == "openvino"
+    assert pipe.transformer.blocks[0].digests != pipe.transformer_2.blocks[0].digests
+    assert read_plans(tmp_path / "out") == read_plans(experts)
+    assert sqnr_db(draw(plain), draw(pipe)) > 20
+    with ditq.use_engine("torch"):
+        assert torch.equal(draw(plain), draw(ditq.load(tmp_path / "out")))
+
+
+def test_attention_of_both_experts_has_its_own_scales(experts: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    watched = []
+
+    def few(pipe: Any, architecture: Any, conditions: Any, *, component: str, **_: Any) -> Any:
+        watched.append((component, list(conditions)))
+        model = getattr(pipe, component)
+        with attention_ranges.observed(model, architecture) as found:
+            draw(pipe)
+        return found
+
+    monkeypatch.setattr(attention_ranges, "drawn", few)
+    text = api.export(experts, tmp_path / "out", attention="int8", prompts=PROMPTS[:1])
+    assert watched == [("transformer", PROMPTS[:1]), ("transformer_2", PROMPTS[:1])]
+    assert text.count("attentions multiply 8-bit queries and keys") == 2
+
+
+def test_expert_that_is_not_quantized_stays_in_torch(tmp_path: Path) -> None:
+    pipe = videos.wan_of_two_experts()
+    ditq.quantize(pipe, "rtn-w8a8", component="transformer_2")
+    source = ditq.save(pipe, tmp_path / "w8a8")
+    text = api.export(source, tmp_path / "out")
+    assert "transformer: stays in torch: it is not quantized by ditq." in text.splitlines()
+    loaded = ditq.load(tmp_path / "out")
+    assert type(loaded.transformer.blocks[0]).__name__ == "WanTransformerBlock"
+    assert type(loaded.transformer_2.blocks[0]).__name__ == "CompiledStack"
 
 
 def test_what_cannot_be_exported(

@@ -1,5 +1,6 @@
 """Plan: validation that names the field, JSON, hash, diff, and arithmetic checked by hand and against files."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,53 @@ def test_memory_by_hand() -> None:
 )
 def test_stored_bytes_by_hand(fields: dict[str, Any], expected: int) -> None:
     assert layer_plan(**fields).stored_bytes() == expected
+
+
+def stored_bytes_of_0_1(layer: LayerPlan) -> int:
+    """The formula of ditq 0.1, which knew every tensor by itself."""
+    if layer.weight is None:
+        return 2 * (layer.parameters + (layer.out_features if layer.bias else 0))
+    scales = layer.weight.groups(layer.in_features) * (
+        1 if layer.weight.granularity == "tensor" else layer.out_features
+    )
+    n = layer.out_features * ((layer.in_features * layer.weight.bits + 7) // 8)
+    n += scales * (4 if layer.weight.symmetric else 5)
+    if layer.smooth and layer.smooth.folded is None:
+        n += 4 * layer.in_features
+    if layer.activation and not layer.activation.dynamic:
+        n += 4 * layer.activation.groups(layer.in_features)
+    n += 2 * layer.out_features if layer.bias else 0
+    return n * (len(layer.timesteps) if layer.timesteps else 1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("granularity", "group"), [("tensor", None), ("channel", None), ("group", 16)])
+def test_bytes_follow_from_the_stored_tensors(granularity: str, group: int | None, symmetric: bool) -> None:
+    inputs = [
+        None,
+        token_format(),
+        Grid(bits=8, granularity="tensor"),
+        Grid(bits=6, granularity="group", group_size=8),
+    ]
+    balances = [None, Smooth(alpha=0.5), Smooth(alpha=0.5, folded="norm")]
+    layers = [
+        layer_plan(f"layer{i}", k=k, weight=weight_format(bits, granularity, symmetric, group), activation=activation,
+                   smooth=smooth, timesteps=timesteps, bias=bias)
+        for i, (bits, k, activation, smooth, timesteps, bias) in enumerate(
+            itertools.product(range(2, 9), (32, 48), inputs, balances, (None, ((0, 9), (10, 99))), (True, False))
+        )
+    ]  # fmt: skip
+    for layer in layers:
+        assert layer.stored_bytes() == stored_bytes_of_0_1(layer), layer
+    folds = (Fold(norm="a.n1", width=32, block="a"), Fold(norm="a.n2", width=32, block="a"), Fold(norm="b.n", width=8))
+    plan = small_plan(layers=tuple(layers), folds=folds)
+    biases = sum(layer.out_features for layer in layers if layer.bias)
+    expected = sum(map(stored_bytes_of_0_1, layers)) + 2 * (plan.other_parameters - biases) + 4 * 6 * 32
+    assert plan.memory()[0] == expected
+    quantized = sum(tensor.bytes for tensor in plan.tensors().values())
+    assert plan.memory()[0] == quantized + 2 * plan.other_parameters + 2 * sum(
+        layer.out_features for layer in layers if layer.bias and layer.timesteps
+    )
 
 
 @pytest.mark.parametrize("recipe", ["rtn-static-w8a8", "quarot-w4a4", "smoothquant-w4a8"])

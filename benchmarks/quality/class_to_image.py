@@ -62,17 +62,16 @@ BASELINES = ("ptq4dm", "ptq4dit", "smoothquant", "gptq", "viditq")
 def plan_of(args: argparse.Namespace, row: str, width: str, statistics: Statistics) -> tuple[Any, Plan] | None:
     """A pipeline with its transformer quantized, and the plan; None for a row that cannot be had."""
     pipe = api.load(args.model)
-    options: dict[str, Any] = {"statistics": statistics, "seed": args.seed}
     if row in SEARCHES:
         path = args.plans / f"qdit-{width}-evolution-{SEARCHES[row]}.plan.json"
         if not path.is_file():
             print(f"{row}: there is no {path}; run granularity_search.py first", file=sys.stderr)
             return None
-        return pipe, ditq.quantize(pipe, Plan.from_dict(json.loads(path.read_text())), **options).plan
+        return pipe, ditq.quantize(pipe, Plan.from_dict(json.loads(path.read_text())), statistics=statistics).plan
     recipe, overrides = (f"qdit-{width}", LADDER[row]) if row in LADDER else (f"{row}-{width}", ())
     if recipe not in recipes.names():
         return None
-    return pipe, ditq.quantize(pipe, recipe, overrides=list(overrides), **options).plan
+    return pipe, ditq.quantize(pipe, recipe, overrides=list(overrides), statistics=statistics, seed=args.seed).plan
 
 
 def draw(args: argparse.Namespace, pipe: Any, classes: list[str], row: str) -> Samples:

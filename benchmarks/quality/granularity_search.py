@@ -141,7 +141,8 @@ def main() -> None:
             for row, plan in plans.items():
                 pipe = api.load(args.model)
                 settings = recipes.load(recipe).override(CALIBRATION).calibration
-                done = api.quantize(pipe, plan, prompts=calibration, calibration=settings, seed=args.seed, resume=True)
+                options = {"prompts": calibration, "calibration": settings, "resume": True}
+                done = api.quantize(pipe, plan, **(options if plan.needs_calibration else {}))
                 drawn[row] = draw(args, pipe, held_out)
                 predicted[row] = prediction_sqnr_db(calls, pipe, len(held_out))
                 rows[row] = {

@@ -7,7 +7,23 @@
     result = ditq.quantize(pipe, "viditq-w4a8", prompts=prompts)
     pipe.save_pretrained(out)                     # plain diffusers loads it again
 
-Names below are imported when first used: ``import ditq`` costs milliseconds and pulls in no torch.
+Verbs:
+    quantize(pipe, recipe)      the transformer of a pipeline, in place; gives a Result
+    save(pipe, out)             a pipeline to a new folder, all of it or nothing
+    load(path)                  a pipeline from a folder, a hub id or bundled:NAME
+    compare(reference, others)  the same prompts and noise, measured; gives a Comparison
+    search(pipe, recipe)        a group size for every layer, within a budget; gives a Plan
+    export(source, out)         a quantized pipeline as graphs of OpenVINO, for CPUs
+    use_engine(name)            inside, that engine computes: with ditq.use_engine("torch"): ...
+
+Nouns:
+    Recipe, Grid                what to do, and how a tensor becomes integers
+    Plan, LayerPlan             what was done to each layer; saved with the checkpoint
+    DitqConfig                  the quantization_config of diffusers
+    DitqError                   of which UsageError and CheckpointError are kinds
+
+``help(ditq.quantize)`` explains one of them. They are imported when first used: ``import ditq`` costs milliseconds and
+pulls in no torch.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import nn
 
 from ditq import api, architectures
 from ditq.architectures import Architecture
+from ditq.environment import environment
 from ditq.errors import DitqError, UsageError
 from ditq.metrics.interval import Interval
 from ditq.metrics.layer_errors import LayerErrors, StepTime, layer_errors, step_times
@@ -336,20 +337,3 @@ def _compiled(model: nn.Module) -> bool:
 def _bytes(model: nn.Module) -> int:
     plan = _plan(model)
     return plan.memory()[0] if plan else sum(2 * p.numel() for p in model.parameters())
-
-
-def environment() -> dict[str, Any]:
-    """Device, threads and versions: what a number depends on besides the seeds."""
-    import platform
-    from importlib.metadata import version
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "cpu": f"{cpu} ({torch.backends.cpu.get_cpu_capability()})",
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("ditq", "torch", "diffusers", "transformers")},
-    }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import platformdirs
+
 
 def cache_root() -> Path:
-    """``DITQ_CACHE``, or ``ditq`` in the user's cache folder."""
-    base = os.environ.get("DITQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "ditq")
-    return Path(base).expanduser()
+    """``DITQ_CACHE``, or ``ditq`` in the user's cache folder of this system (Linux: ``~/.cache``)."""
+    own = os.environ.get("DITQ_CACHE")
+    return Path(own).expanduser() if own else Path(platformdirs.user_cache_dir("ditq", appauthor=False))

@@ -6,18 +6,22 @@ memory and average bits, diffs against another plan, and hashes (the key of ever
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ditq import digests
 from ditq.errors import CheckpointError
 from ditq.numerics.grid import Grid
 
 FORMAT_VERSION = 1
+
+MODULATION = "ditq_modulation"
+"""Name of a block's buffer that carries 1/s for the shifts in its modulation argument, see :class:`Fold`."""
 
 MIN_GROUP_SIZE = 8
 Timesteps = Literal["all", "normal"]
@@ -72,6 +76,24 @@ class Incoherence(_Frozen):
     weight_after: float
     input_before: float | None = None
     input_after: float | None = None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that a checkpoint must have.
+
+    Attributes:
+        dtype: by torch's name. Those of float32 hold scales, positive and finite.
+        range: the smallest and the largest number allowed among integers; None: any of the dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Literal["uint8", "int8", "float32"]
+    range: tuple[int, int] | None = None
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * (4 if self.dtype == "float32" else 1)
 
 
 class LayerPlan(_Frozen):
@@ -156,19 +178,41 @@ class LayerPlan(_Frozen):
             parts.append(f"hadamard {self.rotate.block}")
         return " + ".join(parts) or "none"
 
-    def stored_bytes(self) -> int:
-        """Bytes of codes, scales, zero points and online smoothing scales; the bias in 16 bit."""
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What stands before the names of its tensors in a checkpoint: ``NAME.``, or one for each timestep range."""
+        if not self.timesteps:
+            return (f"{self.name}.",)
+        return tuple(f"{self.name}.ranges.{i}." for i in range(len(self.timesteps)))
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """What one quantized layer (of one timestep range) stores beside its bias; nothing if it stays in 16 bit.
+
+        The only place that says so: memory, the loader's buffers and the check of a checkpoint follow from it.
+        """
         if self.weight is None:
-            return 2 * (self.parameters + (self.out_features if self.bias else 0))
-        scales = math.prod(self.weight.scales(self.out_features, self.in_features))
-        n = self.out_features * ((self.in_features * self.weight.bits + 7) // 8)
-        n += scales * (4 if self.weight.symmetric else 5)
-        if self.smooth and self.smooth.folded is None:
-            n += 4 * self.in_features
-        if self.activation and not self.activation.dynamic:
-            n += 4 * self.activation.groups(self.in_features)
-        n += 2 * self.out_features if self.bias else 0
-        return n * (len(self.timesteps) if self.timesteps else 1)
+            return {}
+        n, k, bits = self.out_features, self.in_features, self.weight.bits
+        scales = self.weight.scales(n, k)
+        out = {
+            "qweight": StoredTensor((n, (k * bits + 7) // 8), "uint8"),
+            "weight_scale": StoredTensor(scales, "float32"),
+        }
+        if not self.weight.symmetric:
+            half = 2 ** (bits - 1)
+            out["weight_zero_point"] = StoredTensor(scales, "int8", (-half, half - 1))
+        if self.smooth is not None and self.smooth.folded is None:
+            out["smooth_scale"] = StoredTensor((k,), "float32")
+        if self.activation is not None and not self.activation.dynamic:
+            out["input_scale"] = StoredTensor((1, self.activation.groups(k)), "float32")
+        return out
+
+    def stored_bytes(self) -> int:
+        """Bytes of its tensors in a checkpoint; the bias, or a weight that is not quantized, in 16 bit."""
+        bias = 2 * self.out_features if self.bias else 0
+        if self.weight is None:
+            return 2 * self.parameters + bias
+        return len(self.prefixes) * (sum(tensor.bytes for tensor in self.tensors().values()) + bias)
 
 
 class Fold(_Frozen):
@@ -261,18 +305,32 @@ class Plan(_Frozen):
         linear = sum(layer.parameters for layer in self.layers)
         return sum(layer.activation_bits * layer.parameters for layer in self.layers) / max(1, linear)
 
+    def fold_tensors(self) -> dict[str, StoredTensor]:
+        """The tensors of the folds by their full names: one factor for the modulation of each block."""
+        return {
+            f"{fold.block}.{MODULATION}": StoredTensor((fold.chunks * fold.width,), "float32")
+            for fold in self.folds
+            if fold.block
+        }
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor that a checkpoint of this plan has beside the model's own parameters, by its full name."""
+        out = self.fold_tensors()
+        for layer in self.quantized:
+            stored = layer.tensors()
+            out |= {prefix + name: tensor for prefix in layer.prefixes for name, tensor in stored.items()}
+        return out
+
     def memory(self) -> tuple[int, int]:
         """Bytes of the transformer's weights as planned, and in 16 bit."""
         biases = sum(layer.out_features for layer in self.layers if layer.bias)
         linear = sum(layer.parameters for layer in self.layers)
-        other = 2 * (self.other_parameters - biases)
-        other += sum({fold.block: 4 * fold.chunks * fold.width for fold in self.folds if fold.block}.values())
+        other = 2 * (self.other_parameters - biases) + sum(tensor.bytes for tensor in self.fold_tensors().values())
         return sum(layer.stored_bytes() for layer in self.layers) + other, 2 * (linear + self.other_parameters)
 
     def hash(self) -> str:
         """Sixteen hexadecimal digits that change with anything in the plan."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digests.of_json(self.model_dump(mode="json"))
 
     def diff(self, other: Plan) -> dict[str, tuple[str, str]]:
         """Layers that differ, as ``{name: (mine, other's)}`` in words."""

@@ -1,6 +1,5 @@
 """Cost, legality and the errors of a search space."""
 
-import math
 from random import Random
 
 import pytest
@@ -12,7 +11,6 @@ from toy import SIZES, toy_space
 from ditq.allocation import Space
 from ditq.allocation.budget import bit_operations, grouped, scale_overhead_bits
 from ditq.errors import UsageError
-from ditq.layers.quantized_linear import buffers
 
 
 def test_bit_operations_count_products_and_rescaled_partial_sums() -> None:
@@ -34,12 +32,7 @@ def test_bit_operations_of_16_bit_activations() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_scale_overhead_is_that_of_the_stored_buffers(symmetric: bool) -> None:
     layers = [grouped(layer_plan(str(g), k=128, n=24, weight=weight_format(symmetric=symmetric)), g) for g in (16, 64)]
-    bits = sum(
-        math.prod(shape) * 8 * dtype.itemsize
-        for layer in layers
-        for name, (shape, dtype) in buffers(layer).items()
-        if name != "qweight"
-    )
+    bits = sum(8 * stored.bytes for layer in layers for name, stored in layer.tensors().items() if name != "qweight")
     assert scale_overhead_bits(layers) == bits / sum(layer.parameters for layer in layers)
 
 

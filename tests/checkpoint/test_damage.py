@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import ditq
-from ditq.checkpoint.verify import DIGESTS, digest
+from ditq.checkpoint.verify import DIGESTS
+from ditq.digests import of_tensor
 from ditq.errors import CheckpointError, DitqError
 
 FILE = "transformer/diffusion_pytorch_model.safetensors"
@@ -55,7 +56,7 @@ def rewrite(folder: Path, change: Callable[[Tensors], object], checksums: bool =
     tensors, metadata = read(folder)
     change(tensors)
     if checksums:
-        metadata[DIGESTS] = json.dumps({name: digest(t) for name, t in tensors.items()})
+        metadata[DIGESTS] = json.dumps({name: of_tensor(t) for name, t in tensors.items()})
     save_file(tensors, folder / FILE, metadata)
 
 

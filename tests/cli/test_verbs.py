@@ -293,3 +293,33 @@ def test_wrong_set_is_a_usage_error(
 
 def test_unknown_option_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert ditq(capsys, "quantize", "--no-such-option")[0] == 2
+
+
+# ---------------------------------------------------------------------------- options without an effect
+
+
+def test_options_that_a_recipe_has_no_use_for_are_named(
+    pipeline: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["quantize", pipeline, "--recipe", "rtn-w8a8", "--out", tmp_path / "out", "--json"]
+    status, out, err = ditq(capsys, *arguments, "--prompts", prompts, "--resume")
+    assert status == 0
+    assert err == "--prompts and --resume: not used, as this needs no calibration.\n"
+    assert json.loads(out)["out"] == str(tmp_path / "out")
+
+
+def test_plan_beside_a_recipe_is_refused(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    result = ditq(capsys, "quantize", pipeline, "--plan", "p.json", "--recipe", "viditq-w4a8", "--out", out)
+    check_failure(result, 2, "--plan", "--recipe", left=out)
+
+
+def test_seed_beside_a_plan_is_refused(
+    pipeline: Path, quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = json.loads((quantized / "transformer" / "config.json").read_text())["quantization_config"]
+    (tmp_path / "plan.json").write_text(json.dumps({k: v for k, v in fields.items() if k != "quant_method"}))
+    out = tmp_path / "out"
+    result = ditq(capsys, "quantize", pipeline, "--plan", tmp_path / "plan.json", "--seed", 1, "--prompts",
+                  pipeline / "model_index.json", "--out", out, "--quiet")  # fmt: skip
+    check_failure(result, 2, "carries its own seed (0)", left=out)

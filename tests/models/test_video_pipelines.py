@@ -13,8 +13,9 @@ from helpers import PROMPTS
 from torch import Tensor
 
 import ditq
-from ditq import api, architectures
+from ditq import architectures
 from ditq.calibration import calibrate
+from ditq.components import transformer_names
 from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear
 from ditq.numerics import sqnr_db
@@ -206,18 +207,18 @@ def test_video_keeps_the_size_that_latte_was_trained_for() -> None:
 def test_both_experts_are_quantized_each_on_its_own_timesteps(tmp_path: Path) -> None:
     arguments = videos.PIPELINES["wan"][1]
     pipe = videos.wan_of_two_experts()
-    assert api.transformers(pipe) == ["transformer", "transformer_2"]
+    assert transformer_names(pipe) == ["transformer", "transformer_2"]
     settings = Calibration(**{**FEW, "steps": 4}, arguments=arguments)
     times = {
         component: calibrate(
             pipe, architectures.load("wan"), PROMPTS, settings, component=component, cache=tmp_path
         ).timesteps
-        for component in api.transformers(pipe)
+        for component in transformer_names(pipe)
     }
     assert [len(t) for t in times.values()] == [2, 2]
     assert times["transformer"].min() >= 600 > times["transformer_2"].max()
     plain = ditq.save(pipe, tmp_path / "16-bit")
-    for component in api.transformers(pipe):
+    for component in transformer_names(pipe):
         model = getattr(pipe, component)
         overrides = [f"calibration.{key}={value}" for key, value in {**FEW, "steps": 4}.items()]
         overrides += [f"calibration.arguments={arguments}", "balance.alpha=0.5"]
@@ -227,7 +228,7 @@ def test_both_experts_are_quantized_each_on_its_own_timesteps(tmp_path: Path) ->
     _, before = draw(pipe, "wan")
     loaded = ditq.load(ditq.save(pipe, tmp_path / "out", source=plain))
     loaded.set_progress_bar_config(disable=True)
-    for component in api.transformers(loaded):
+    for component in transformer_names(loaded):
         assert any(isinstance(m, QuantizedLinear) for m in getattr(loaded, component).modules())
     assert torch.equal(draw(loaded, "wan")[1], before)
     with pytest.raises(UsageError, match="with a transformer_2"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ditq import digests
 from ditq.allocation import study
 from ditq.allocation.budget import scale_overhead_bits
 from ditq.allocation.candidates import Candidates
@@ -179,16 +178,16 @@ def search(
     identity = {
         "model and code": whole,
         "recipe": recipe.name,
-        "layers": _digest([layer.model_dump(mode="json") for layer in layers]),
-        "statistics": "" if statistics is None else _digest(_sums(statistics)),
+        "layers": digests.of_json([layer.model_dump(mode="json") for layer in layers]),
+        "statistics": "" if statistics is None else digests.of_json(_sums(statistics)),
         "sizes": sorted({size for possible in space.choices for size in possible}),
         "budget": space.budget,
         "strategy": name,
-        "settings": _digest(asdict(plan_of_search)) if is_dataclass(plan_of_search) else "",
+        "settings": digests.of_json(asdict(plan_of_search)) if is_dataclass(plan_of_search) else "",
         "fitness": fitness.name,
         "moments": moments if fitness.sees == "outputs" else None,
         "rounding": rounding,
-        "conditions": _digest(list(conditions)),
+        "conditions": digests.of_json(list(conditions)),
         "steps": steps,
         "guidance scale": guidance_scale,
         "seed": seed,
@@ -275,7 +274,3 @@ def _counted_rows(model: nn.Module, layers: Sequence[LayerPlan]) -> Iterator[dic
 
 def _sums(statistics: Statistics) -> dict[str, float]:
     return {name: float(group.absmax.double().sum()) for name, group in statistics.groups.items()}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ditq.calibration.timesteps import normal_timesteps
 from ditq.errors import CheckpointError
+from ditq.files import atomic
 from ditq.plan import Timesteps
 from ditq.trace.calls import Call, from_plain, to_plain
 
@@ -92,14 +92,10 @@ class Statistics:
             content, own = to_plain(call, f"{_CALLS}{i}")
             calls.append(content)
             tensors |= own
-        temporary = path.with_suffix(".tmp")
         # Calls of one moment may share tensors, which the format does not; samples, the large ones, never do.
-        save_file(
-            {k: v.clone().contiguous() if k.startswith(_CALLS) else v.contiguous() for k, v in tensors.items()},
-            temporary,
-            metadata={"ditq": json.dumps({"version": 1, "calls": calls})},
-        )
-        os.replace(temporary, path)
+        content = {k: v.clone().contiguous() if k.startswith(_CALLS) else v.contiguous() for k, v in tensors.items()}
+        with atomic(path) as temporary:
+            save_file(content, temporary, metadata={"ditq": json.dumps({"version": 1, "calls": calls})})
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

@@ -17,10 +17,11 @@ from ditq.architectures import load as load_architecture
 from ditq.architectures import match
 from ditq.checkpoint.engine import checked, compile_graphs
 from ditq.checkpoint.registration import register
-from ditq.checkpoint.verify import DIGESTS, digest, verify
+from ditq.checkpoint.verify import DIGESTS, verify
 from ditq.conversion import quantize_model, replace
 from ditq.conversion.folding import BUFFER, prepare, unfold
 from ditq.conversion.wiring import unwire, wire
+from ditq.digests import of_tensor
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
 from ditq.plan import Plan
@@ -203,7 +204,7 @@ class DitqQuantizer(DiffusersQuantizer):
         for name, tensor in state_dict.items():
             in_16_bit = name in self._parameters and tensor.dtype == torch.float32
             out[name] = tensor.detach().to(storage) if in_16_bit else tensor
-        return out, {DIGESTS: json.dumps({name: digest(tensor) for name, tensor in out.items()})}
+        return out, {DIGESTS: json.dumps({name: of_tensor(tensor) for name, tensor in out.items()})}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         if self.compiled:

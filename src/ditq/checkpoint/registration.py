@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from collections.abc import Mapping, Sequence
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 # The module that holds the dictionaries, and the one with what goes there.
@@ -84,15 +84,40 @@ class _Waiting:
 
 
 class _Renamed:
-    """A meta path finder and loader: an old name of a module gives the module under its new name."""
+    """A meta path finder for which modules of :data:`RENAMED` have two names, the old one and the new one.
+
+    Importing an old name gives the new module. And a new module, once imported, is in ``sys.modules`` under its old
+    name too: diffusers does not import what a ``model_index.json`` names, it looks there.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return None if _new_name(name) is None else ModuleSpec(name, self)  # type: ignore[arg-type]
+        if (new := _renamed(name, RENAMED)) is not None:
+            return ModuleSpec(name, _Alias(new))  # type: ignore[arg-type]
+        old = [old for old, new in RENAMED.items() if name == new or name.startswith(f"{new}.")]
+        spec = PathFinder.find_spec(name, path) if old else None
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def run_then_alias(module: ModuleType) -> None:
+            run(module)
+            for each in old:
+                sys.modules.setdefault(str(_renamed(name, {RENAMED[each]: each})), module)
+
+        spec.loader.exec_module = run_then_alias  # type: ignore[method-assign]
+        return spec
+
+
+class _Alias:
+    """A loader that gives a module which has another name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module(str(_new_name(spec.name)))
+        module = importlib.import_module(self._name)
         self._spec = module.__spec__
         return module
 
@@ -100,8 +125,9 @@ class _Renamed:
         module.__spec__ = self._spec  # the import system has put the old name's there
 
 
-def _new_name(name: str) -> str | None:
-    for old, new in RENAMED.items():
-        if name == old or name.startswith(f"{old}."):
-            return new + name[len(old) :]
+def _renamed(name: str, names: Mapping[str, str]) -> str | None:
+    """The other name of a module, or of one inside; None if it has none."""
+    for one, other in names.items():
+        if name == one or name.startswith(f"{one}."):
+            return other + name[len(one) :]
     return None

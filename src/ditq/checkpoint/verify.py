@@ -2,56 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ditq.conversion.folding import BUFFER
+from ditq import digests
 from ditq.errors import CheckpointError
-from ditq.layers.quantized_linear import buffers
-from ditq.plan import Plan
+from ditq.plan import Plan, StoredTensor
 
 DIGESTS = "ditq_sha256"
 
 
-def digest(tensor: Tensor) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of a tensor's bytes, its dtype and its shape."""
-    raw = tensor.detach().cpu().contiguous().view(-1)
-    data = raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b""
-    return hashlib.sha256(data + f"{tensor.dtype}{tuple(tensor.shape)}".encode()).hexdigest()[:16]
+# What has passed inside `once`: every file with its size and time of change, and the plan.
+_passed: ContextVar[set[tuple[object, ...]] | None] = ContextVar("ditq_passed", default=None)
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the plan says about one tensor; ``bits`` where it holds zero points of so many."""
+@contextmanager
+def once() -> Iterator[None]:
+    """Inside, :func:`verify` does not read files again that passed and have not changed since.
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    bits: int | None = None
-
-
-def expected(plan: Plan) -> dict[str, Expected]:
-    """Every tensor that the plan's quantized layers and folds must have, parameters apart."""
-    out = {
-        f"{fold.block}.{BUFFER}": Expected((fold.chunks * fold.width,), torch.float32)
-        for fold in plan.folds
-        if fold.block
-    }
-    for layer in plan.quantized:
-        prefixes = [f"{layer.name}."]
-        if layer.timesteps:
-            prefixes = [f"{layer.name}.ranges.{i}." for i in range(len(layer.timesteps))]
-        for prefix in prefixes:
-            for buffer, (shape, dtype) in buffers(layer).items():
-                bits = layer.weight_bits if buffer == "weight_zero_point" else None
-                out[prefix + buffer] = Expected(shape, dtype, bits)
-    return out
+    ``ditq.load`` checks all transformers before it loads anything; diffusers, loading one, has it checked as well.
+    """
+    token = _passed.set(set())
+    try:
+        yield
+    finally:
+        _passed.reset(token)
 
 
 def verify(files: Iterable[str | Path], plan: Plan) -> None:
@@ -60,22 +42,40 @@ def verify(files: Iterable[str | Path], plan: Plan) -> None:
     Raises:
         CheckpointError: names the file or the tensor and what is wrong with it.
     """
-    files = list(files)
+    paths = sorted(map(Path, files))
+    passed = _passed.get()
+    if passed is None:
+        _verify(paths, plan)
+    elif (key := (plan.hash(), *map(_state, paths))) not in passed:
+        _verify(paths, plan)
+        passed.add(key)
+
+
+def _state(file: Path) -> tuple[object, ...]:
+    """Changes whenever the content of a file does, as far as its folder tells."""
+    try:
+        found = file.stat()
+    except OSError:  # verifying says what is wrong with it
+        return (str(file), object())
+    return (str(file.resolve()), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _verify(files: list[Path], plan: Plan) -> None:
     if not files:
         raise CheckpointError("There is no safetensors file of the transformer; ditq reads no other format.")
-    wanted = expected(plan)
+    wanted = plan.tensors()
     seen: set[str] = set()
     for file in files:
-        if Path(file).suffix != ".safetensors":
+        if file.suffix != ".safetensors":
             raise CheckpointError(f"{file} is not a safetensors file; ditq reads no other format.")
         try:
             with safe_open(file, framework="pt") as stored:
-                digests = _digests(stored.metadata(), file)
+                sums = _digests(stored.metadata(), file)
                 for name in stored.keys():  # noqa: SIM118
                     tensor = stored.get_tensor(name)
                     if name in wanted:
                         _check(name, tensor, wanted[name])
-                    if digests.get(name) != digest(tensor):
+                    if sums.get(name) != digests.of_tensor(tensor):
                         raise CheckpointError(
                             f"Tensor {name!r} of {file} does not match its checksum: the file is damaged. "
                             "Copy or download it again."
@@ -92,7 +92,7 @@ def verify(files: Iterable[str | Path], plan: Plan) -> None:
         )
 
 
-def _digests(metadata: dict[str, str] | None, file: str | Path) -> dict[str, str]:
+def _digests(metadata: dict[str, str] | None, file: Path) -> dict[str, str]:
     try:
         digests = json.loads((metadata or {})[DIGESTS])
     except (KeyError, json.JSONDecodeError) as error:
@@ -104,14 +104,15 @@ def _digests(metadata: dict[str, str] | None, file: str | Path) -> dict[str, str
     return digests
 
 
-def _check(name: str, tensor: Tensor, wanted: Expected) -> None:
-    if tuple(tensor.shape) != wanted.shape or tensor.dtype != wanted.dtype:
+def _check(name: str, tensor: Tensor, expected: StoredTensor) -> None:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tuple(tensor.shape) != expected.shape or dtype != expected.dtype:
         raise CheckpointError(
-            f"Tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}; the plan says {wanted.dtype} {wanted.shape}."
+            f"Tensor {name!r} is {dtype} {tuple(tensor.shape)}; the plan says {expected.dtype} {expected.shape}."
         )
-    if wanted.dtype == torch.float32 and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+    if expected.dtype == "float32" and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
         raise CheckpointError(f"Tensor {name!r} holds scales that are not positive and finite.")
-    if wanted.bits is not None:
-        half = 2 ** (wanted.bits - 1)
-        if int(tensor.min()) < -half or int(tensor.max()) >= half:
-            raise CheckpointError(f"Tensor {name!r} holds zero points outside [{-half}, {half - 1}].")
+    if expected.range is not None:
+        low, high = expected.range
+        if int(tensor.min()) < low or int(tensor.max()) > high:
+            raise CheckpointError(f"Tensor {name!r} holds zero points outside [{low}, {high}].")

@@ -78,7 +78,9 @@ def compare(
 
     Example: ditq compare bundled:emoji-t2i emoji-w8a8 emoji-w4a8 --out comparison
     """
-    from ditq import api, comparison
+    from ditq import comparison
+    from ditq.checkpoint.folder import resolve
+    from ditq.files import check_output, new_folder
     from ditq.metrics.measure import BASIC
     from ditq.report import attach, html
     from ditq.report.video import overview, save_side_by_side
@@ -86,9 +88,9 @@ def compare(
 
     if out_dir is not None:
         html.check_installed()
-        api.check_output(out_dir)
+        check_output(out_dir)
     for path in (reference, *quantized):
-        api.resolve(path)
+        resolve(path)
     base = open_pipeline(reference, device, dtype)
     arch = pick_architecture(base, architecture)
     size, rate = size_arguments(base, frames=frames, height=height, width=width), pick_fps(fps, base)
@@ -114,7 +116,7 @@ def compare(
         options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
         command = shlex.join(["ditq", "compare", reference, *quantized, *options])
         report, pictures = found.report(command=command), found.pictures()
-        with api.new_folder(out_dir) as folder:
+        with new_folder(out_dir) as folder:
             if report.kind == "video":
                 report.sampler["fps"] = rate
                 notes += save_side_by_side(pictures, report.prompts, folder, rate)

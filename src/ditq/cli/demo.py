@@ -53,6 +53,7 @@ def demo(
     from ditq.calibration import calibrate
     from ditq.comparison import compare
     from ditq.errors import UsageError
+    from ditq.files import new_folder
     from ditq.recipe import Calibration
     from ditq.report import html
     from ditq.report.video import overview, save_side_by_side
@@ -73,7 +74,7 @@ def demo(
     wanted = pick_prompts(model, pipe, arch, None, "evaluation", count or (12 if video else 16))
     calibration = pick_prompts(model, pipe, arch, None, "calibration")
     notes: list[str] = []
-    with progress_bars(quiet) as progress, api.new_folder(out_dir, overwrite=True) as folder:
+    with progress_bars(quiet) as progress, new_folder(out_dir, overwrite=True) as folder:
 
         def show(stage: str, done: int, total: int) -> None:
             if progress:

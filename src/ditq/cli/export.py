@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ditq.cli.common import ArchitectureOption, PromptFile, Quiet, Seed, out, progress_bars, read_prompts
+from ditq.cli.common import ArchitectureOption, PromptFile, Quiet, out, progress_bars, read_prompts
 
 
 def export(
@@ -34,7 +34,9 @@ def export(
     allow_float: Annotated[
         bool, typer.Option("--allow-float", help="Take layers that the runtime cannot multiply in integers.")
     ] = False,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of calibration's noise, for --attention int8; default: 0.")
+    ] = None,
     architecture: ArchitectureOption = None,
     quiet: Quiet = False,
 ) -> None:

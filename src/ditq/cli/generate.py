@@ -64,7 +64,7 @@ def generate(
 
     Example: ditq generate emoji-w4a8 --prompt "a noto style emoji of a red apple" --out pictures
     """
-    from ditq import api
+    from ditq.files import new_folder
     from ditq.sampling import draws_videos, sample, size_arguments
 
     pipe = open_pipeline(pipeline, device, dtype)
@@ -74,7 +74,7 @@ def generate(
     rate = pick_fps(fps, pipe)
     size = size_arguments(pipe, frames=frames, height=height, width=width)
     wanted = prompt or pick_prompts(pipeline, pipe, arch, prompts, "evaluation", 8)
-    with api.new_folder(out_dir) as folder, progress_bars(quiet) as progress:
+    with new_folder(out_dir) as folder, progress_bars(quiet) as progress:
         done = 0
 
         def tick(n: int) -> None:

@@ -21,15 +21,15 @@ def inspect(
     """
     from pathlib import Path
 
-    from ditq import api
+    from ditq.checkpoint.folder import read_plan, resolve
     from ditq.checkpoint.verify import verify as verify_files
     from ditq.errors import UsageError
     from ditq.report.tables import plan_json, plan_summary, plan_table
 
-    folder = api.resolve(pipeline)
+    folder = resolve(pipeline)
     if not isinstance(folder, Path):
         raise UsageError(f"inspect reads folders; download {pipeline!r} first.")
-    plan = api.read_plan(folder)
+    plan = read_plan(folder)
     if plan is None:
         raise UsageError(f"{pipeline} is not quantized by ditq: every layer of its transformer is as it was.")
     files = sorted((folder / "transformer").glob("*.safetensors"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ from ditq.cli.common import (
     Pipeline,
     PromptFile,
     Quiet,
-    Seed,
+    err,
     open_pipeline,
     out,
     pick_architecture,
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 def quantize(
     pipeline: Pipeline,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
-    recipe: Annotated[str, typer.Option(help="A recipe name (see ditq recipes) or a YAML file.")] = "viditq-w4a8",
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe name (see ditq recipes) or a YAML file; default: viditq-w4a8.")
+    ] = None,
     plan: Annotated[
         Path | None,
         typer.Option(help="A plan file (from ditq search) instead of a recipe; its recipe says how to calibrate."),
@@ -44,7 +46,9 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the calibration cache.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder of the calibration cache.")] = None,
     architecture: ArchitectureOption = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of calibration's noise and of rotations; default: 0. A plan has its own.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quiet: Quiet = False,
@@ -55,24 +59,33 @@ def quantize(
     Example: ditq quantize bundled:emoji-t2i --recipe viditq-w4a8 --out emoji-w4a8
     """
     from ditq import api
-    from ditq.recipe import load
+    from ditq.components import transformer_names
+    from ditq.errors import UsageError
+    from ditq.files import check_output
+    from ditq.recipe import Recipe, load
     from ditq.report.tables import plan_json, plan_summary, plan_table
 
-    given = None if plan is None else _read(plan)
-    wanted = (load(recipe) if given is None else _recipe_of(given, overrides or [])).override(overrides or [])
-    api.check_output(out_dir)  # before minutes of work, not after
+    if plan is not None and recipe is not None:
+        raise UsageError("--plan says everything that --recipe would: give one of them.")
+    job: Plan | Recipe = load(recipe or "viditq-w4a8").override(overrides or []) if plan is None else _read(plan)
+    settings = None if isinstance(job, Recipe) else _recipe_of(job, overrides or []).calibration
+    check_output(out_dir)  # before minutes of work, not after
     pipe = open_pipeline(pipeline, device, dtype)
     arch = pick_architecture(pipe, architecture)
-    chosen = None
-    if (given or wanted).needs_calibration or prompts is not None:
+    options: dict[str, Any] = {}
+    if job.needs_calibration:
         chosen = pick_prompts(pipeline, pipe, arch, prompts, "calibration")
+        options = {"prompts": chosen, "calibration": settings, "cache": cache, "resume": resume}
+    else:
+        given = {"--prompts": prompts, "--resume": resume, "--cache": cache}
+        if idle := [name for name, value in given.items() if value]:
+            err.print(f"{' and '.join(idle)}: not used, as this needs no calibration.", markup=False, soft_wrap=True)
     results = {}
-    for component in api.transformers(pipe):
+    for component in transformer_names(pipe):
         with progress_bars(quiet or as_json) as progress:
             results[component] = api.quantize(
-                pipe, given or wanted, prompts=chosen, calibration=wanted.calibration, seed=seed, architecture=arch,
-                component=component, cache=cache, resume=resume, progress=progress,
-            )  # fmt: skip
+                pipe, job, seed=seed, architecture=arch, component=component, progress=progress, **options
+            )
     api.save(pipe, out_dir, source=pipeline)
     sizes = {c: sum(f.stat().st_size for f in (out_dir / c).glob("*.safetensors")) for c in results}
     if as_json:
@@ -111,10 +124,10 @@ def _recipe_of(plan: Plan, overrides: list[str]) -> Recipe:
         if not assignment.strip().startswith("calibration."):
             raise UsageError(f"A plan is explicit: with --plan, --set changes calibration only, got {assignment!r}.")
     if plan.recipe in names():
-        return load(plan.recipe)
+        return load(plan.recipe).override(overrides)
     return Recipe.model_validate(
         {"method": plan.method, "weights": plan.quantized[0].weight, "activations": plan.quantized[0].activation}
-    )
+    ).override(overrides)
 
 
 VERB = quantize

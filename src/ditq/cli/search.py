@@ -97,6 +97,7 @@ def search(
     from ditq import api
     from ditq.allocation import Evolution
     from ditq.errors import DitqError, UsageError
+    from ditq.files import write_text
 
     if out_file.is_dir():
         raise UsageError(f"--out {out_file} is a folder; name the plan file.")
@@ -124,7 +125,7 @@ def search(
             progress=progress, on_trial=on_trial,
         )  # fmt: skip
     try:
-        out_file.write_text(result.plan.to_json() + "\n")
+        write_text(out_file, result.plan.to_json() + "\n")
     except OSError as error:
         raise DitqError(f"Cannot write {out_file}: {error.strerror or error}.") from error
     if as_json:

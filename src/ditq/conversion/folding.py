@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ditq.architectures.architecture import Architecture, InputGroup, present
 from ditq.errors import UsageError
-from ditq.plan import Fold
+from ditq.plan import MODULATION, Fold
 
-BUFFER = "ditq_modulation"
+BUFFER = MODULATION
 
 
 @torch.no_grad()

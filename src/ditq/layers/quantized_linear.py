@@ -14,12 +14,8 @@ from ditq.engines import QuantizedWeight
 from ditq.engines.base import Activation, Engine, FusingEngine, Norm, balance
 from ditq.layers.deferred import Deferred, output, waits
 from ditq.layers.shared import SharedInput
-from ditq.numerics import Quantized, Rotation, pack, packed_bytes, quantize, rotate, search_clip_ratio, unrotate
+from ditq.numerics import Quantized, Rotation, pack, quantize, rotate, search_clip_ratio, unrotate
 from ditq.plan import LayerPlan
-
-# Buffers that keep float32 whatever dtype the model is cast to: scales of int8 weights become
-# subnormal in fp16 below a range of 0.008, and bf16 keeps three digits.
-_FLOAT32 = ("weight_scale", "input_scale", "smooth_scale")
 
 
 class QuantizedLinear(nn.Linear):
@@ -31,9 +27,7 @@ class QuantizedLinear(nn.Linear):
     It subclasses ``nn.Linear`` and shows a dequantizing ``weight``, so that adapters (PEFT) accept it;
     there is no weight parameter.
 
-    Buffers: ``qweight`` uint8 [N, ceil(K bits / 8)]; ``weight_scale`` float32 [N, G] or [1, 1];
-    ``weight_zero_point`` int8 likewise (asymmetric only); ``smooth_scale`` float32 [K] (online
-    smoothing only); ``input_scale`` float32 [1, 1], or [1, G] for groups (static activations only).
+    Its buffers are those of :meth:`ditq.plan.LayerPlan.tensors`.
 
     Attributes:
         engine: the name of the engine to run on, None for the registry's choice. ``use_engine`` wins.
@@ -62,8 +56,8 @@ class QuantizedLinear(nn.Linear):
         self.plan = plan
         self.in_features, self.out_features = plan.in_features, plan.out_features
         self.dtype = dtype
-        for name, (shape, kind) in buffers(plan).items():
-            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+        for name, stored in plan.tensors().items():
+            self.register_buffer(name, torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device=device))
         if plan.bias:
             self.bias = nn.Parameter(torch.empty(plan.out_features, dtype=dtype, device=device), requires_grad=False)
         else:
@@ -201,7 +195,9 @@ class QuantizedLinear(nn.Linear):
         return linear
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        keep = {id(self._buffers[name]) for name in _FLOAT32 if self._buffers.get(name) is not None}
+        # Scales keep float32 whatever dtype the model is cast to: those of int8 weights become subnormal in fp16
+        # below a range of 0.008, and bf16 keeps three digits.
+        keep = {id(b) for b in self._buffers.values() if b is not None and b.dtype == torch.float32}
 
         def move_only(t: Tensor) -> Tensor:
             out = fn(t)
@@ -238,21 +234,3 @@ def nearest(weight: Tensor, plan: LayerPlan) -> Quantized:
     fmt = plan.weight
     assert fmt is not None
     return quantize(weight, fmt, clip_ratio=search_clip_ratio(weight, fmt) if plan.clip == "mse" else 1.0)
-
-
-def buffers(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Names, shapes and dtypes of the buffers of a planned layer; what a checkpoint is checked against."""
-    fmt = plan.weight
-    assert fmt is not None
-    scales = fmt.scales(plan.out_features, plan.in_features)
-    out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "qweight": ((plan.out_features, packed_bytes(plan.in_features, fmt.bits)), torch.uint8),
-        "weight_scale": (scales, torch.float32),
-    }
-    if not fmt.symmetric:
-        out["weight_zero_point"] = (scales, torch.int8)
-    if plan.smooth is not None and plan.smooth.folded is None:
-        out["smooth_scale"] = ((plan.in_features,), torch.float32)
-    if plan.activation is not None and not plan.activation.dynamic:
-        out["input_scale"] = ((1, plan.activation.groups(plan.in_features)), torch.float32)
-    return out

@@ -89,6 +89,7 @@ def drawn(
     architecture: Architecture,
     conditions: Sequence[str],
     *,
+    component: str = "transformer",
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
@@ -97,7 +98,8 @@ def drawn(
     Raises:
         UsageError: none of its blocks uses torch's attention.
     """
-    with observed(pipe.transformer, architecture) as found:
+    model = getattr(pipe, component)
+    with observed(model, architecture) as found:
         sample(
             pipe, architecture, conditions, seed=seed + NOISE_OFFSET, steps=Calibration().steps, decode=False,
             batch_size=1 if draws_videos(pipe) else 8,
@@ -105,7 +107,7 @@ def drawn(
         )  # fmt: skip
     if not found:
         raise UsageError(
-            f"{type(pipe.transformer).__name__} does not use torch's scaled_dot_product_attention; export it with "
+            f"{type(model).__name__} does not use torch's scaled_dot_product_attention; export it with "
             "attention='auto'."
         )
     return found

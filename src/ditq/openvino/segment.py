@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditq.digests import tensor_bytes
 from ditq.errors import DitqError
 from ditq.layers import TimestepLinear
 from ditq.numerics import relative_error
@@ -203,7 +204,7 @@ def _weights(spec: LinearSpec) -> bytes:
     weight = spec.weight
     digest = hashlib.sha256(repr((spec.kernel, weight.format, spec.activation, spec.rotation)).encode())
     for tensor in (weight.packed, weight.scale, weight.zero_point, spec.bias, spec.smooth, spec.input_scale):
-        digest.update(b"none" if tensor is None else tensor.detach().float().cpu().numpy().tobytes())
+        digest.update(b"none" if tensor is None else tensor_bytes(tensor.float()))
     return digest.digest()
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ditq import digests
 from ditq.errors import CheckpointError, UsageError
 from ditq.openvino.manifest import FILE, Segment
 from ditq.openvino.options import Shapes
@@ -26,7 +26,7 @@ def write(graph: Any, folder: Path, place: str) -> dict[str, str]:
     shrink(graph)
     rewrite(graph)
     ov.save_model(graph, str(path), compress_to_fp16=False)  # scales keep their float32
-    return {name: _digest(folder / name) for name in (path.name, path.with_suffix(".bin").name)}
+    return {name: digests.of_file(folder / name) for name in (path.name, path.with_suffix(".bin").name)}
 
 
 def program(
@@ -50,7 +50,7 @@ def program(
     for name, digest in segment.digests.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} lacks {name}.")
-        if _digest(folder / name) != digest:
+        if digests.of_file(folder / name) != digest:
             raise CheckpointError(f"{folder / name} was changed since it was exported, or is damaged.")
     path = folder / segment.file
     reading = {key: value for key, value in config.items() if key == MMAP}
@@ -66,12 +66,6 @@ def program(
         return Program(graph if change is None else change(graph), config, shapes, half)
     except RuntimeError as error:
         raise UsageError(f"OpenVINO cannot compile {path}: {first_line(error)}") from error
-
-
-def _digest(path: Path) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def first_line(error: Exception) -> str:

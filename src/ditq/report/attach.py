@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
+from ditq.files import write_bytes
 from ditq.report.card import MARK, card
 from ditq.report.document import ModelReport, Report
 
@@ -27,23 +26,11 @@ def attach(report: Report, model: ModelReport, page: Path) -> str:
     readme = folder / "README.md"
     try:
         (folder / FOLDER).mkdir(exist_ok=True)
-        _write(folder / FOLDER / "report.html", page.read_bytes())
-        _write(folder / FOLDER / "report.json", report.model_dump_json(indent=1).encode())
+        write_bytes(folder / FOLDER / "report.html", page.read_bytes())
+        write_bytes(folder / FOLDER / "report.json", report.model_dump_json(indent=1).encode())
         if readme.exists() and MARK not in readme.read_text(errors="replace"):
             return f"{model.name}: {readme} is not ditq's and was kept; the report is in {folder / FOLDER}."
-        _write(readme, card(report, model).encode())
+        write_bytes(readme, card(report, model).encode())
     except OSError as error:
         return f"{model.name}: no card, {folder} cannot be written ({error.strerror or error})."
     return f"{model.name}: card in {readme}, report in {folder / FOLDER}."
-
-
-def _write(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ditq import digests
+from ditq.files import atomic
 from ditq.folders import cache_root
 
 Video = list[Image.Image]
@@ -54,7 +54,7 @@ class PictureCache:
     def key(fingerprint: str, condition: Any, seed: int, sampler: dict[str, Any]) -> str:
         """The name of one sample: changes with the pipeline, what to draw, its noise and how it is sampled."""
         content = json.dumps([fingerprint, condition, seed, sampler], sort_keys=True, default=repr)
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
+        return digests.of_text(content, 32)
 
     def get(self, key: str) -> Sample | None:
         """The sample of this name, if it is there and whole."""
@@ -87,17 +87,10 @@ class PictureCache:
             "checksum": _checksum(frames, trajectory),
         }
         path = self._path(key)
-        temporary = None
-        try:
+        with suppress(OSError, SafetensorError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-            os.close(handle)
-            save_file({"frames": frames, "trajectory": trajectory}, temporary, {"sample": json.dumps(info)})
-            os.replace(temporary, path)
-        except (OSError, SafetensorError):
-            if temporary:
-                with suppress(OSError):
-                    os.unlink(temporary)
+            with atomic(path) as temporary:
+                save_file({"frames": frames, "trajectory": trajectory}, temporary, {"sample": json.dumps(info)})
 
     def prune(self) -> None:
         """Deletes the samples that were not used for longest, until the rest fits the limit."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cache
-from importlib import metadata, resources
+from importlib import resources
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from ditq.digests import tensor_bytes
+from ditq.environment import LIBRARIES, versions
 
 # What a config says about where a model came from, not about what it computes; and so do names with an underscore.
 _ORIGIN = {"transformers_version", "architectures", "dtype", "quantization_config"}
@@ -32,7 +35,7 @@ def fingerprint(pipe: Any) -> str:
                 digest.update(str(getattr(module, "digests", "")).encode())
             for key, tensor in sorted(component.state_dict().items()):
                 digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
-                digest.update(_bytes(tensor))
+                digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:24]
 
 
@@ -44,9 +47,9 @@ def code_version() -> str:
     for folder in ("architectures", "engines", "layers", "numerics", "sampling"):
         for path in sorted((root / folder).rglob("*.py")):  # type: ignore[attr-defined]
             own.update(path.read_bytes())
-    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "diffusers", "transformers")]
+    libraries = [f"{name} {number}" for name, number in versions(*LIBRARIES).items()]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    return " ".join([*versions, device, own.hexdigest()])
+    return " ".join([*libraries, device, own.hexdigest()])
 
 
 def _config(component: Any) -> str:
@@ -59,8 +62,3 @@ def _config(component: Any) -> str:
     return json.dumps(
         {k: v for k, v in sorted(values.items()) if k not in _ORIGIN and k[0] != "_"}, default=repr, sort_keys=True
     )
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

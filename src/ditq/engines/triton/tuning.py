@@ -7,8 +7,6 @@ picture is late and no recorded graph is disturbed. Products only read what it f
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ditq.engines.triton.tiles import LARGEST, Tile, Work, architecture, bucket, tile_for, tiles
+from ditq.files import write_text
 from ditq.folders import cache_root
 
 GAIN = 1.03
@@ -122,7 +121,4 @@ def tune(
 def _write(file: Path, found: dict[str, Tile]) -> None:
     """All at once: a reader sees the old file or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
-    with os.fdopen(handle, "w") as out:
-        json.dump({"format": 1, "tiles": found}, out, indent=1)
-    os.replace(name, file)
+    write_text(file, json.dumps({"format": 1, "tiles": found}, indent=1))

@@ -1,0 +1,126 @@
+"""Pipelines on disk: found, loaded, written, and the plans that they carry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditq.components import NAMES, transformer_names
+from ditq.errors import CheckpointError, DitqError, UsageError
+from ditq.files import new_folder
+from ditq.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resolve(path: str | Path) -> Path | str:
+    """The folder that a pipeline argument means; a hub id stays a string.
+
+    Raises:
+        UsageError: an unknown bundled model, or a folder without ``model_index.json``.
+    """
+    text = str(path)
+    if text.startswith("bundled:"):
+        try:
+            import ditq_bundled
+        except ImportError as error:
+            raise UsageError("Bundled models are a separate package: pip install 'ditq[demo]'.") from error
+        try:
+            return Path(ditq_bundled.path(text.removeprefix("bundled:")))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    folder = Path(text)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UsageError(
+                f"{folder} is no diffusers pipeline: it has no model_index.json. Give the folder that "
+                "save_pretrained wrote, not its transformer subfolder."
+            )
+        return folder
+    if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise UsageError(f"There is no pipeline at {text!r}: give a folder, a hub id (owner/name) or bundled:NAME.")
+    return text
+
+
+def read_plan(folder: Path, component: str = "transformer") -> Plan | None:
+    """The plan of a transformer in a pipeline's folder, None where it is not quantized by ditq.
+
+    Raises:
+        UsageError: the folder has no such component.
+        CheckpointError: there is a plan but it is not valid.
+    """
+    path = folder / component / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} has no {component}/config.json.")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): damaged.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config", {}), (dict, type(None))):
+        raise CheckpointError(f"{path} is not the config of a model: damaged.")
+    fields = dict(config.get("quantization_config") or {})
+    if fields.pop("quant_method", None) != "ditq":
+        return None
+    fields.pop("engine", None)  # how it is executed is not what was planned
+    return Plan.from_dict(fields)
+
+
+def read_plans(folder: Path) -> dict[str, Plan]:
+    """The plans of all transformers of a pipeline's folder that ditq has quantized, by component.
+
+    Raises:
+        UsageError, CheckpointError: see :func:`read_plan`; a second transformer need not be there.
+    """
+    present = [name for name in NAMES if name == NAMES[0] or (folder / name / "config.json").is_file()]
+    found = {name: read_plan(folder, name) for name in present}
+    return {name: plan for name, plan in found.items() if plan is not None}
+
+
+def load_pipeline(folder: Path | str, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    """A pipeline from a folder or a hub id, see :func:`resolve`.
+
+    A folder's quantized transformers are checked before anything is loaded, each tensor once.
+
+    Raises:
+        CheckpointError: its files are damaged, or do not fit their plan.
+    """
+    from diffusers import DiffusionPipeline
+
+    from ditq.architectures import pipeline_class
+    from ditq.checkpoint.registration import register
+    from ditq.checkpoint.verify import once, verify
+
+    register()
+    kind = DiffusionPipeline
+    with once():
+        if isinstance(folder, Path):
+            for component, plan in read_plans(folder).items():
+                verify(sorted((folder / component).glob("*.safetensors")), plan)
+            with suppress(OSError, ValueError, AttributeError):  # diffusers says what is wrong with it
+                kind = pipeline_class(json.loads((folder / "model_index.json").read_text()).get("_class_name"))
+        try:
+            return kind.from_pretrained(folder, **({"dtype": dtype} if dtype else {}), **kwargs)
+        except DitqError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{folder} cannot be loaded as a diffusers pipeline: {error}") from error
+
+
+def save_pipeline(pipe: Any, out: str | Path, source: str | Path | None = None, overwrite: bool = False) -> None:
+    """Writes a pipeline to a new folder, and what is not a transformer as it is in ``source``, where that is a folder.
+
+    Raises:
+        UsageError, DitqError: see :func:`ditq.files.new_folder`.
+    """
+    origin = resolve(source) if source is not None else None
+    with new_folder(out, overwrite=overwrite) as folder:
+        pipe.save_pretrained(folder, safe_serialization=True)
+        for component in sorted(origin.iterdir()) if isinstance(origin, Path) else ():
+            copy = folder / component.name
+            if component.is_dir() and component.name not in transformer_names(pipe) and copy.is_dir():
+                shutil.rmtree(copy)
+                shutil.copytree(component, copy)

@@ -1,0 +1,36 @@
+"""What a number depends on besides the seeds: device, threads and versions."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it, where the system says."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    return name or platform.processor() or platform.machine()
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Installed versions of packages."""
+    return {name: version(name) for name in names}
+
+
+def environment() -> dict[str, Any]:
+    """Device, processor with its instruction set, threads, and versions of what computes."""
+    import torch
+
+    cpu = cpu_name()
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "cpu": f"{cpu} ({torch.backends.cpu.get_cpu_capability()})",
+        "threads": torch.get_num_threads(),
+        "versions": versions("ditq", *LIBRARIES),
+    }
