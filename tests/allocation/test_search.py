@@ -14,7 +14,7 @@ from ditq import api, architectures
 from ditq.allocation import LATENT, Evolution, Fitness, SearchResult, latent_error_db
 from ditq.allocation.search import NOISE_OFFSET
 from ditq.errors import DitqError, UsageError
-from ditq.sampling import sample
+from ditq.sampling import Sampling, sample
 
 SMALL = Evolution(population=3, top_k=2, crossover=1, mutation=1)
 GROUPS = (16, 32, 64, 128)
@@ -47,7 +47,7 @@ def test_fitness_of_latents_measured_again_from_the_outside() -> None:
     api.quantize(fresh, result.plan)
     settings: dict[str, Any] = {"seed": NOISE_OFFSET, "steps": 2, "guidance_scale": 3.0}
     arch = architectures.load("dit")
-    reference, drawn = (sample(p, arch, CLASSES[:2], **settings) for p in (tiny_dit(), fresh))
+    reference, drawn = (sample(p, arch, CLASSES[:2], Sampling(**settings)) for p in (tiny_dit(), fresh))
     assert latent_error_db(reference, drawn) == pytest.approx(result.fitness, abs=1e-6)
 
 
@@ -56,7 +56,7 @@ def test_prediction_error_is_measured_on_the_inputs_of_the_16_bit_model() -> Non
     calls: list[Any] = []
     pipe, fresh = tiny_dit(), tiny_dit()
     pipe.transformer.register_forward_hook(lambda m, a, k, out: calls.append((a, k, out[0])), with_kwargs=True)
-    sample(pipe, architectures.load("dit"), CLASSES[:2], seed=NOISE_OFFSET, steps=2, guidance_scale=3.0)
+    sample(pipe, architectures.load("dit"), CLASSES[:2], Sampling(seed=NOISE_OFFSET, steps=2, guidance_scale=3.0))
     api.quantize(fresh, result.plan)
     errors = []
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_latent_error_is_minus_the_sqnr_that_compare_reports() -> None:
     arch = architectures.load("dit")
     quantized = tiny_dit()
     api.quantize(quantized, "rtn-w4a8")
-    reference, drawn = (sample(p, arch, CLASSES, steps=2) for p in (tiny_dit(), quantized))
+    reference, drawn = (sample(p, arch, CLASSES, Sampling(steps=2)) for p in (tiny_dit(), quantized))
     compared = ditq.compare(reference, drawn, metrics=["latent_sqnr_db"]).metrics["latent_sqnr_db"]
     assert latent_error_db(reference, drawn) == pytest.approx(-compared.mean, abs=1e-4)
     drawn.trajectory[0, -1, 0, 0, 0] = float("nan")

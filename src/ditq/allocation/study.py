@@ -114,6 +114,7 @@ def run(
     seed: int = 0,
     storage: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
+    name: str = NAME,
     patience: float = PATIENCE,
     on_trial: Callable[[int, int, float], None] | None = None,
 ) -> Trials:
@@ -126,13 +127,14 @@ def run(
         storage: a file, made if it is missing (on a folder that machines share, it is for all of them); or the URL
             of a database. None: memory.
         identity: what the fitness depends on. A storage with another identity is refused.
+        name: of the study; begins with :data:`NAME`. Studies of other such names may lie in the same storage.
         patience: seconds after which a process that shows no sign of life counts as dead.
         on_trial: called with (evaluated by all processes, trials, best fitness so far).
 
     Raises:
         UsageError: Optuna is not installed; the storage belongs to another search, or is no storage.
     """
-    study = open_study(storage, json.loads(json.dumps(identity or {})))
+    study = open_study(storage, json.loads(json.dumps(identity or {})), name)
     schedule = Schedule(strategy, space, seed)
     watch = _Watch(study, patience)
     done, reported = 0, -1
@@ -163,7 +165,7 @@ def run(
     return Trials(tuple((genome, values[slot]) for genome, slot in individuals if genome is not None), done)
 
 
-def open_study(storage: str | Path | None, identity: dict[str, Any]) -> optuna.Study:
+def open_study(storage: str | Path | None, identity: dict[str, Any], name: str = NAME) -> optuna.Study:
     """The study in a storage, made if there is none.
 
     Raises:
@@ -184,8 +186,8 @@ def open_study(storage: str | Path | None, identity: dict[str, Any]) -> optuna.S
         else:
             Path(storage).parent.mkdir(parents=True, exist_ok=True)
             where = JournalStorage(JournalFileBackend(str(storage)))
-        others = [name for name in optuna.get_all_study_names(where) if name != NAME]
-        options: dict[str, Any] = {"study_name": NAME, "load_if_exists": True, "sampler": _Given()}
+        others = [other for other in optuna.get_all_study_names(where) if not other.startswith(NAME)]
+        options: dict[str, Any] = {"study_name": name, "load_if_exists": True, "sampler": _Given()}
         study = None if others else optuna.create_study(storage=where, **options)
     except OSError as error:
         raise UsageError(f"The storage {storage} cannot be opened: {error}.") from error

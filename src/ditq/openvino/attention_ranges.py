@@ -7,8 +7,8 @@ static activations. Softmax, and its product with the values, stay in floats.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from ditq.errors import UsageError
 from ditq.numerics import code_range, fake_quantize
 from ditq.openvino.passes.attention import MOVES
 from ditq.recipe import Calibration
-from ditq.sampling import draws_videos, sample
+from ditq.sampling import Sampling, draws_videos, sample
+from ditq.trace.hooks import all_hooked, hooked
 
 BOTTOM, TOP = code_range(8, True)
 
@@ -69,18 +70,13 @@ def observed(model: nn.Module, architecture: Architecture) -> Iterator[dict[str,
 
         return hook
 
-    hooks = []
-    for stack in architecture.stacks:
-        blocks: Any = model.get_submodule(stack)
-        for i, block in enumerate(blocks):
-            hooks.append(block.register_forward_pre_hook(inside(f"{stack}.{i}")))
-            hooks.append(block.register_forward_hook(inside(""), always_call=True))
-    try:
-        with EveryAttention(note):
-            yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def blocks() -> Iterator[AbstractContextManager[None]]:
+        for stack in architecture.stacks:
+            for i, block in enumerate(cast(nn.ModuleList, model.get_submodule(stack))):
+                yield hooked(block, inside(f"{stack}.{i}"), inside(""), always=True)
+
+    with all_hooked(blocks()), EveryAttention(note):
+        yield found
 
 
 def drawn(
@@ -96,10 +92,10 @@ def drawn(
     Raises:
         UsageError: none of its blocks uses torch's attention.
     """
+    sampling = Sampling(seed + NOISE_OFFSET, Calibration().steps, batch_size=1 if draws_videos(pipe) else 8)
     with observed(pipe.transformer, architecture) as found:
         sample(
-            pipe, architecture, conditions, seed=seed + NOISE_OFFSET, steps=Calibration().steps, decode=False,
-            batch_size=1 if draws_videos(pipe) else 8,
+            pipe, architecture, conditions, sampling, decode=False,
             on_batch=None if progress is None else lambda done: progress("calibrate attention", done, len(conditions)),
         )  # fmt: skip
     if not found:
