@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, draw, tiny_dit, tiny_pixart
+import videos
+from helpers import CLASSES, PROMPTS, draw, tiny_dit, tiny_pixart, tiny_statistics
 
 import ditq
 from ditq import api, architectures
 from ditq.allocation import LATENT, Evolution, Fitness, SearchResult, latent_error_db
 from ditq.allocation.search import NOISE_OFFSET
+from ditq.components import plan_of, transformers
 from ditq.errors import DitqError, UsageError
 from ditq.sampling import Sampling, sample
 
@@ -169,3 +172,74 @@ def test_usage_errors() -> None:
     api.quantize(quantized, "rtn-w4a8")
     with pytest.raises(UsageError, match="quantized already"):
         search(quantized)
+
+
+# ------------------------------------------------------------------------------------ two transformers
+
+WAN: dict[str, Any] = {
+    "strategy": SMALL, "trials": 3, "sizes": (16, 32, 64), "budget": "uniform:32", "steps": 4,
+    "arguments": videos.PIPELINES["wan"][1],
+}  # fmt: skip
+
+
+def test_both_experts_are_searched_one_after_the_other() -> None:
+    pipe = videos.wan_of_two_experts()
+    result = ditq.search(pipe, "rtn-w4a4", PROMPTS[:1], **WAN)
+    assert list(result.plans) == ["transformer", "transformer_2"]
+    assert result.plan == result.plans["transformer"]
+    assert [plan_of(model) for model in transformers(pipe).values()] == [result.candidate, result.others[0].candidate]
+    assert len({layer.weight.group_size for plan in result.plans.values() for layer in plan.quantized}) > 1
+    assert result.summary().startswith("transformer:\nevolution: ")
+    assert "\ntransformer_2:\nevolution: " in result.summary()
+    fresh = videos.wan_of_two_experts()
+    for component, plan in result.plans.items():
+        api.quantize(fresh, plan, component=component)
+    sampling = Sampling(steps=2, arguments=WAN["arguments"])
+    a, b = (sample(p, architectures.load("wan"), PROMPTS[:1], sampling).latents for p in (pipe, fresh))
+    assert torch.equal(a, b)
+
+
+def test_one_of_two_experts_is_searched_on_its_own_timesteps() -> None:
+    pipe = videos.wan_of_two_experts()
+    seen: list[int] = []
+
+    def count(reference: Any, outputs: Any) -> float:
+        seen.append(sum(len(rows) for rows in outputs))
+        return 0.0
+
+    options = {**WAN, "trials": 1, "fitness": Fitness("count", count, "outputs"), "moments": 4}
+    result = ditq.search(pipe, "rtn-w4a4", PROMPTS[:1], component="transformer_2", **options)
+    assert result.plans == {"transformer_2": result.plan}
+    assert seen == [2 * 2]  # of the 4 steps the second half, both conditions
+    assert plan_of(pipe.transformer) is None
+    with pytest.raises(UsageError, match="has no transformer_3; it has transformer, transformer_2"):
+        ditq.search(videos.wan_of_two_experts(), "rtn-w4a4", PROMPTS[:1], component="transformer_3", **WAN)
+    with pytest.raises(DitqError, match="transformer_2 is not called"):
+        ditq.search(
+            videos.wan_of_two_experts(), "rtn-w4a4", PROMPTS[:1], component="transformer_2", **{**WAN, "steps": 1}
+        )
+
+
+def test_statistics_of_one_transformer_do_not_serve_two() -> None:
+    pipe = videos.wan_of_two_experts()
+    statistics = tiny_statistics(pipe.transformer, "wan")
+    with pytest.raises(UsageError, match="component="):
+        ditq.search(pipe, "smoothquant-w4a8", PROMPTS[:1], statistics=statistics, **WAN)
+
+
+def test_a_study_belongs_to_its_scheduler_and_its_prompts(tmp_path: Path) -> None:
+    storage = tmp_path / "s.search"
+    search(storage=storage, strategy="uniform")
+    assert search(storage=storage, strategy="uniform").evaluated == 0
+    other = tiny_dit()
+    other.scheduler = type(other.scheduler).from_config(other.scheduler.config, beta_end=0.03)
+    with pytest.raises(UsageError, match="model and code"):
+        search(other, storage=storage, strategy="uniform")
+
+
+def test_a_string_is_one_prompt_and_empty_ones_are_refused() -> None:
+    options = {"strategy": "uniform", "sizes": GROUPS, "budget": "uniform:32", "steps": 2}
+    a, b = (ditq.search(tiny_dit(), "rtn-w4a4", prompts, **options) for prompts in ("7", ["7"]))
+    assert a.scored == b.scored
+    with pytest.raises(UsageError, match="Prompt 1 of 1 is empty"):
+        ditq.search(tiny_dit(), "rtn-w4a4", [" "], **options)

@@ -20,6 +20,7 @@ from ditq.cli.common import (
     out,
     pick_architecture,
     pick_prompts,
+    plan_file,
     print_json,
     progress_bars,
 )
@@ -59,6 +60,7 @@ def quantize(
     from ditq.report.tables import plan_json, plan_summary, plan_table
 
     given = None if plan is None else _read(plan)
+    of_second = None if plan is None else plan_file(plan, "transformer_2")  # ditq search writes one for each
     wanted = (load(recipe) if given is None else _recipe_of(given, overrides or [])).override(overrides or [])
     api.check_output(out_dir)  # before minutes of work, not after
     pipe = open_pipeline(pipeline, device, dtype)
@@ -68,6 +70,8 @@ def quantize(
         chosen = pick_prompts(pipeline, pipe, arch, prompts, "calibration")
     results = {}
     for component in api.transformers(pipe):
+        if component == "transformer_2" and of_second is not None and of_second.is_file():
+            given = _read(of_second)
         with progress_bars(quiet or as_json) as progress:
             results[component] = api.quantize(
                 pipe, given or wanted, prompts=chosen, calibration=wanted.calibration, seed=seed, architecture=arch,
