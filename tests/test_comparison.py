@@ -114,12 +114,12 @@ def test_folders_of_one_name_are_told_apart(folders: dict[str, Path], tmp_path: 
     assert list(found.models) == [str(folders["rtn-w8a8"]), str(twin)]
 
 
-def test_prompts_as_one_string_are_one_prompt_and_empty_ones_are_refused(folders: dict[str, Path]) -> None:
-    found = ditq.compare(folders["base"], folders["rtn-w8a8"], "a red cat", **OPTIONS)
-    assert found.reference.samples.conditions == found.other.conditions == ["a red cat"]
-    for prompts, words in (([], "no prompts"), ("", "Prompt 1 of 1 is empty"), (["a cat", " "], "Prompt 2 of 2")):
-        with pytest.raises(UsageError, match=words):
-            ditq.compare(folders["base"], folders["rtn-w8a8"], prompts, **OPTIONS)
+@pytest.mark.parametrize(
+    ("prompts", "words"), [([], "no prompts"), ("cat", "got the string 'cat'"), (["a cat", " "], "Prompt 2 of 2")]
+)
+def test_empty_prompts_and_single_strings_are_refused(folders: dict[str, Path], prompts: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        ditq.compare(folders["base"], folders["rtn-w8a8"], prompts, **OPTIONS)
 
 
 # ------------------------------------------------------------------------------------ two transformers

@@ -182,7 +182,7 @@ def search(
         recipe, overrides: formats and balance of the layers, see :func:`quantize`.
         prompts: what every candidate samples: prompts, or class names or numbers.
         component: which transformer of the pipeline; by default all, one after the other. The second is searched on
-            what the first, as it was found, hands over to it; ``result.plans`` has the plan of each.
+            what the first, left as its best candidate, hands over to it; ``result.plans`` has the plan of each.
         seed, steps, guidance_scale, batch_size, arguments: see :class:`ditq.sampling.Sampling`.
         options: of :func:`ditq.allocation.search`: strategy, trials, sizes, budget, fitness, storage ...
 
@@ -201,12 +201,12 @@ def search(
         check_weights(model)
         model.eval()
     sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
-    wanted = load_recipe(recipe).override(list(overrides))
+    loaded = load_recipe(recipe).override(list(overrides))
     results = []
     for name in components:
         model = getattr(pipe, name)
         arch = architectures.load(architecture) if architecture else architectures.match(model)
-        results.append(allocation.search(pipe, arch, wanted, prompts, sampling, component=name, **options))
+        results.append(allocation.search(pipe, arch, loaded, prompts, sampling, component=name, **options))
         attach(model, results[-1].candidate)
     return replace(results[0], others=tuple(results[1:]))
 

@@ -237,9 +237,7 @@ def test_a_study_belongs_to_its_scheduler_and_its_prompts(tmp_path: Path) -> Non
         search(other, storage=storage, strategy="uniform")
 
 
-def test_a_string_is_one_prompt_and_empty_ones_are_refused() -> None:
-    options = {"strategy": "uniform", "sizes": GROUPS, "budget": "uniform:32", "steps": 2}
-    a, b = (ditq.search(tiny_dit(), "rtn-w4a4", prompts, **options) for prompts in ("7", ["7"]))
-    assert a.scored == b.scored
-    with pytest.raises(UsageError, match="Prompt 1 of 1 is empty"):
-        ditq.search(tiny_dit(), "rtn-w4a4", [" "], **options)
+@pytest.mark.parametrize(("prompts", "words"), [([" "], "Prompt 1 of 1 is empty"), ("7", "got the string '7'")])
+def test_empty_prompts_and_single_strings_are_refused(prompts: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        ditq.search(tiny_dit(), "rtn-w4a4", prompts)

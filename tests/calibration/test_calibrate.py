@@ -531,18 +531,18 @@ def test_class_names_and_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "words"), [([], "no prompts"), ("", "Prompt 1 of 1 is empty"), (["a cat", " \n"], "Prompt 2 of 2")]
+    ("prompts", "words"),
+    [
+        ([], "no prompts"),
+        ([""], "Prompt 1 of 1 is empty"),
+        (["a cat", " \n"], "Prompt 2 of 2"),
+        ("7", "got the string '7'"),
+    ],
 )
-def test_empty_prompts_are_refused(prompts: Any, words: str, name: str) -> None:
+def test_empty_prompts_and_single_strings_are_refused(prompts: Any, words: str, name: str) -> None:
     with pytest.raises(UsageError, match=words):
         resolve_conditions(None, architectures.load(name), prompts)
     with pytest.raises(UsageError, match=words):
         calibrate(PIPELINES[name](), architectures.load(name), prompts, SETTINGS)
-
-
-def test_a_string_is_one_prompt_and_not_its_letters(tmp_path: Path) -> None:
-    pipe, arch = tiny_pixart(), architectures.load("pixart")
-    assert resolve_conditions(pipe, arch, "a cat") == ["a cat"]
-    assert sample(pipe, arch, "a cat", Sampling(steps=2)).conditions == ["a cat"]
-    a, b = (calibrate(pipe, arch, prompts, SETTINGS, cache=tmp_path) for prompts in ("a cat", ["a cat"]))
-    assert same(a, b)
+    with pytest.raises(UsageError, match=words):
+        sample(PIPELINES[name](), architectures.load(name), prompts, Sampling(steps=2))

@@ -89,7 +89,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trials:
-    """What a search has found.
+    """Results of a search.
 
     Attributes:
         scored: every individual with its fitness, in the order of slots.
@@ -141,7 +141,9 @@ def run(
     with watch.beating():
         while True:
             slots = watch.slots()
-            values = {slot: t.value for slot, found in slots.items() for t in found if t.state.name == "COMPLETE"}
+            values = {
+                slot: t.value for slot, attempts in slots.items() for t in attempts if t.state.name == "COMPLETE"
+            }
             asked = [value for slot, value in values.items() if slot < trials]
             if on_trial and asked and len(asked) != reported:
                 reported = len(asked)
@@ -268,7 +270,7 @@ class _Watch:
     ) -> tuple[optuna.Trial, Genome] | None:
         """A trial that is held and can be evaluated now; those that nobody needs are given back."""
         slots = self.slots() if self.held else {}
-        slot_of = {trial.number: slot for slot, found in slots.items() for trial in found}
+        slot_of = {trial.number: slot for slot, attempts in slots.items() for trial in attempts}
         for trial in list(self.held):
             slot = slot_of[trial.number]
             if any(t.number == trial.number and t.state.name == "FAIL" for t in slots[slot]):
@@ -289,11 +291,11 @@ class _Watch:
         self, schedule: Schedule, slots: Mapping[int, Sequence[Any]], values: Mapping[int, float], trials: int
     ) -> bool:
         """Whether there is a slot to take; gives failed ones out again."""
-        for slot, found in slots.items():
-            if slot < trials and all(t.state.name == "FAIL" for t in found) and _exists(schedule, slot, values):
+        for slot, attempts in slots.items():
+            if slot < trials and all(t.state.name == "FAIL" for t in attempts) and _exists(schedule, slot, values):
                 self._repeat(slot)
                 return True
-        if any(t.state.name == "WAITING" for found in slots.values() for t in found):
+        if any(t.state.name == "WAITING" for attempts in slots.values() for t in attempts):
             return True
         return not self.held and self.fresh < trials and _exists(schedule, self.fresh, values)
 

@@ -42,9 +42,9 @@ class EveryAttention(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
-        query, key = self._change(given.pop("query"), given.pop("key"))
-        return func(query, key, given.pop("value"), *args[3:], **given)
+        named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+        query, key = self._change(named.pop("query"), named.pop("key"))
+        return func(query, key, named.pop("value"), *args[3:], **named)
 
 
 @contextmanager
@@ -53,20 +53,20 @@ def observed(model: nn.Module, architecture: Architecture) -> Iterator[dict[str,
 
     Blocks that compute attention in another way than by torch's ``scaled_dot_product_attention`` are not in it.
     """
-    found: dict[str, list[tuple[float, float]]] = {}
-    current, place = [""], [0]
+    ranges: dict[str, list[tuple[float, float]]] = {}
+    block_name, index = [""], [0]
 
     def note(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        if current[0]:
-            largest, i = found.setdefault(current[0], []), place[0]
+        if block_name[0]:
+            largest, i = ranges.setdefault(block_name[0], []), index[0]
             before = largest[i] if i < len(largest) else (0.0, 0.0)
             largest[i : i + 1] = [(max(before[0], _largest(query)), max(before[1], _largest(key)))]
-            place[0] += 1
+            index[0] += 1
         return query, key
 
     def inside(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            current[0], place[0] = name, 0
+            block_name[0], index[0] = name, 0
 
         return hook
 
@@ -76,7 +76,7 @@ def observed(model: nn.Module, architecture: Architecture) -> Iterator[dict[str,
                 yield hooked(block, inside(f"{stack}.{i}"), inside(""), always=True)
 
     with all_hooked(blocks()), EveryAttention(note):
-        yield found
+        yield ranges
 
 
 def drawn(
@@ -87,23 +87,23 @@ def drawn(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
-    """What :func:`observed` finds while a pipeline draws, with noise that no comparison draws from.
+    """The values that :func:`observed` collects while a pipeline samples, with noise that no comparison uses.
 
     Raises:
         UsageError: none of its blocks uses torch's attention.
     """
     sampling = Sampling(seed + NOISE_OFFSET, Calibration().steps, batch_size=1 if draws_videos(pipe) else 8)
-    with observed(pipe.transformer, architecture) as found:
+    with observed(pipe.transformer, architecture) as ranges:
         sample(
             pipe, architecture, conditions, sampling, decode=False,
             on_batch=None if progress is None else lambda done: progress("calibrate attention", done, len(conditions)),
         )  # fmt: skip
-    if not found:
+    if not ranges:
         raise UsageError(
             f"{type(pipe.transformer).__name__} does not use torch's scaled_dot_product_attention; export it with "
             "attention='auto'."
         )
-    return found
+    return ranges
 
 
 @contextmanager

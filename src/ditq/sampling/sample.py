@@ -53,12 +53,16 @@ class Samples:
 
 
 def condition_list(conditions: Sequence[str]) -> list[str]:
-    """Prompts or classes as a list; a single string is one of them, not a list of its letters.
+    """Prompts or classes as a list, checked.
 
     Raises:
-        UsageError: there is none, or one is blank.
+        UsageError: a single string, which would be taken for a list of its letters; there is none, or one is blank.
     """
-    chosen = [conditions] if isinstance(conditions, str) else list(conditions)
+    if isinstance(conditions, str):
+        raise UsageError(
+            f"prompts must be a list of strings, got the string {conditions!r}: pass prompts=[{conditions!r}]."
+        )
+    chosen = list(conditions)
     if not chosen:
         raise UsageError("There are no prompts. Give at least one, or a file with one prompt a line.")
     for i, condition in enumerate(chosen):
@@ -108,7 +112,7 @@ def sample(
     """One image or video for each condition; number i starts from the noise of seed ``sampling.seed + i``.
 
     Args:
-        conditions: prompts, or names or numbers of classes; a single one may be a string.
+        conditions: prompts, or names or numbers of classes.
         on_batch: called with the number of images of every finished batch.
         cache: what it holds for this pipeline, condition, seed and sampler is not sampled again, whatever the batch
             size was; new images are added batch by batch, so that an interrupted run goes on from there.
