@@ -13,7 +13,8 @@ from ditq import architectures
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics
 from ditq.calibration.capture import Capture
-from ditq.plan import LayerPlan, TensorFormat
+from ditq.numerics import Grid
+from ditq.plan import LayerPlan
 from ditq.recipe import load as load_recipe
 
 WORDS = "<pad> </s> <unk> a red green blue small big cat dog house tree on in the snow sea".split()
@@ -22,6 +23,12 @@ CLASSES = ["3", "7", "11", "0"]
 
 # Parts of the names of layers that write to the residual stream.
 RESIDUAL = (".attn", ".cross_attn", ".ff.", ".ff_context.", ".ffn.", ".mlp.", ".proj_mlp.", ".proj_out.")
+
+
+def grid(bits: int, symmetric: bool = True, granularity: str = "row", group_size: int | None = None) -> Grid:
+    """A grid; "row" is what a weight calls channel and an input token."""
+    kind: Any = "channel" if granularity == "row" else granularity
+    return Grid(bits=bits, symmetric=symmetric, granularity=kind, group_size=group_size)
 
 
 def alphas(recipe: str) -> list[str]:
@@ -190,14 +197,12 @@ def draw(pipe: Any, condition: str | None = None, steps: int = 2, guidance_scale
 
 def weight_format(
     bits: int = 4, granularity: str = "channel", symmetric: bool = False, group: int | None = None
-) -> TensorFormat:
-    return TensorFormat(bits=bits, symmetric=symmetric, granularity=granularity, group_size=group)  # type: ignore[arg-type]
+) -> Grid:
+    return Grid(bits=bits, symmetric=symmetric, granularity=granularity, group_size=group)  # type: ignore[arg-type]
 
 
-def token_format(
-    bits: int = 8, granularity: str = "token", symmetric: bool = True, group: int | None = None
-) -> TensorFormat:
-    return TensorFormat(
+def token_format(bits: int = 8, granularity: str = "token", symmetric: bool = True, group: int | None = None) -> Grid:
+    return Grid(
         bits=bits, symmetric=symmetric, granularity=granularity, group_size=group, dynamic=True  # type: ignore[arg-type]
     )  # fmt: skip
 

@@ -166,7 +166,7 @@ def test_wrong_requests_are_usage_errors(pipe: Any, recipe: str, kwargs: dict[st
 def test_formats_that_do_not_fit_are_refused_before_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ditq.api.calibrate", lambda *args, **kwargs: pytest.fail("calibrated first"))
     wrong = [*QUICK, "fit_groups=false", "weights.group_size=96", "activations.group_size=96"]
-    with pytest.raises(UsageError, match="group_size must divide in_features=128; got 96"):
+    with pytest.raises(UsageError, match="group_size must divide the 128 columns, got 96"):
         ditq.quantize(tiny_dit(), "qdit-w4a8", prompts=["3"], overrides=wrong)
 
 

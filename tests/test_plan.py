@@ -11,7 +11,8 @@ from safetensors import safe_open
 
 import ditq
 from ditq.errors import CheckpointError, UsageError
-from ditq.plan import FORMAT_VERSION, Fold, LayerPlan, Plan, Rotate, Smooth, TensorFormat
+from ditq.numerics import Grid
+from ditq.plan import FORMAT_VERSION, Fold, LayerPlan, Plan, Rotate, Smooth
 
 
 def small_plan(**fields: Any) -> Plan:
@@ -33,7 +34,7 @@ def small_plan(**fields: Any) -> Plan:
 @pytest.mark.parametrize("bits", [0, 1, 9, 16])
 def test_format_refuses_bits(bits: int) -> None:
     with pytest.raises(ValidationError, match="bits"):
-        TensorFormat(bits=bits, granularity="token")
+        Grid(bits=bits, granularity="token")
 
 
 @pytest.mark.parametrize(
@@ -41,18 +42,18 @@ def test_format_refuses_bits(bits: int) -> None:
     [
         ({"granularity": "group"}, "group_size"),
         ({"granularity": "token", "group_size": 32}, "group_size"),
-        ({"granularity": "group", "group_size": 4}, "group_size"),
+        ({"granularity": "group", "group_size": 0}, "group_size"),
         ({"granularity": "row"}, "granularity"),
         ({"granularity": "token", "wide": True}, "wide"),
     ],
 )
 def test_format_names_the_wrong_field(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValidationError, match=complaint):
-        TensorFormat(bits=4, **fields)
+        Grid(bits=4, **fields)
 
 
 def test_group_size_that_does_not_divide_names_those_that_do() -> None:
-    with pytest.raises(UsageError, match=r"in_features=96; got 64; possible: 16, 32, 48, 96\."):
+    with pytest.raises(ValueError, match=r"the 96 columns, got 64; possible: 16, 32, 48, 96"):
         weight_format(granularity="group", group=64).groups(96)
 
 
@@ -63,10 +64,12 @@ def test_group_size_that_does_not_divide_names_those_that_do() -> None:
         ({"weight": None, "activation": None, "rotate": Rotate(block=32)}, "keeps 16-bit weights"),
         ({"weight": token_format(4)}, "weights are static"),
         ({"activation": weight_format(8)}, "no granularity 'channel'"),
-        ({"activation": TensorFormat(bits=8, granularity="token")}, "static activation scales are per tensor"),
-        ({"activation": TensorFormat(bits=8, granularity="tensor", symmetric=False)}, "static .* are symmetric"),
-        ({"weight": weight_format(granularity="group", group=24)}, "group_size must divide in_features=32"),
-        ({"activation": token_format(granularity="group", group=24)}, "group_size must divide in_features=32"),
+        ({"activation": Grid(bits=8, granularity="token")}, "static activation scales are per tensor"),
+        ({"activation": Grid(bits=8, granularity="tensor", symmetric=False)}, "static .* are symmetric"),
+        ({"weight": weight_format(granularity="group", group=4)}, "groups of weights have at least 8"),
+        ({"activation": token_format(granularity="group", group=4)}, "groups of activations have at least 8"),
+        ({"weight": weight_format(granularity="group", group=24)}, "group_size must divide the 32 columns"),
+        ({"activation": token_format(granularity="group", group=24)}, "group_size must divide the 32 columns"),
         ({"rotate": Rotate(block=64)}, "rotation block 64"),
         ({"timesteps": ((0, 10), (30, 20))}, r"timestep range \[30, 20\]"),
         ({"smooth": {"alpha": 1.5}}, r"smooth\.alpha"),
@@ -185,7 +188,7 @@ def test_hash_changes_with_every_field_of_a_plan(fields: dict[str, Any]) -> None
         {"weight": weight_format(symmetric=True)},
         {"weight": weight_format(granularity="group", group=16)},
         {"activation": None},
-        {"activation": TensorFormat(bits=8, granularity="tensor")},
+        {"activation": Grid(bits=8, granularity="tensor")},
         {"smooth": Smooth(alpha=0.5)},
         {"smooth": Smooth(alpha=0.5, folded="norm")},
         {"smooth": Smooth(alpha=0.5, salience="spearman")},
@@ -240,7 +243,7 @@ def test_memory_by_hand() -> None:
         ({"weight": weight_format(2, "group", group=16)}, 24 * 8 + 24 * 2 * 5 + 48),
         ({"smooth": Smooth(alpha=0.5)}, 24 * 16 + 24 * 5 + 4 * 32 + 48),
         ({"smooth": Smooth(alpha=0.5, folded="v")}, 24 * 16 + 24 * 5 + 48),
-        ({"activation": TensorFormat(bits=8, granularity="tensor")}, 24 * 16 + 24 * 5 + 4 + 48),
+        ({"activation": Grid(bits=8, granularity="tensor")}, 24 * 16 + 24 * 5 + 4 + 48),
         ({"timesteps": ((0, 1), (2, 3), (4, 5)), "bias": False}, 3 * (24 * 16 + 24 * 5)),
     ],
     ids=str,

@@ -6,7 +6,7 @@ import pytest
 
 from ditq import recipe
 from ditq.errors import UsageError
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid
 from ditq.recipe import Recipe
 
 
@@ -125,7 +125,7 @@ def test_override_takes_dotted_role_names() -> None:
     r = recipe.load("rtn-w4a8").override(
         ["roles.ffn.down.weights.bits=6", "roles.ffn.down.weights.granularity=channel"]
     )
-    assert r.roles["ffn.down"].weights == TensorFormat(bits=6, granularity="channel")
+    assert r.roles["ffn.down"].weights == Grid(bits=6, granularity="channel")
 
 
 @pytest.mark.parametrize("assignment", ["method.name=rtn", "weights.bits.low=3", "name.x=1"])

@@ -130,7 +130,7 @@ def stdit3() -> Any:
 
 
 def latte_class() -> Any:
-    from ditq.models.latte import LatteClassPipeline
+    from ditq.models.latte_class import LatteClassPipeline
 
     scheduler = diffusers.DDPMScheduler(beta_schedule="linear", variance_type="learned_range", clip_sample=False)
     pipe = LatteClassPipeline(tiny_vae(), tiny_model("latte-class"), scheduler)

@@ -18,7 +18,8 @@ from _variants import REGISTRY, Case, Variant, build, nncf_weights, openvino_var
 from torch import Tensor, nn
 
 from ditq.layers import QuantizedLinear
-from ditq.plan import LayerPlan, Rotate, TensorFormat
+from ditq.numerics import Grid
+from ditq.plan import LayerPlan, Rotate
 
 BASELINES = ("torch bf16", "torch fp32", "OpenVINO f32", "NNCF static int8")
 
@@ -36,12 +37,12 @@ class Layer(nn.Module):
 
 def quantized(linear: nn.Linear, bits: int, rotate: bool, group: int | None = None) -> QuantizedLinear:
     k, n = linear.in_features, linear.out_features
-    weight = TensorFormat(
+    weight = Grid(
         bits=bits, symmetric=False, granularity="group" if group else "channel", group_size=group
     )  # fmt: skip
     plan = LayerPlan(
         name="linear", role="ffn.up", in_features=k, out_features=n, weight=weight,
-        activation=TensorFormat(bits=8, granularity="token", dynamic=True),
+        activation=Grid(bits=8, granularity="token", dynamic=True),
         rotate=Rotate(block=128) if rotate else None,
     )  # fmt: skip
     return QuantizedLinear.from_linear(linear, plan)

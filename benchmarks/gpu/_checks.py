@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditq import architectures, engines
 from ditq.conversion import quantize_model
-from ditq.numerics import Rotation, pack, quantize
+from ditq.numerics import Grid, Rotation, pack, quantize
 from ditq.recipe import load
 
 
@@ -40,9 +40,8 @@ def _quantizers(x: Tensor, device: torch.device, many: int) -> Iterator[tuple[st
     for symmetric in (True, False):
         for groups in (1, many):
             size = None if groups == 1 else x.shape[1] // groups
-            expected = quantize(
-                x, 8, symmetric=symmetric, granularity="row" if size is None else "group", group_size=size
-            )
+            granularity = "token" if size is None else "group"
+            expected = quantize(x, Grid(bits=8, symmetric=symmetric, granularity=granularity, group_size=size))
             found = launch(x.to(device), None, None, 0, 8, symmetric, groups, None)
             yield f"codes, symmetric={symmetric}, groups={groups}", torch.equal(found[0].cpu(), expected.codes)
     bad = x.clone()

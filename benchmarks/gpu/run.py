@@ -413,7 +413,7 @@ def refuse_without_a_card() -> None:
     """Raises SystemExit with the reason where the engine cannot run."""
     reason = ENGINE.why_unavailable()
     if reason is None:
-        fmt = ditq.plan.TensorFormat(bits=8, granularity="channel")
+        fmt = ditq.plan.Grid(bits=8, granularity="channel")
         reason = ENGINE.why_unsupported(fmt, None, torch.device("cuda"))
     if reason is not None:
         raise SystemExit(f"This benchmark measures the Triton engine, which cannot run here: {reason}.")

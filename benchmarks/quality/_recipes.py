@@ -19,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 
 import ditq
 from ditq import architectures
-from ditq import recipe as recipes
 from ditq.calibration import Statistics
 from ditq.metrics import paired_difference
 from ditq.metrics.measure import measure
@@ -72,14 +71,8 @@ class Table:
 
 
 def recipe_of(method: str, width: str) -> tuple[str, list[str]]:
-    """A recipe that comes with ditq and what to set in it; widths that a method lacks are its W8A8 with other bits."""
-    name = f"{method}-{width}"
-    if name in recipes.names():
-        return name, []
-    if f"{method}-w8a8" not in recipes.names():
-        raise SystemExit(f"no such recipe: {name}")
-    weights, activations = width.removeprefix("w").split("a")
-    return f"{method}-w8a8", [f"weights.bits={weights}", f"activations.bits={activations}"]
+    """A recipe of ditq, and what to set in it."""
+    return f"{method}-{width}", []
 
 
 def tabulate(

@@ -34,14 +34,14 @@ from environment import environment, write
 import ditq
 from ditq import api, architectures
 from ditq.calibration import Statistics, calibrate
-from ditq.numerics import Quantized, add_inputs, dequantize, gptq, inverse_factor, quantize, search_clip_ratio
+from ditq.numerics import Grid, Quantized, add_inputs, dequantize, gptq, inverse_factor, quantize, search_clip_ratio
 from ditq.recipe import Calibration
 from ditq.trace.calls import merged
 
-FORMATS: dict[str, dict[str, Any]] = {
-    "W4 channel": {"bits": 4, "granularity": "row"},
-    "W4 g128": {"bits": 4, "granularity": "group", "group_size": 128},
-    "W3 g128": {"bits": 3, "granularity": "group", "group_size": 128},
+FORMATS = {
+    "W4 channel": Grid(bits=4, symmetric=False, granularity="channel"),
+    "W4 g128": Grid(bits=4, symmetric=False, granularity="group", group_size=128),
+    "W3 g128": Grid(bits=3, symmetric=False, granularity="group", group_size=128),
 }
 # Pairs that differ in one thing: rounding, range or order. A recipe (its -w4a8), and what is set in it.
 NEAREST, GPTQ = ("rounding=nearest",), ("rounding=gptq",)
@@ -96,7 +96,7 @@ def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
             w = linear.module.weight.detach().double()
             for title, fmt in FORMATS.items():
                 for way, q in roundings(w, hessian, factors, fmt):
-                    error = w - dequantize(q, fmt["granularity"], fmt.get("group_size")).double()
+                    error = w - dequantize(q).double()
                     pair = tuple(
                         float((((error @ h) * error).sum() / ((w @ h) * w).sum()).sqrt()) for h in (hessian, unseen)
                     )
@@ -109,15 +109,14 @@ def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def roundings(
-    w: Tensor, hessian: Tensor, factors: dict[tuple[str, float], Tensor], fmt: dict[str, Any]
+    w: Tensor, hessian: Tensor, factors: dict[tuple[str, float], Tensor], grid: Grid
 ) -> Iterator[tuple[str, Quantized]]:
-    kind = {"symmetric": False, **fmt}
-    yield "nearest", quantize(w, **kind)
-    yield "nearest, clip", quantize(w, **kind, clip_ratio=search_clip_ratio(w, **kind))
+    yield "nearest", quantize(w, grid)
+    yield "nearest, clip", quantize(w, grid, clip_ratio=search_clip_ratio(w, grid))
     for (order, damping), factor in factors.items():
         for clip in (False, True):
             name = f"GPTQ, {order}" + (", damping 0.1" if damping == 0.1 else "") + (", clip" if clip else "")
-            yield name, gptq(w, hessian, **kind, order=order, clip=clip, factor=factor).quantized  # type: ignore[arg-type]
+            yield name, gptq(w, hessian, grid, order=order, clip=clip, factor=factor).quantized  # type: ignore[arg-type]
 
 
 def model(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ditq.comparison import Comparison, compare
     from ditq.engines import use_engine
     from ditq.errors import CheckpointError, DitqError, UsageError
+    from ditq.numerics import Grid
     from ditq.plan import LayerPlan, Plan, TensorFormat
     from ditq.recipe import Recipe
 
@@ -44,6 +45,7 @@ _HOME = {
     "UsageError": "ditq.errors",
     "LayerPlan": "ditq.plan",
     "Plan": "ditq.plan",
+    "Grid": "ditq.numerics.grid",
     "TensorFormat": "ditq.plan",
     "Recipe": "ditq.recipe",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "Comparison",
     "DitqConfig",
     "DitqError",
+    "Grid",
     "LayerPlan",
     "Plan",
     "Recipe",

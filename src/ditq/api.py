@@ -144,11 +144,7 @@ def quantize(
         plan = quantize_model(model, arch, wanted, statistics, seed=seed, progress=progress)
     else:
         assert plan_given is not None
-        plan = convert(
-            model, arch, plan_given.layers, statistics, method=plan_given.method, recipe=plan_given.recipe,
-            nominal=(plan_given.nominal_weight_bits, plan_given.nominal_activation_bits), seed=plan_given.seed,
-            timesteps=plan_given.calibration_timesteps,
-        )  # fmt: skip
+        plan = convert(model, arch, plan_given, statistics)
     seconds["quantize"] = time.perf_counter() - begin
     attach(model, plan)
     _keep_labels(pipe)

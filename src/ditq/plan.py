@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ditq.errors import CheckpointError, UsageError
+from ditq.errors import CheckpointError
+from ditq.numerics.grid import Grid
 
 FORMAT_VERSION = 1
 
-Granularity = Literal["tensor", "channel", "token", "group"]
 MIN_GROUP_SIZE = 8
-Bits = Annotated[int, Field(ge=2, le=8)]
 Timesteps = Literal["all", "normal"]
 
 
@@ -27,60 +27,15 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TensorFormat(_Frozen):
-    """How one tensor becomes integers.
-
-    ``channel`` is one scale per output channel of a weight, ``token`` one per row of an activation,
-    ``group`` one per ``group_size`` neighbouring input channels of either. ``dynamic`` scales are
-    computed from the tensor itself at run time, static ones come from calibration.
-    """
-
-    bits: Bits
-    symmetric: bool = True
-    granularity: Granularity
-    group_size: Annotated[int, Field(ge=MIN_GROUP_SIZE)] | None = None
-    dynamic: bool = False
-
-    @model_validator(mode="after")
-    def _group_size_goes_with_groups(self) -> Self:
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise ValueError(
-                f"group_size is for granularity 'group' only, got {self.granularity!r} with {self.group_size}"
-            )
-        return self
-
-    def __str__(self) -> str:
-        per = f"group {self.group_size}" if self.group_size else self.granularity
-        kind = "" if self.granularity == "channel" else ", dynamic" if self.dynamic else ", static"
-        return f"int{self.bits} {'sym' if self.symmetric else 'asym'}/{per}{kind}"
-
-    @property
-    def rows(self) -> Literal["tensor", "row", "group"]:
-        """The same granularity in the words of ``ditq.numerics``, where a matrix has rows."""
-        return "row" if self.granularity in ("channel", "token") else self.granularity  # type: ignore[return-value]
-
-    def groups(self, columns: int) -> int:
-        """Number of scales in one row of ``columns`` numbers.
-
-        Raises:
-            UsageError: the group size does not divide the columns.
-        """
-        if self.group_size is None:
-            return 1
-        if columns % self.group_size:
-            fits = [g for g in (16, 32, 48, 64, 96, 128, 192, 256, 288, 384, 512) if columns % g == 0]
-            raise UsageError(
-                f"group_size must divide in_features={columns}; got {self.group_size}; possible: "
-                f"{', '.join(map(str, fits))}."
-            )
-        return columns // self.group_size
+TensorFormat = Grid
+"""Its name in ditq 0.1."""
 
 
 class Smooth(_Frozen):
     """Static channel balancing: inputs divided and weight columns multiplied by one scale per input channel.
 
     ``folded`` names where 1/s went: into the producer of the input (``norm``, ``v``, ``glu``) or, ``None``,
-    into the layer itself, which then divides at run time. ``salience`` is what stands for max|X_j| in the scale:
+    into the layer itself, which then divides at run time. ``salience`` is how max|X_j| in the scale is computed:
     the maximum over all timesteps, or PTQ4DiT's mean of the timesteps' maxima (``ditq.numerics.salience_weights``).
     """
 
@@ -131,8 +86,8 @@ class LayerPlan(_Frozen):
     in_features: Annotated[int, Field(ge=1)]
     out_features: Annotated[int, Field(ge=1)]
     bias: bool = True
-    weight: TensorFormat | None = None
-    activation: TensorFormat | None = None
+    weight: Grid | None = None
+    activation: Grid | None = None
     smooth: Smooth | None = None
     rotate: Rotate | None = None
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -153,6 +108,12 @@ class LayerPlan(_Frozen):
             return self
         if self.weight.granularity == "token" or self.weight.dynamic:
             raise ValueError(f"layer {self.name!r}: weights are static, per tensor, channel or group")
+        for name, grid in (("weights", self.weight), ("activations", self.activation)):
+            if grid is not None and grid.group_size is not None and grid.group_size < MIN_GROUP_SIZE:
+                raise ValueError(
+                    f"layer {self.name!r}: groups of {name} have at least {MIN_GROUP_SIZE} channels, got "
+                    f"{grid.group_size}"
+                )
         self.weight.groups(self.in_features)
         if self.activation is not None:
             if self.activation.granularity == "channel":
@@ -199,9 +160,7 @@ class LayerPlan(_Frozen):
         """Bytes of codes, scales, zero points and online smoothing scales; the bias in 16 bit."""
         if self.weight is None:
             return 2 * (self.parameters + (self.out_features if self.bias else 0))
-        scales = self.weight.groups(self.in_features) * (
-            1 if self.weight.granularity == "tensor" else self.out_features
-        )
+        scales = math.prod(self.weight.scales(self.out_features, self.in_features))
         n = self.out_features * ((self.in_features * self.weight.bits + 7) // 8)
         n += scales * (4 if self.weight.symmetric else 5)
         if self.smooth and self.smooth.folded is None:

@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ditq.errors import UsageError, unknown, warn
-from ditq.plan import Gptq, TensorFormat, Timesteps, first_error
+from ditq.numerics import Grid
+from ditq.plan import Gptq, Timesteps, first_error
 
 
 class _Strict(BaseModel):
@@ -28,8 +29,8 @@ class _Strict(BaseModel):
 class RoleFormats(_Strict):
     """Formats of the layers whose role matches; ``weights: null`` keeps them in 16 bit."""
 
-    weights: TensorFormat | None
-    activations: TensorFormat | None = None
+    weights: Grid | None
+    activations: Grid | None = None
 
 
 class Balance(_Strict):
@@ -41,7 +42,7 @@ class Balance(_Strict):
         choose: ``always`` applies all of the above; ``error`` tries every combination of them, none included, on
             calibration inputs and keeps the one with the smallest output error, input group by input group.
         alpha: migration strength of the smoothing scale, 0 to 1; of several, the one with the smallest error is taken.
-        salience: what stands for the magnitude of an input channel: ``max`` over the timesteps, or ``spearman``,
+        salience: how the magnitude of an input channel is computed: ``max`` over the timesteps, or ``spearman``,
             PTQ4DiT's weighted mean of the timesteps' maxima.
         where: balance ``all`` inputs, or only the ``foldable`` ones, whose producer can carry the smoothing scale.
         fold: move smoothing scales into the producer of the input where that is exact.
@@ -84,16 +85,20 @@ class Balance(_Strict):
 
 
 class Calibration(_Strict):
-    """How much of the sampling trajectory is looked at.
+    """How much of the sampling trajectory calibration records.
 
-    ``rows`` bounds the sample of every layer's input, ``calls`` is how many timesteps, chosen at random, of each
-    prompt's trajectory are kept whole, both halves of the guidance included, for what must run blocks again: at
-    least so many, more where prompts or tokens are few (``ditq.calibration.capture.ROWS_PER_INPUT``); 0 keeps none.
-    ``batch_size`` is how many prompts are drawn at once: by default 8 pictures, with ``auto`` up to 32 small ones;
-    either way as many videos as have 2^17 latent numbers, at most 8.
-    ``arguments`` go to the pipeline's call as they are, e.g. ``{height: 256, width: 256, num_frames: 17}``.
-    ``timesteps`` says which ones count in ranges, scales and the sample: ``all``, or those that PTQ4DM would draw
-    from a skewed normal distribution, ``normal``.
+    Attributes:
+        prompts: at most this many of the given prompts are used.
+        batch_size: prompts that are sampled together. Default: 8 images; ``auto``: up to 32 small images. Videos: as
+            many as have 2^17 latent numbers together, at most 8.
+        steps, guidance_scale: of the sampler; ``guidance_scale`` null is the pipeline's default.
+        rows: bound of the sample of every layer's input.
+        calls: timesteps of each prompt's trajectory, chosen at random, whose transformer calls are kept whole, both
+            halves of the guidance included; GPTQ replays them block by block. At least this many are kept, more where
+            prompts or tokens are few (``ditq.calibration.capture.ROWS_PER_INPUT``); 0 keeps none.
+        arguments: of the pipeline's call, e.g. ``{height: 256, width: 256, num_frames: 17}``.
+        timesteps: which ones count in ranges, scales and the sample: ``all``, or ``normal``, those of PTQ4DM's skewed
+            normal distribution.
     """
 
     prompts: Annotated[int, Field(ge=1)] = 32
@@ -128,8 +133,8 @@ class Recipe(_Strict):
     description: str = ""
     method: str = "custom"
     paper: str = ""
-    weights: TensorFormat
-    activations: TensorFormat | None
+    weights: Grid
+    activations: Grid | None
     keep: tuple[str, ...] = ("embedder", "final", "modulation")
     keep_layers: tuple[str, ...] = ()
     roles: dict[str, RoleFormats] = {}
@@ -147,7 +152,7 @@ class Recipe(_Strict):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return patterns
 
     @property
@@ -166,7 +171,7 @@ class Recipe(_Strict):
         """Whether calls of the transformer are kept whole: blocks must be run again."""
         return self.rounding == "gptq"
 
-    def formats(self, name: str, role: str) -> tuple[TensorFormat | None, TensorFormat | None, str]:
+    def formats(self, name: str, role: str) -> tuple[Grid | None, Grid | None, str]:
         """Weight format, activation format and, where it is kept in 16 bit, the reason."""
         for prefix in self.keep:
             if role == prefix or role.startswith(prefix + "."):
@@ -180,7 +185,7 @@ class Recipe(_Strict):
         return self.weights, self.activations, ""
 
     def own(self, role: str) -> RoleFormats | None:
-        """The formats that the recipe gives to this role, or to the narrowest one that holds it."""
+        """The formats of this role in ``roles``, or of the narrowest role there that contains it."""
         prefixes = [prefix for prefix in self.roles if role == prefix or role.startswith(prefix + ".")]
         return self.roles[max(prefixes, key=len)] if prefixes else None
 
@@ -218,7 +223,7 @@ class Recipe(_Strict):
         """Refuses fields that this recipe would ignore.
 
         Args:
-            keys: dotted names of the fields that somebody has set, e.g. ``balance.alpha``.
+            keys: dotted names of the fields that were set, e.g. ``balance.alpha``.
             source: what stands before a name in the error.
 
         Raises:
@@ -364,6 +369,11 @@ def load(recipe: str | Path | Recipe) -> Recipe:
 
     Raises:
         UsageError: no such recipe (the families are listed), or not a valid one.
+
+    Example:
+        >>> recipe = load("viditq-w4a8").override(["balance.rotate=false", "clip=minmax"])
+        >>> recipe.weights.bits, recipe.balance.rotate, recipe.needs_calibration
+        (4, False, True)
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -374,7 +384,8 @@ def load(recipe: str | Path | Recipe) -> Recipe:
             close = difflib.get_close_matches(str(recipe), [*names(), *families()], n=1)
             raise UsageError(
                 f"Unknown recipe {str(recipe)!r}.{f' Did you mean {close[0]!r}?' if close else ''} Known: "
-                f"{', '.join(known)} (X = 2 to 8, Y = 2 to 8 or 16), or the path of a .yaml file."
+                f"{', '.join(known)} (X = 2 to 8, Y = 2 to 8 or 16; e.g. viditq-w4a8, rtn-w8a8), or the "
+                "path of a .yaml file."
             )
         return found
     path = Path(recipe)

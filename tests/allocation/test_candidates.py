@@ -9,7 +9,7 @@ from helpers import run, tiny_model, tiny_statistics
 
 from ditq import architectures
 from ditq.allocation import Candidates, Space
-from ditq.conversion import convert, plan_layers
+from ditq.conversion import convert, estimate, plan_layers
 from ditq.layers import QuantizedLinear
 from ditq.recipe import Recipe, load
 
@@ -35,10 +35,9 @@ def test_a_candidate_draws_what_its_plan_draws(name: str) -> None:
         candidates.put(genome)
         chosen = {layer.name: layer for layer in space.planned(genome)}
         fresh = tiny_model("dit")
-        plan = convert(
-            fresh, ARCH, [chosen.get(layer.name, layer) for layer in layers], statistics,
-            method=recipe.method, recipe=recipe.name, nominal=(4, recipe.activations.bits),
-        )  # fmt: skip
+        allocated = tuple(chosen.get(layer.name, layer) for layer in layers)
+        plan = estimate(fresh, ARCH, recipe).model_copy(update={"layers": allocated})
+        plan = convert(fresh, ARCH, plan, statistics)
         assert torch.equal(run(model, "dit"), run(fresh, "dit"))
         assert [(x.name, x.weight, x.activation) for x in plan] == [
             (x.name, x.weight, x.activation) for x in candidates.plan
@@ -53,10 +52,8 @@ def test_gptq_rounds_on_inputs_of_the_16_bit_model() -> None:
     candidates.put(genome)
     chosen = {layer.name: layer for layer in space.planned(genome)}
     fresh = tiny_model("dit")
-    convert(
-        fresh, ARCH, [chosen.get(layer.name, layer) for layer in layers], statistics,
-        method=recipe.method, recipe=recipe.name, nominal=(3, 8),
-    )  # fmt: skip
+    allocated = tuple(chosen.get(layer.name, layer) for layer in layers)
+    convert(fresh, ARCH, estimate(fresh, ARCH, recipe).model_copy(update={"layers": allocated}), statistics)
     same = {
         layer.name: torch.equal(model.get_submodule(layer.name).qweight, fresh.get_submodule(layer.name).qweight)
         for layer in space.layers

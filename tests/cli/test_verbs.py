@@ -173,8 +173,8 @@ def check_failure(result: tuple[int, str, str], status: int, *words: str, left: 
 
 def test_unknown_recipe_names_the_known(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    result = ditq(capsys, "quantize", pipeline, "--recipe", "viditq-w4a9", "--out", out)
-    check_failure(result, 2, "viditq-w4a9", "Did you mean", "rtn-w8a8", left=out)
+    result = ditq(capsys, "quantize", pipeline, "--recipe", "vidiq-w4a8", "--out", out)
+    check_failure(result, 2, "vidiq-w4a8", "Did you mean", "rtn-w8a8", left=out)
 
 
 def test_folder_that_is_no_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import run, tiny_model, tiny_statistics
+from helpers import grid, run, tiny_model, tiny_statistics
 from torch import Tensor, nn
 
 import ditq
@@ -15,7 +15,8 @@ from ditq.architectures import InputGroup
 from ditq.calibration import Statistics
 from ditq.conversion import draft, plan_layers
 from ditq.conversion.balance import rotate_of, smooth_of
-from ditq.conversion.error import group_scale, output_error
+from ditq.conversion.error import output_error
+from ditq.conversion.scales import group_scale
 from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear
 from ditq.numerics import Rotation, fake_quantize, rotate, sqnr_db, unrotate
@@ -259,6 +260,6 @@ def test_a_plan_with_weights_only_is_balanced_and_computes_what_it_says(subject:
     for layer in plan.quantized:
         assert layer.rotate is not None
         rotation = Rotation(layer.in_features, layer.rotate.block, layer.rotate.seed)
-        rounded = fake_quantize(rotate(exact[layer.name], rotation), 4, symmetric=False)
+        rounded = fake_quantize(rotate(exact[layer.name], rotation), grid(4, symmetric=False))
         found = model.get_submodule(layer.name).weight
         assert sqnr_db(unrotate(rounded, rotation), found) > 30, layer.name

@@ -15,7 +15,7 @@ import ditq
 from ditq import architectures
 from ditq.calibration import Statistics
 from ditq.conversion import plan_layers
-from ditq.conversion.error import group_scale
+from ditq.conversion.scales import group_scale
 from ditq.layers import QuantizedLinear
 from ditq.numerics import sqnr_db
 from ditq.recipe import load as load_recipe

@@ -17,7 +17,7 @@ from ditq.conversion import convert, draft, plan_layers
 from ditq.errors import NothingQuantizedError, UsageError
 from ditq.layers import QuantizedLinear, TimestepLinear
 from ditq.numerics import sqnr_db
-from ditq.plan import LayerPlan, Smooth
+from ditq.plan import LayerPlan, Plan, Smooth
 from ditq.recipe import load as load_recipe
 
 NAMES = ("dit", "pixart")
@@ -30,7 +30,11 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def carry_out(model: nn.Module, name: str, layers: list[LayerPlan], statistics: Any = None) -> Any:
     arch = architectures.load(name)
-    return convert(model, arch, layers, statistics, method="rtn", recipe="mine", nominal=(4, 8))
+    plan = Plan(
+        method="rtn", recipe="mine", architecture=name, nominal_weight_bits=4, nominal_activation_bits=8,
+        layers=tuple(layers),
+    )  # fmt: skip
+    return convert(model, arch, plan, statistics)
 
 
 def drafted(name: str, recipe: str = "rtn-w4a8", *overrides: str) -> tuple[nn.Module, list[LayerPlan]]:
@@ -244,7 +248,7 @@ def test_plan_of_16_bit_only_is_an_error(name: str) -> None:
 
 
 def test_group_size_that_does_not_divide_names_the_layer_or_those_that_do(name: str) -> None:
-    with pytest.raises(UsageError, match="group_size must divide in_features=128; got 96; possible: 16, 32, 64, 128"):
+    with pytest.raises(UsageError, match="group_size must divide the 128 columns, got 96; possible: 16, 32, 64, 128"):
         ditq.quantize(
             tiny_model(name), "rtn-w4a8", overrides=["weights={bits: 4, granularity: group, group_size: 96}"]
         )
@@ -258,7 +262,7 @@ def test_recipe_that_needs_calibration_says_so(name: str) -> None:
 
 def test_linears_that_read_tensors_of_their_own_have_hessians_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The outputs of a joint attention share a scale, since values of both streams carry it, but not an input."""
-    module = sys.modules["ditq.conversion.convert"]
+    module = sys.modules["ditq.conversion.make"]
     seen: dict[str, Any] = {}
     original = module.round_weight
 

@@ -27,8 +27,9 @@ import ditq
 from ditq import architectures, numerics
 from ditq.calibration import Statistics
 from ditq.conversion import hessians as method
-from ditq.conversion.error import balanced, group_scale
-from ditq.conversion.hessians import InputHessian, round_weight
+from ditq.conversion.hessians import InputHessian
+from ditq.conversion.rounding import round_weight
+from ditq.conversion.scales import balanced, group_scale
 from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear
 from ditq.layers.quantized_linear import nearest
@@ -113,23 +114,21 @@ def test_hessians_are_those_of_balanced_inputs_from_quantized_blocks(balance: st
             hessian = torch.zeros(made.in_features, made.in_features, dtype=torch.float64)
             for x in seen[group.name]:
                 add_inputs(hessian, layer.balance(x).reshape(-1, made.in_features))
-            gain = 10 * math.log10(
-                error(weight, nearest(weight, made), made, hessian) / error_of(layer, weight, hessian)
-            )
+            gain = 10 * math.log10(error(weight, nearest(weight, made), hessian) / error_of(layer, weight, hessian))
             assert made.rounding == "gptq"
             assert made.rounding_gain is not None
             assert gain > 0.5
             assert made.rounding_gain == pytest.approx(gain, abs=0.01)
 
 
-def error(weight: Tensor, q: Quantized, plan: Any, hessian: Tensor) -> float:
-    return float(output_errors(weight - dequantize(q, plan.weight.rows, plan.weight.group_size), hessian).sum())
+def error(weight: Tensor, q: Quantized, hessian: Tensor) -> float:
+    return float(output_errors(weight - dequantize(q), hessian).sum())
 
 
 def error_of(layer: QuantizedLinear, weight: Tensor, hessian: Tensor) -> float:
     held = layer.quantized_weight
     codes = unpack(held.packed, held.format.bits, held.columns)
-    return error(weight, Quantized(codes, held.scale, held.zero_point), layer.plan, hessian)
+    return error(weight, Quantized(codes, held.scale, held.zero_point, held.format), hessian)
 
 
 @pytest.mark.parametrize("balance", ["none", "folded", "groups"])
@@ -262,7 +261,7 @@ def test_group_size_that_does_not_divide_is_refused_or_fitted(asked: int, got: i
     if got == asked and 384 % asked == 0:
         quantize("fit_groups=false")
     else:
-        with pytest.raises(UsageError, match=rf"group_size must divide in_features=\d+; got {asked}.*fit_groups"):
+        with pytest.raises(UsageError, match=rf"group_size must divide the \d+ columns, got {asked}.*fit_groups"):
             quantize("fit_groups=false")
 
 

@@ -16,7 +16,8 @@ from ditq import architectures
 from ditq.calibration import Statistics
 from ditq.calibration.timesteps import normal_timesteps
 from ditq.conversion import draft, plan_layers
-from ditq.conversion.error import group_scale, output_error
+from ditq.conversion.error import output_error
+from ditq.conversion.scales import group_scale
 from ditq.layers import QuantizedLinear
 from ditq.numerics import sqnr_db
 from ditq.plan import Plan, Smooth

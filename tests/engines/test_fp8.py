@@ -15,7 +15,7 @@ from ditq.engines.fp8 import ENGINE
 from ditq.engines.fp8 import engine as fp8
 from ditq.errors import DitqError
 from ditq.layers import QuantizedLinear
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -29,7 +29,7 @@ def _forget_choices() -> Any:
 def layer(
     bits: int = 8, *, k: int = 96, n: int = 40, symmetric: bool = False, static: bool = False
 ) -> QuantizedLinear:
-    activation = TensorFormat(bits=8, granularity="tensor") if static else token_format()
+    activation = Grid(bits=8, granularity="tensor") if static else token_format()
     plan = layer_plan(k=k, n=n, weight=weight_format(bits, symmetric=symmetric), activation=activation)
     return QuantizedLinear.from_linear(nn.Linear(k, n), plan, input_scale=torch.tensor(0.03) if static else None)
 
@@ -104,7 +104,7 @@ def test_rows_of_zeros_and_rows_that_are_not_finite() -> None:
         ((weight_format(4), token_format(4)), "8 bits, not 4"),
     ],
 )
-def test_what_it_cannot_do_is_said(formats: tuple[TensorFormat, TensorFormat], reason: str) -> None:
+def test_what_it_cannot_do_is_said(formats: tuple[Grid, Grid], reason: str) -> None:
     with engines.use_engine("fp8"), pytest.raises(DitqError, match=reason):
         engines.choose(*formats, CPU)
 

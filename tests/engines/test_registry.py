@@ -12,7 +12,7 @@ from ditq.engines import registry
 from ditq.engines.torch.engine import TorchEngine
 from ditq.errors import DitqError, UsageError
 from ditq.layers import QuantizedLinear
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid
 
 CPU = torch.device("cpu")
 
@@ -23,9 +23,7 @@ class Picky(TorchEngine):
     name = "picky"
     priority = 5
 
-    def why_unsupported(
-        self, weight: TensorFormat, activation: TensorFormat | None, device: torch.device
-    ) -> str | None:
+    def why_unsupported(self, weight: Grid, activation: Grid | None, device: torch.device) -> str | None:
         return None if weight.bits == 8 else f"it runs 8-bit weights only, not {weight.bits}"
 
 

@@ -9,15 +9,14 @@ from torch import Tensor
 
 from ditq.engines import QuantizedWeight
 from ditq.engines.torch.engine import MAX_COLUMNS, TorchEngine, integer_product
-from ditq.numerics import Quantized, pack, quantize
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid, Quantized, pack, quantize
 
 ENGINE = TorchEngine()
-STATIC = TensorFormat(bits=8, granularity="tensor")
+STATIC = Grid(bits=8, granularity="tensor")
 
 
-def packed(weight: Tensor, fmt: TensorFormat) -> tuple[QuantizedWeight, Quantized]:
-    q = quantize(weight, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size)
+def packed(weight: Tensor, fmt: Grid) -> tuple[QuantizedWeight, Quantized]:
+    q = quantize(weight, fmt)
     zero_point = None if q.zero_point is None else q.zero_point.to(torch.int8)
     return QuantizedWeight(pack(q.codes, fmt.bits), q.scale, zero_point, weight.shape[1], fmt), q
 
@@ -31,11 +30,11 @@ def values(q: Quantized) -> Tensor:
     return (q.scale.double()[..., None] * (grid - zero.double()[..., None])).reshape(rows, columns)
 
 
-def check(x: Tensor, weight: Tensor, w_fmt: TensorFormat, x_fmt: TensorFormat, bias: Tensor | None = None) -> Tensor:
+def check(x: Tensor, weight: Tensor, w_fmt: Grid, x_fmt: Grid, bias: Tensor | None = None) -> Tensor:
     scale = None if x_fmt.dynamic else x.abs().max().reshape(1, 1) / 100 if x.numel() else torch.ones(1, 1)
     engine_weight, w = packed(weight, w_fmt)
     codes = ENGINE.quantize_activations(x, x_fmt, scale)
-    y = ENGINE.linear(codes, x_fmt, engine_weight, bias, torch.float32)
+    y = ENGINE.linear(codes, engine_weight, bias, torch.float32)
     expected = values(codes) @ values(w).T + (0 if bias is None else bias.double())
     assert y.dtype == torch.float32
     assert y.shape == expected.shape
@@ -123,7 +122,7 @@ def test_output_of_a_token_that_is_not_finite_is_not_and_leaves_the_others_alone
     fmt, scale = X_FORMATS[x_format], None if X_FORMATS[x_format].dynamic else torch.tensor([[0.02]])
 
     def output(x: Tensor) -> Tensor:
-        return ENGINE.linear(ENGINE.quantize_activations(x, fmt, scale), fmt, weight, torch.randn(11), torch.float32)
+        return ENGINE.linear(ENGINE.quantize_activations(x, fmt, scale), weight, torch.randn(11), torch.float32)
 
     torch.manual_seed(1)
     clean = output(x)
@@ -152,7 +151,7 @@ def test_non_contiguous_inputs() -> None:
 def test_output_dtype_is_the_one_asked_for(dtype: torch.dtype) -> None:
     weight, _ = packed(torch.randn(4, 32), weight_format())
     codes = ENGINE.quantize_activations(torch.randn(3, 32).to(dtype), token_format(), None)
-    assert ENGINE.linear(codes, token_format(), weight, torch.zeros(4, dtype=dtype), dtype).dtype == dtype
+    assert ENGINE.linear(codes, weight, torch.zeros(4, dtype=dtype), dtype).dtype == dtype
 
 
 def test_static_scale_is_used() -> None:
@@ -194,9 +193,9 @@ def test_integer_product_refuses_what_could_overflow() -> None:
 
 def test_asymmetric_sums_at_the_widest_layer_stay_exact() -> None:
     k = MAX_COLUMNS
-    x = Quantized(torch.full((1, k), 127, dtype=torch.int8), torch.ones(1, 1), torch.full((1, 1), -128).short())
     fmt = weight_format(8)
     codes = torch.full((1, k), 127, dtype=torch.int8)
+    x = Quantized(codes, torch.ones(1, 1), torch.full((1, 1), -128).short(), token_format(symmetric=False))
     weight = QuantizedWeight(pack(codes, 8), torch.ones(1, 1), torch.full((1, 1), -128, dtype=torch.int8), k, fmt)
-    y = ENGINE.linear(x, token_format(symmetric=False), weight, None, torch.float32)
+    y = ENGINE.linear(x, weight, None, torch.float32)
     assert y.item() == pytest.approx(k * 255 * 255, rel=1e-6)

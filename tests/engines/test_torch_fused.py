@@ -6,7 +6,7 @@ import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 import torch
-from helpers import layer_plan, token_format, weight_format
+from helpers import grid, layer_plan, token_format, weight_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from ditq.engines import QuantizedWeight
 from ditq.engines.torch import fused
 from ditq.engines.torch.fused import quantize_rows, rescale, rescale_, weight_codes
 from ditq.layers import QuantizedLinear
-from ditq.numerics import Quantized, pack, quantize
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid, Quantized, pack, quantize
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -36,12 +35,12 @@ def same(fast: Quantized, slow: Quantized) -> bool:
     return torch.equal(fast.codes, slow.codes) and torch.equal(fast.scale, slow.scale) and zero
 
 
-def tokens(bits: int, symmetric: bool = True) -> TensorFormat:
-    return TensorFormat(bits=bits, symmetric=symmetric, granularity="token", dynamic=True)
+def tokens(bits: int, symmetric: bool = True) -> Grid:
+    return Grid(bits=bits, symmetric=symmetric, granularity="token", dynamic=True)
 
 
-def groups(bits: int, symmetric: bool, size: int) -> TensorFormat:
-    return TensorFormat(bits=bits, symmetric=symmetric, granularity="group", group_size=size, dynamic=True)
+def groups(bits: int, symmetric: bool, size: int) -> Grid:
+    return Grid(bits=bits, symmetric=symmetric, granularity="group", group_size=size, dynamic=True)
 
 
 # ------------------------------------------------------------------------------------ quantize_rows
@@ -57,7 +56,7 @@ FINITE = st.floats(-(2.0**127), 2.0**127, width=32, allow_nan=False, allow_subno
 )
 def test_codes_equal_those_of_numerics(array: np.ndarray, bits: int, symmetric: bool) -> None:
     x = torch.from_numpy(array)
-    assert same(quantize_rows(x, tokens(bits, symmetric)), quantize(x, bits, symmetric=symmetric))
+    assert same(quantize_rows(x, tokens(bits, symmetric)), quantize(x, grid(bits, symmetric=symmetric)))
 
 
 @pytest.mark.usefixtures("chunks")
@@ -71,7 +70,7 @@ def test_codes_of_groups_equal_those_of_numerics(
     x = torch.randn(rows, columns) * torch.logspace(-7, 4, columns)
     x[3:5, :size] = 0
     x[5:6, :size] = x[5:6, :size].abs()
-    slow = quantize(x, bits, symmetric=symmetric, granularity="group", group_size=size)
+    slow = quantize(x, grid(bits, symmetric=symmetric, granularity="group", group_size=size))
     assert same(quantize_rows(x, groups(bits, symmetric, size)), slow)
 
 
@@ -83,24 +82,24 @@ def test_codes_of_chunks_equal_those_of_numerics(shape: tuple[int, int], bits: i
     x = (torch.randn(shape) * torch.logspace(-7, 4, shape[0])[:, None]).to(dtype)
     x[3:5] = 0
     before = x.clone()
-    assert same(quantize_rows(x, tokens(bits)), quantize(x, bits))
+    assert same(quantize_rows(x, tokens(bits)), quantize(x, grid(bits)))
     assert torch.equal(x, before)
 
 
 def test_codes_of_a_matrix_of_many_chunks() -> None:
     x = torch.randn(1100, 1536)
     assert x.nbytes > 2 * fused._CHUNK_BYTES * torch.get_num_threads()
-    assert same(quantize_rows(x, tokens(8)), quantize(x, 8))
+    assert same(quantize_rows(x, tokens(8)), quantize(x, grid(8)))
 
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("fmt", [tokens(8), tokens(8, False), groups(4, True, 16), groups(4, False, 16)], ids=str)
-def test_a_row_that_is_not_finite_is_marked_and_leaves_the_others_alone(fmt: TensorFormat, bad: float) -> None:
+def test_a_row_that_is_not_finite_is_marked_and_leaves_the_others_alone(fmt: Grid, bad: float) -> None:
     x = torch.randn(20, 48)
     x[7, 5] = bad
     fast = quantize_rows(x, fmt)
-    slow = quantize(x, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size)
+    slow = quantize(x, fmt)
     others = torch.arange(20) != 7
     assert torch.equal(fast.codes[others], slow.codes[others])
     assert fast.scale[7].isfinite().tolist() == [False] + [True] * (fast.scale.shape[1] - 1)
@@ -165,7 +164,7 @@ def test_weight_codes_are_those_of_the_weight_less_their_zero_points(
     fmt = weight_format(bits, symmetric=symmetric, granularity="group" if group else "channel", group=group)
     w = torch.randn(9, 48) + 0.7
     w[0], w[1], w[2] = w[0].abs(), -w[1].abs(), 0  # zero points at both ends of the grid, and in the middle
-    q = quantize(w, bits, symmetric=symmetric, granularity=fmt.rows, group_size=group)
+    q = quantize(w, fmt)
     zero = None if q.zero_point is None else q.zero_point.to(torch.int8)
     stored = pack(q.codes, bits)
     codes, left = weight_codes(QuantizedWeight(stored, q.scale, zero, 48, fmt))
@@ -187,7 +186,7 @@ def test_weight_codes_are_those_of_the_weight_less_their_zero_points(
     [(weight_format(8), True), (weight_format(4), False), (weight_format(4, granularity="group", group=16), True)],
     ids=str,
 )
-def test_torch_compile_traces_a_layer_once_without_a_break(fmt: TensorFormat, bias: bool) -> None:
+def test_torch_compile_traces_a_layer_once_without_a_break(fmt: Grid, bias: bool) -> None:
     torch._dynamo.reset()
     plan = layer_plan(weight=fmt, activation=token_format(8), bias=bias)
     layer = QuantizedLinear.from_linear(nn.Linear(plan.in_features, plan.out_features, bias), plan)

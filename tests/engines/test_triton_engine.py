@@ -18,8 +18,8 @@ from ditq.engines.triton import ENGINE, TritonEngine
 from ditq.engines.triton.tiles import ARCHITECTURES, tile_for, tiles
 from ditq.errors import DitqError
 from ditq.layers import QuantizedLinear
-from ditq.numerics import Rotation
-from ditq.plan import Rotate, Smooth, TensorFormat
+from ditq.numerics import Grid, Rotation
+from ditq.plan import Rotate, Smooth
 
 TORCH = TorchEngine()
 CUDA = torch.device("cuda")
@@ -116,9 +116,7 @@ def test_cards_between_architectures_take_the_one_below() -> None:
 # --------------------------------------------------------------------------------- layers and torch.compile
 
 
-def linear(
-    weight: TensorFormat, activation: TensorFormat, *, smooth: bool = False, block: int | None = None
-) -> QuantizedLinear:
+def linear(weight: Grid, activation: Grid, *, smooth: bool = False, block: int | None = None) -> QuantizedLinear:
     plan = layer_plan(
         k=96, n=40, weight=weight, activation=activation,
         smooth=Smooth(alpha=0.5) if smooth else None, rotate=Rotate(block=block, seed=3) if block else None,
@@ -138,7 +136,7 @@ LAYERS: dict[str, dict[str, Any]] = {
         "block": 16,
     },
     "w3a6-full-rotation": {"weight": weight_format(3), "activation": token_format(6, symmetric=False), "block": 96},
-    "w8a8-static": {"weight": weight_format(8), "activation": TensorFormat(bits=8, granularity="tensor")},
+    "w8a8-static": {"weight": weight_format(8), "activation": Grid(bits=8, granularity="tensor")},
     "w6a8-tensor": {"weight": weight_format(6), "activation": token_format(granularity="tensor", symmetric=False)},
 }
 
@@ -148,7 +146,7 @@ def forward(engine: TorchEngine, layer: QuantizedLinear, x: Tensor) -> Tensor:
     assert fmt is not None
     buffers = layer._buffers
     codes = engine.quantize_input(x, buffers.get("smooth_scale"), layer.rotation, fmt, buffers.get("input_scale"))
-    return engine.linear(codes, fmt, layer.quantized_weight, layer.bias, x.dtype)
+    return engine.linear(codes, layer.quantized_weight, layer.bias, x.dtype)
 
 
 @needs_kernels

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import grid
 from torch import Tensor
 from triton_helpers import DEVICES, moved, why_not
 
@@ -33,7 +34,7 @@ def values(q: Quantized) -> Tensor:
 def integers(m: int, k: int, bits: int, group: int | None, symmetric: bool, *, unit: bool = False) -> Quantized:
     """Codes of random numbers; with ``unit`` scales are 1, so that outputs are sums of integers."""
     x = torch.randn(m, k) * 2 + 0.4
-    q = quantize(x, bits, symmetric=symmetric, granularity="row" if group is None else "group", group_size=group)
+    q = quantize(x, grid(bits, symmetric=symmetric, granularity="row" if group is None else "group", group_size=group))
     return q._replace(scale=torch.ones_like(q.scale)) if unit else q
 
 
@@ -101,7 +102,7 @@ def test_formats(name: str, device: str) -> None:
     ("m", "k", "n"), [(0, 16, 8), (1, 1, 1), (1, 72, 8), (3, 7, 5), (33, 129, 70), (15, 200, 1), (65, 33, 31)]
 )
 def test_shapes(m: int, k: int, n: int, bits: int, device: str) -> None:
-    x, w = integers(m, k, 8, None, False) if m else Quantized(*empty(k)), integers(n, k, bits, None, False)
+    x, w = integers(m, k, 8, None, False) if m else Quantized(*empty(k), grid(8)), integers(n, k, bits, None, False)
     y = run(device, arguments(x, w, bits))
     assert y.shape == (m, n)
     assert_close(y, values(x) @ values(w).T, x, w)
@@ -115,8 +116,8 @@ def empty(k: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("bits", "code"), [(8, -128), (8, 127), (4, -8), (4, 7)])
 def test_extreme_codes_do_not_saturate(bits: int, code: int, device: str) -> None:
     k = 4608
-    x = Quantized(torch.full((2, k), 127, dtype=torch.int8), torch.ones(2, 1), None)
-    w = Quantized(torch.full((3, k), code, dtype=torch.int8), torch.ones(3, 1), None)
+    x = Quantized(torch.full((2, k), 127, dtype=torch.int8), torch.ones(2, 1), None, grid(8))
+    w = Quantized(torch.full((3, k), code, dtype=torch.int8), torch.ones(3, 1), None, grid(bits))
     y = run(device, arguments(x, w, bits), Tile(32, 32, 256, 4, 2))
     assert torch.equal(y, torch.full((2, 3), 127.0 * code * k))
 
@@ -219,7 +220,7 @@ def test_a_row_does_not_depend_on_the_batch_and_runs_are_equal(device: str) -> N
     whole = run(device, arguments(x, w, 4))
     assert torch.equal(whole, run(device, arguments(x, w, 4)))
     some = [36, 0, 20]
-    few = Quantized(x.codes[some], x.scale[some], x.zero_point[some])
+    few = Quantized(x.codes[some], x.scale[some], x.zero_point[some], x.grid)
     assert torch.equal(run(device, arguments(few, w, 4)), whole[some])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import grid
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -135,4 +136,4 @@ def test_ties_fall_as_ieee_division_says(seed: int, top: int, device: str) -> No
     to = target({1: 2, 7: 4, 127: 8}[top])
     codes, found, *_ = home(operation.launch(*moved((x, *to), device)))
     assert torch.equal(codes.float(), (x / found).round())
-    assert torch.equal(codes, quantize(x, to.bits).codes)
+    assert torch.equal(codes, quantize(x, grid(to.bits)).codes)

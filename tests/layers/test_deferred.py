@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import layer_plan, run, tiny_model, token_format, weight_format
+from helpers import grid, layer_plan, run, tiny_model, token_format, weight_format
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from triton_helpers import why_not
@@ -231,7 +231,7 @@ def test_an_engine_that_does_not_fuse_may_be_a_layers_own(calls: Counter[str]) -
 
 
 def made(number: int) -> Callable[[], Quantized]:
-    return lambda: Quantized(torch.full((1, 1), number, dtype=torch.int8), torch.ones(1, 1), None)
+    return lambda: Quantized(torch.full((1, 1), number, dtype=torch.int8), torch.ones(1, 1), None, grid(8))
 
 
 def test_layers_share_what_one_of_them_made() -> None:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from ditq.engines.torch import ENGINE
 from ditq.layers import QuantizedLinear
 from ditq.layers.quantized_linear import buffers
-from ditq.numerics import packed_bytes, sqnr_db
-from ditq.plan import LayerPlan, Rotate, Smooth, TensorFormat
+from ditq.numerics import Grid, packed_bytes, sqnr_db
+from ditq.plan import LayerPlan, Rotate, Smooth
 
 K, N = 96, 40
 PLANS: dict[str, dict[str, Any]] = {
@@ -25,7 +25,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "rotate-block32": {"rotate": Rotate(block=32)},
     "smooth-rotate": {"smooth": Smooth(alpha=0.5), "rotate": Rotate(block=96)},
     "folded": {"smooth": Smooth(alpha=0.5, folded="norm")},
-    "static": {"activation": TensorFormat(bits=8, granularity="tensor")},
+    "static": {"activation": Grid(bits=8, granularity="tensor")},
     "groups": {
         "weight": weight_format(4, "group", group=48),
         "activation": token_format(8, "group", symmetric=False, group=32),

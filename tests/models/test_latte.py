@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from videos import latte_class
 
 from ditq.errors import CheckpointError, UsageError
-from ditq.models.latte import Latte
+from ditq.models.latte_class import Latte
 from ditq.models.official import load_official, official
 
 Shapes = dict[str, tuple[int, ...]]

@@ -270,7 +270,7 @@ def damaged(name: str, how: str) -> tuple[dict[str, Tensor], str]:
         tensors[f"{block}.cross_attn.kv_linear.weight"] = torch.zeros(128, 128)
         return tensors, rf"'{block}.cross_attn.kv_linear.weight' is \(128, 128\); the model's is \(256, 128\)"
     tensors["extra.weight"] = torch.zeros(1)
-    return tensors, "holds tensor 'extra.weight', which STDiT.? has not|holds tensor 'extra.weight'"
+    return tensors, "holds tensor 'extra.weight', which STDiT.? does not have|holds tensor 'extra.weight'"
 
 
 @pytest.mark.parametrize("how", ["missing", "one-of-three", "misshaped", "fused-misshaped", "surplus"])
@@ -310,7 +310,7 @@ def test_several_files_are_read_by_their_index(name: str, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="model-00001-of-00002.safetensors cannot be read.*missing"):
         from_official(arch.model_class(), path, **arch.example.config)
     path.write_text("{}")
-    with pytest.raises(CheckpointError, match="is no index of safetensors files"):
+    with pytest.raises(CheckpointError, match="is not an index of safetensors files"):
         from_official(arch.model_class(), path, **arch.example.config)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import grid
 
 from ditq.numerics import fake_quantize, relative_error, sqnr_db
 
@@ -33,7 +34,7 @@ def test_uniform_values_reach_six_decibels_per_bit(bits: int) -> None:
     x = torch.rand(8, 4096) * 2 - 1
     # Signal 1/3, noise scale^2 / 12 with scale = 1 / (2^(b-1) - 1).
     expected = 10 * math.log10(4) + 20 * math.log10(2 ** (bits - 1) - 1)
-    assert sqnr_db(x, fake_quantize(x, bits)) == pytest.approx(expected, abs=0.2)
+    assert sqnr_db(x, fake_quantize(x, grid(bits))) == pytest.approx(expected, abs=0.2)
 
 
 def test_mixed_dtypes_are_compared_in_float64() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -47,7 +48,7 @@ def hessian_of(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def squared_errors(x: Tensor, weight: Tensor, q: Quantized, granularity: Any, group_size: int | None) -> Tensor:
     """||X (w - q)||^2 of each row by its definition, float64 [N]."""
-    difference = weight.double() - dequantize(q, granularity, group_size).double()
+    difference = weight.double() - dequantize(q).double()
     return (x.double() @ difference.T).square().sum(0)
 
 
@@ -74,7 +75,9 @@ def reference(
         left = h.diagonal().argsort(descending=True).tolist()
         inverse = inverse[left][:, left]
     bottom, top = code_range(bits, symmetric)
-    static = scale_and_zero_point(weight, bits, symmetric=symmetric, granularity=granularity, group_size=group_size)
+    static = scale_and_zero_point(
+        weight, grid(bits, symmetric=symmetric, granularity=granularity, group_size=group_size)
+    )
     scale = static[0].double().expand(len(w), -1).clone()
     zero = torch.zeros_like(scale) if static[1] is None else static[1].double().expand(len(w), -1).clone()
     size = group_size or columns
@@ -82,7 +85,7 @@ def reference(
     while left:
         column, group = left[0], left[0] // size
         if granularity == "group" and order == "natural" and column % size == 0:
-            found = scale_and_zero_point(w[:, column : column + size].float(), bits, symmetric=symmetric)
+            found = scale_and_zero_point(w[:, column : column + size].float(), grid(bits, symmetric=symmetric))
             scale[:, group] = found[0][:, 0]
             zero[:, group] = 0 if found[1] is None else found[1][:, 0]
         code = torch.clamp((w[:, column] / scale[:, group]).round() + zero[:, group], bottom, top)
@@ -101,14 +104,14 @@ def test_gptq_is_the_reference_but_for_rows_it_did_not_improve(kind: str, symmet
     x, weight = inputs(400, 48), torch.randn(40, 48)
     hessian, fmt = hessian_of(x), FORMATS[kind]
     expected = reference(weight, hessian, 3, symmetric, **fmt, damping=0.01, order=order)
-    q = gptq(weight, hessian, 3, symmetric=symmetric, **fmt, order=order, block=16).quantized
-    simple = dequantize(quantize(weight, 3, symmetric=symmetric, **fmt), **fmt)
+    q = gptq(weight, hessian, grid(3, symmetric=symmetric, **fmt), order=order, block=16).quantized
+    simple = dequantize(quantize(weight, grid(3, symmetric=symmetric, **fmt)))
     better = (x.double() @ (weight - expected).T).square().sum(0) < (x @ (weight - simple).T).square().sum(0)
     assert better.float().mean() > 0.8  # otherwise this compares little
     torch.testing.assert_close(
-        dequantize(q, **fmt).double()[better], expected[better], rtol=1e-4, atol=1e-4, msg="not the reference"
+        dequantize(q).double()[better], expected[better], rtol=1e-4, atol=1e-4, msg="not the reference"
     )
-    torch.testing.assert_close(dequantize(q, **fmt)[~better], simple[~better])
+    torch.testing.assert_close(dequantize(q)[~better], simple[~better])
 
 
 @settings(deadline=None, max_examples=150)
@@ -129,10 +132,12 @@ def test_output_error_is_never_above_that_of_rounding_to_nearest(
     fmt = FORMATS[kind]
     x = inputs(rows, 32, seed)
     weight = torch.randn(12, 32, generator=torch.Generator().manual_seed(seed)) ** 3
-    ratio = search_clip_ratio(weight, bits, symmetric=symmetric, **fmt) if clip else 1.0
-    simple = quantize(weight, bits, symmetric=symmetric, **fmt, clip_ratio=ratio)
+    ratio = search_clip_ratio(weight, grid(bits, symmetric=symmetric, **fmt)) if clip else 1.0
+    simple = quantize(weight, grid(bits, symmetric=symmetric, **fmt), clip_ratio=ratio)
     hessian = hessian_of(x, torch.float32)
-    found = gptq(weight, hessian, bits, symmetric=symmetric, **fmt, clip=clip, order=order, damping=damping, block=16)
+    found = gptq(
+        weight, hessian, grid(bits, symmetric=symmetric, **fmt), clip=clip, order=order, damping=damping, block=16
+    )
     q = found.quantized
     bottom, top = code_range(bits, symmetric)
     assert q.codes.dtype == torch.int8
@@ -149,21 +154,21 @@ def test_output_error_is_never_above_that_of_rounding_to_nearest(
 @pytest.mark.parametrize("kind", FORMATS)
 def test_error_falls_far_where_channels_are_correlated(kind: str) -> None:
     x, weight, fmt = inputs(2000, 64), torch.randn(32, 64), FORMATS[kind]
-    q, simple = gptq(weight, hessian_of(x), 4, **fmt).quantized, quantize(weight, 4, **fmt)
+    q, simple = gptq(weight, hessian_of(x), grid(4, **fmt)).quantized, quantize(weight, grid(4, **fmt))
     assert squared_errors(x, weight, q, **fmt).sum() < 0.6 * squared_errors(x, weight, simple, **fmt).sum()
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_block_size_is_a_matter_of_speed(kind: str) -> None:
     x, weight, fmt = inputs(500, 48), torch.randn(24, 48), FORMATS[kind]
-    results = [gptq(weight, hessian_of(x), 4, **fmt, block=block).quantized for block in (1, 5, 20, 1000)]
+    results = [gptq(weight, hessian_of(x), grid(4, **fmt), block=block).quantized for block in (1, 5, 20, 1000)]
     for q in results[1:]:
-        torch.testing.assert_close(dequantize(q, **fmt), dequantize(results[0], **fmt), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dequantize(q), dequantize(results[0]), rtol=1e-4, atol=1e-4)
 
 
 def test_uncorrelated_inputs_of_one_size_leave_nothing_to_make_up_for() -> None:
     weight = torch.randn(16, 24)
-    q, simple = gptq(weight, torch.eye(24), 4).quantized, quantize(weight, 4)
+    q, simple = gptq(weight, torch.eye(24), grid(4)).quantized, quantize(weight, grid(4))
     assert torch.equal(q.codes, simple.codes)
     assert torch.equal(q.scale, simple.scale)
 
@@ -171,16 +176,16 @@ def test_uncorrelated_inputs_of_one_size_leave_nothing_to_make_up_for() -> None:
 def test_channels_never_seen_are_rounded_to_nearest() -> None:
     x, weight = inputs(300, 32), torch.randn(16, 32)
     x[:, ::4] = 0
-    q, simple = gptq(weight, hessian_of(x), 4).quantized, quantize(weight, 4)
+    q, simple = gptq(weight, hessian_of(x), grid(4)).quantized, quantize(weight, grid(4))
     assert torch.equal(q.codes[:, ::4], simple.codes[:, ::4])
     assert not torch.equal(q.codes, simple.codes)
-    unseen = gptq(weight, torch.zeros(32, 32), 4).quantized
+    unseen = gptq(weight, torch.zeros(32, 32), grid(4)).quantized
     assert torch.equal(unseen.codes, simple.codes)
 
 
 def test_less_than_rank_needs_more_damping_but_works() -> None:
     x, weight = inputs(3, 64), torch.randn(8, 64)
-    q, simple = gptq(weight, hessian_of(x), 4, damping=1e-30).quantized, quantize(weight, 4)
+    q, simple = gptq(weight, hessian_of(x), grid(4), damping=1e-30).quantized, quantize(weight, grid(4))
     assert squared_errors(x, weight, q, "row", None).sum() < squared_errors(x, weight, simple, "row", None).sum()
 
 
@@ -196,8 +201,8 @@ def test_factor_is_that_of_the_inverse(columns: int, order: Any) -> None:
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper @ h @ upper.T, torch.eye(columns, dtype=torch.float64), rtol=0, atol=1e-4)
     weight = torch.randn(6, columns)
-    a = gptq(weight, hessian, 3, order=order, factor=inverse_factor(hessian, 0.01, order))
-    b = gptq(weight, hessian, 3, order=order)
+    a = gptq(weight, hessian, grid(3), order=order, factor=inverse_factor(hessian, 0.01, order))
+    b = gptq(weight, hessian, grid(3), order=order)
     assert torch.equal(a.quantized.codes, b.quantized.codes)
 
 
@@ -214,8 +219,8 @@ def test_hessian_is_that_of_all_inputs_in_one_pass(device: torch.device) -> None
 
 def test_devices_agree(device: torch.device) -> None:
     x, weight = inputs(500, 48), torch.randn(24, 48)
-    a = gptq(weight, hessian_of(x), 4, granularity="group", group_size=16).quantized
-    b = gptq(weight.to(device), hessian_of(x).to(device), 4, granularity="group", group_size=16).quantized
+    a = gptq(weight, hessian_of(x), grid(4, granularity="group", group_size=16)).quantized
+    b = gptq(weight.to(device), hessian_of(x).to(device), grid(4, granularity="group", group_size=16)).quantized
     assert b.codes.device.type == device.type
     torch.testing.assert_close(b.scale.cpu(), a.scale, rtol=1e-4, atol=1e-6)
 
@@ -227,10 +232,9 @@ def test_devices_agree(device: torch.device) -> None:
         ({"hessian": torch.full((16, 16), float("nan"))}, "hessian contains NaN"),
         ({"damping": 0.0}, "damping must be positive, got 0.0"),
         ({"block": 0}, "block must be positive, got 0"),
-        ({"bits": 9}, "bits must be 2 to 8"),
-        ({"granularity": "group", "group_size": 5}, "group_size must divide the 16 columns"),
+        ({"grid": grid(4, granularity="group", group_size=5)}, "group_size must divide the 16 columns"),
     ],
 )
 def test_wrong_arguments_are_named(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        gptq(**{"weight": torch.randn(4, 16), "hessian": torch.eye(16), "bits": 4, **changes})
+        gptq(**{"weight": torch.randn(4, 16), "hessian": torch.eye(16), "grid": grid(4), **changes})

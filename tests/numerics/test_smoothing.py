@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,8 +74,8 @@ def test_it_helps_where_channels_differ() -> None:
     x[:, 3] *= 80
     s = smoothing_scale(x.abs().amax(0), w.abs().amax(0), 0.5)
     torch.testing.assert_close((x / s) @ (w * s).T, x @ w.T, rtol=0, atol=1e-2)
-    plain = fake_quantize(x, 8) @ fake_quantize(w, 8).T
-    smoothed = fake_quantize(x / s, 8) @ fake_quantize(w * s, 8).T
+    plain = fake_quantize(x, grid(8)) @ fake_quantize(w, grid(8)).T
+    smoothed = fake_quantize(x / s, grid(8)) @ fake_quantize(w * s, grid(8)).T
     assert sqnr_db(x @ w.T, smoothed) > sqnr_db(x @ w.T, plain) + 6
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import example_inputs, run, tiny_model, tiny_statistics
+from helpers import example_inputs, grid, run, tiny_model, tiny_statistics
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -64,7 +64,9 @@ def test_rounding_is_that_of_static_activations() -> None:
     x = torch.randn(4, 3, 5)
     scale = float(x.abs().amax()) / 127
     found = attention_ranges.emulate(x, scale)
-    expected = fake_quantize(x.flatten(0, 1), 8, symmetric=True, granularity="tensor", scale=torch.tensor([[scale]]))
+    expected = fake_quantize(
+        x.flatten(0, 1), grid(8, symmetric=True, granularity="tensor"), scale=torch.tensor([[scale]])
+    )
     assert torch.equal(found, expected.unflatten(0, (4, 3)))
     torch.testing.assert_close(found, (x / scale).round() * scale)
     assert float(attention_ranges.emulate(torch.tensor([1e9, -1e9]), scale).abs().amax()) == pytest.approx(127 * scale)

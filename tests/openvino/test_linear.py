@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ditq import engines
 from ditq.errors import DitqError, UsageError
 from ditq.layers import QuantizedLinear
-from ditq.numerics import Rotation, hadamard_matrix, is_supported, relative_error, rotate
+from ditq.numerics import Grid, Rotation, hadamard_matrix, is_supported, relative_error, rotate
 from ditq.openvino import runtime
-from ditq.plan import Rotate, Smooth, TensorFormat
+from ditq.plan import Rotate, Smooth
 
 if (reason := runtime.why_unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -37,8 +37,8 @@ def linear(
     k: int = 64,
     n: int = 40,
     *,
-    weight: TensorFormat | None = None,
-    activation: TensorFormat | None = TOKEN,
+    weight: Grid | None = None,
+    activation: Grid | None = TOKEN,
     smooth: bool = False,
     rotate: int | None = None,
     bias: bool = True,
@@ -92,15 +92,15 @@ FORMATS = {
     "w8-group32": weight_format(8, "group", group=32),
     "w6-group64": weight_format(6, "group", group=64),
 }  # fmt: skip
-STATIC = TensorFormat(bits=8, granularity="tensor")
+STATIC = Grid(bits=8, granularity="tensor")
 ACTIVATIONS = {
     "a8": TOKEN,
     "a8-asym": token_format(symmetric=False),
     "a6": token_format(6),
     "a3-asym": token_format(3, symmetric=False),
-    "a8-tensor": TensorFormat(bits=8, granularity="tensor", dynamic=True),
+    "a8-tensor": Grid(bits=8, granularity="tensor", dynamic=True),
     "a8-static": STATIC,
-    "a5-static": TensorFormat(bits=5, granularity="tensor"),
+    "a5-static": Grid(bits=5, granularity="tensor"),
 }  # fmt: skip
 
 
@@ -366,7 +366,7 @@ def test_shapes_that_multiply_integers() -> None:
         (weight_format(4, "group", group=16), token_format(symmetric=False), "without zero points"),
     ],
 )
-def test_formats_that_cannot_be_executed_exactly(weight: TensorFormat, activation: TensorFormat, message: str) -> None:
+def test_formats_that_cannot_be_executed_exactly(weight: Grid, activation: Grid, message: str) -> None:
     assert message in (why_inexact(spec(linear(weight=weight, activation=activation))) or "")
 
 

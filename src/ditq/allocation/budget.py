@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ditq.plan import LayerPlan, TensorFormat
+from ditq.numerics import Grid
+from ditq.plan import LayerPlan
 
 # Bit operations of rescaling one partial sum: a float32 number, times one.
 RESCALE = 32
@@ -17,8 +18,8 @@ def grouped(layer: LayerPlan, size: int) -> LayerPlan:
         ValueError: ``size`` does not divide the layer's input channels.
     """
 
-    def with_groups(fmt: TensorFormat | None) -> TensorFormat | None:
-        return None if fmt is None else TensorFormat(**{**dict(fmt), "granularity": "group", "group_size": size})
+    def with_groups(fmt: Grid | None) -> Grid | None:
+        return None if fmt is None else Grid(**{**dict(fmt), "granularity": "group", "group_size": size})
 
     return LayerPlan(
         **{**dict(layer), "weight": with_groups(layer.weight), "activation": with_groups(layer.activation)}

@@ -12,9 +12,10 @@ from ditq.allocation.budget import grouped
 from ditq.allocation.space import Genome, Space
 from ditq.architectures import Architecture, InputGroup
 from ditq.calibration import Statistics
-from ditq.conversion import convert, replace
-from ditq.conversion.error import group_scale
-from ditq.conversion.hessians import round_weight, walk_blocks
+from ditq.conversion import convert, estimate, replace
+from ditq.conversion.hessians import walk_blocks
+from ditq.conversion.rounding import round_weight
+from ditq.conversion.scales import group_scale
 from ditq.layers import QuantizedLinear
 from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
@@ -62,11 +63,9 @@ class Candidates:
                     scale = group_scale(smooth, group, statistics.groups[group.name], statistics.timesteps)
                     self.scales[linear.name] = of_groups[group.name] = scale.to(linear.module.weight.device)
         start = {layer.name: _to_nearest(layer) for layer in space.planned(space.coarsest)}
-        self.plan: Plan = convert(
-            model, architecture, [start.get(layer.name, _to_nearest(layer)) for layer in layers], statistics,
-            method=recipe.method, recipe=recipe.name, seed=seed, timesteps=recipe.calibration.timesteps,
-            nominal=(recipe.weights.bits, recipe.activations.bits if recipe.activations else 16),
-        )  # fmt: skip
+        coarsest = tuple(start.get(layer.name, _to_nearest(layer)) for layer in layers)
+        plan = estimate(model, architecture, recipe).model_copy(update={"layers": coarsest, "seed": seed})
+        self.plan: Plan = convert(model, architecture, plan, statistics)
         self.genome = space.coarsest
         self._made = {
             (layer.name, size): cast(QuantizedLinear, model.get_submodule(layer.name))

@@ -17,7 +17,8 @@ from ditq.allocation.budget import grouped
 from ditq.allocation.space import Genome, Space
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics
-from ditq.conversion.error import SEARCH_ROWS, group_scale, output_error
+from ditq.conversion.error import SEARCH_ROWS, output_error
+from ditq.conversion.scales import group_scale
 from ditq.errors import DitqError, UsageError
 
 

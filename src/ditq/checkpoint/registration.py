@@ -24,8 +24,8 @@ TARGETS = {
 # Modules that model_index.json of folders saved by ditq 0.1 names, and where they are now.
 RENAMED = {
     "ditq.architectures.opensora": "ditq.models.opensora",
-    "ditq.architectures.vchitect.latte": "ditq.models.latte.transformer",
-    "ditq.architectures.vchitect": "ditq.models.latte",
+    "ditq.architectures.vchitect.latte": "ditq.models.latte_class.transformer",
+    "ditq.architectures.vchitect": "ditq.models.latte_class",
 }
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ditq.architectures import InputGroup
 from ditq.calibration import GroupStatistics
-from ditq.conversion.error import SEARCH_ROWS, group_scale, output_error
+from ditq.conversion.error import SEARCH_ROWS, output_error
+from ditq.conversion.scales import group_scale
 from ditq.errors import UsageError
 from ditq.numerics import is_supported, largest_block
 from ditq.plan import LayerPlan, Rotate, Smooth

@@ -10,7 +10,8 @@ from torch import nn
 from ditq import architectures
 from ditq.architectures import Architecture, Linear
 from ditq.errors import NothingQuantizedError, UsageError
-from ditq.plan import MIN_GROUP_SIZE, LayerPlan, Plan, TensorFormat, first_error
+from ditq.numerics import Grid
+from ditq.plan import MIN_GROUP_SIZE, LayerPlan, Plan, first_error
 from ditq.recipe import Recipe
 
 
@@ -48,7 +49,7 @@ def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[
     return layers
 
 
-def _fitted(fmt: TensorFormat | None, linear: Linear, fit: bool) -> TensorFormat | None:
+def _fitted(fmt: Grid | None, linear: Linear, fit: bool) -> Grid | None:
     """The format with a group size that divides the inputs of the layer: the recipe's, or the largest one below.
 
     Raises:
@@ -62,7 +63,7 @@ def _fitted(fmt: TensorFormat | None, linear: Linear, fit: bool) -> TensorFormat
         return fmt.model_copy(update={"group_size": smaller[0]})
     try:
         fmt.groups(columns)
-    except UsageError as error:
+    except ValueError as error:
         hint = "" if fit else " Or let ditq choose: fit_groups: true (--set fit_groups=true)."
         raise UsageError(f"Layer {linear.name!r}: {error}{hint}") from error
     return fmt
@@ -79,7 +80,7 @@ def _check_targets(linears: list[Linear], recipe: Recipe) -> None:
         for prefix in prefixes:
             if not any(role == prefix or role.startswith(f"{prefix}.") for role in known):
                 raise UsageError(
-                    f"{field} of the recipe: there is no role {prefix!r}. This model has {', '.join(sorted(own))}."
+                    f"{field} of the recipe: unknown role {prefix!r}. This model has {', '.join(sorted(own))}."
                 )
     for pattern in recipe.keep_layers:
         if not any(re.search(pattern, linear.name) for linear in linears):
@@ -103,4 +104,5 @@ def estimate(model: nn.Module, architecture: Architecture, recipe: Recipe) -> Pl
         nominal_weight_bits=recipe.weights.bits,
         nominal_activation_bits=recipe.activations.bits if recipe.activations else 16,
         layers=tuple(layers), other_parameters=total - sum(layer.parameters for layer in layers),
+        calibration_timesteps=recipe.calibration.timesteps,
     )  # fmt: skip

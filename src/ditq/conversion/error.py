@@ -1,4 +1,4 @@
-"""Smoothing scales of an input group, and the output error of its balanced and quantized linears."""
+"""Output error of the balanced and quantized linears of an input group, on calibration inputs."""
 
 from __future__ import annotations
 
@@ -8,46 +8,16 @@ import torch
 from torch import Tensor
 
 from ditq.architectures import InputGroup
-from ditq.calibration import GroupStatistics
-from ditq.numerics import Rotation, fake_quantize, rotate, salience_weights, smoothing_scale
-from ditq.plan import LayerPlan, Rotate, Smooth, TensorFormat
+from ditq.conversion.scales import balanced
+from ditq.numerics import Grid, fake_quantize
+from ditq.plan import LayerPlan, Rotate
 
 # The search looks at this many rows at most: its cost grows with candidates x layers x rows.
 SEARCH_ROWS = 512
 
 
-def group_scale(
-    smooth: Smooth,
-    group: InputGroup,
-    seen: GroupStatistics,
-    timesteps: Tensor,
-    between: tuple[int, int] | None = None,
-) -> Tensor:
-    """The smoothing scale s, float32 [K], that all linears of a group share."""
-    of_each = torch.stack([linear.module.weight.detach().float().abs().amax(0).cpu() for linear in group.linears])
-    weights, inputs = of_each.amax(0), seen.timestep_absmax(timesteps, between)
-    if smooth.salience == "spearman":
-        salience = salience_weights(inputs, weights) @ inputs.double()
-    else:
-        salience = inputs.amax(0)
-    return smoothing_scale(salience, weights, smooth.alpha, power_of_two=smooth.power_of_two)
-
-
-def balanced(x: Tensor, scale: Tensor | None, rotate_plan: Rotate | None, *, weight: bool) -> Tensor:
-    """A weight (columns times s) or an input (channels over s), then rotated, float32."""
-    x = x.float()
-    if scale is not None:
-        scale = scale.to(x.device)
-        x = x * scale if weight else x / scale
-    if rotate_plan is not None:
-        x = rotate(x, Rotation(x.shape[-1], rotate_plan.block, rotate_plan.seed))
-    return x
-
-
-def _rounded(x: Tensor, fmt: TensorFormat | None) -> Tensor:
-    if fmt is None:
-        return x
-    return fake_quantize(x, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size)
+def _rounded(x: Tensor, grid: Grid | None) -> Tensor:
+    return x if grid is None else fake_quantize(x, grid)
 
 
 @torch.no_grad()
@@ -66,7 +36,7 @@ def output_error(
     exact = {} if exact is None else exact
     plans = {layer.name: layer for layer in layers}
     inputs = balanced(x, scale, rotate_plan, weight=False)
-    rounded: dict[TensorFormat | None, Tensor] = {}
+    rounded: dict[Grid | None, Tensor] = {}
     total = 0.0
     for linear in group.linears:
         plan = plans.get(linear.name)

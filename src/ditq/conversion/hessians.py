@@ -1,13 +1,12 @@
-"""GPTQ on a transformer: block by block, each on the inputs that the already quantized blocks before it give.
+"""Hessians for GPTQ: block by block, each on the outputs of the already quantized blocks before it.
 
 The Hessian of a linear is that of its balanced input (smoothed, rotated), which is what its integer weight is
 multiplied with; all Hessians of one block are found in one pass over the kept calls, as in the GPTQ and Q-DiT
-code. Rounding is independent of how the balance was chosen: any recipe may say ``rounding: gptq``.
+code.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ditq.architectures import Architecture, InputGroup
-from ditq.conversion.error import balanced
-from ditq.numerics import Quantized, add_inputs, gptq, inverse_factor
+from ditq.conversion.scales import balanced
+from ditq.numerics import add_inputs, inverse_factor
 from ditq.plan import Gptq, LayerPlan
 from ditq.trace.blocks import BlockWalk
 from ditq.trace.calls import Call, attended, merged
@@ -155,28 +154,3 @@ def _unfolded(scale: Tensor) -> Before:
         return (args[0] * scale.to(args[0].dtype), *args[1:]), kwargs
 
     return multiply
-
-
-def round_weight(
-    linear: nn.Linear, plan: LayerPlan, scale: Tensor | None, hessian: InputHessian
-) -> tuple[LayerPlan, Quantized]:
-    """The integers of a layer, and its plan with what GPTQ gained; or rounded to nearest, where it gained nothing.
-
-    Args:
-        scale: smoothing scale [K] of the plan's smoothing, folded or not.
-        hessian: of the balanced input.
-    """
-    fmt, settings = plan.weight, plan.gptq or Gptq()
-    assert fmt is not None
-    weight = balanced(linear.weight.detach(), scale, plan.rotate, weight=True)
-    found = gptq(
-        weight, hessian.matrix, fmt.bits, symmetric=fmt.symmetric, granularity=fmt.rows, group_size=fmt.group_size,
-        clip=plan.clip == "mse", damping=settings.damping, order=settings.order, block=settings.block,
-        factor=hessian.factor(settings),
-    )  # fmt: skip
-    before, after = float(found.nearest.sum()), float(found.error.sum())
-    if not after < before:
-        reason = "rounded to nearest: GPTQ did not lower the output error on the calibration inputs"
-        return plan.model_copy(update={"rounding": "nearest", "gptq": None, "reason": reason}), found.quantized
-    gain = round(10 * math.log10(before / max(after, 1e-30)), 2)
-    return plan.model_copy(update={"rounding_gain": gain}), found.quantized

@@ -10,7 +10,7 @@ from ditq.architectures import Architecture
 from ditq.calibration import Statistics
 from ditq.conversion.balance import choose_balance
 from ditq.conversion.convert import convert
-from ditq.conversion.draft import draft
+from ditq.conversion.draft import draft, estimate
 from ditq.errors import UsageError
 from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
@@ -61,9 +61,6 @@ def quantize_model(
 ) -> Plan:
     """Quantizes ``model`` in place by a recipe and returns the plan that was carried out."""
     layers = plan_layers(model, architecture, recipe, statistics, seed=seed, progress=progress)
-    return convert(
-        model, architecture, layers, statistics, method=recipe.method, recipe=recipe.name,
-        nominal=(recipe.weights.bits, recipe.activations.bits if recipe.activations else 16), seed=seed,
-        timesteps=recipe.calibration.timesteps,
-        progress=None if progress is None else lambda done, total: progress("quantize", done, total),
-    )  # fmt: skip
+    plan = estimate(model, architecture, recipe).model_copy(update={"layers": tuple(layers), "seed": seed})
+    on_layer = None if progress is None else lambda done, total: progress("quantize", done, total)
+    return convert(model, architecture, plan, statistics, progress=on_layer)

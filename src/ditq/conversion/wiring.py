@@ -1,4 +1,6 @@
-"""Tells the layers of a quantized model what stands around them: who reads the same input, and what follows."""
+"""Connects the layers of a quantized model: those that read the same input share its integers, and norms and layers
+defer their result where an engine fuses it with the next operation.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ from ditq.layers.deferred import DeferredLayerNorm
 from ditq.layers.shared import SharedInput
 
 FOLLOWED = (".out", ".up", ".gate_up", ".down")
-"""Ends of the roles behind which stand a nonlinearity, or a gate and a residual."""
+"""Endings of the roles that are followed by a nonlinearity, or by a gate and a residual."""
 
 
 def wire(model: nn.Module, architecture: Architecture) -> None:
-    """Linears of a group make the integers of their input once; norms before them, and layers before a nonlinearity
-    or a residual, wait for what follows where an engine fuses it. Changes no number and no name.
+    """Makes linears of a group quantize their input once, and norms and layers defer their result where an engine
+    fuses it with the next operation. Changes no number and no name.
     """
     shared = SharedInput()
     for group in architecture.groups(model):
@@ -36,7 +38,7 @@ def wire(model: nn.Module, architecture: Architecture) -> None:
 
 
 def unwire(model: nn.Module) -> None:
-    """Norms wait no more."""
+    """Turns deferring norms back into plain ones."""
     for module in model.modules():
         if type(module) is DeferredLayerNorm:
             object.__setattr__(module, "__class__", nn.LayerNorm)

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ditq.numerics import Quantized, Rotation, rotate
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid, Quantized, Rotation, rotate
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class QuantizedWeight:
     scale: Tensor
     zero_point: Tensor | None
     columns: int
-    format: TensorFormat
+    format: Grid
 
 
 class Engine(ABC):
@@ -47,17 +46,15 @@ class Engine(ABC):
         """Why this engine cannot run on this machine at all (with the way out), or None."""
 
     @abstractmethod
-    def why_unsupported(
-        self, weight: TensorFormat, activation: TensorFormat | None, device: torch.device
-    ) -> str | None:
+    def why_unsupported(self, weight: Grid, activation: Grid | None, device: torch.device) -> str | None:
         """Why this engine cannot run these formats on this device, or None."""
 
     @abstractmethod
-    def quantize_activations(self, x: Tensor, format: TensorFormat, scale: Tensor | None) -> Quantized:
+    def quantize_activations(self, x: Tensor, format: Grid, scale: Tensor | None) -> Quantized:
         """Integers of activations ``x`` [M, K]; ``scale`` is given for static formats only."""
 
     def quantize_input(
-        self, x: Tensor, smooth: Tensor | None, rotation: Rotation | None, format: TensorFormat, scale: Tensor | None
+        self, x: Tensor, smooth: Tensor | None, rotation: Rotation | None, format: Grid, scale: Tensor | None
     ) -> Quantized:
         """Integers of the balanced input, in one step where an engine can: see :func:`balance`."""
         return self.quantize_activations(balance(x, smooth, rotation), format, scale)
@@ -66,7 +63,6 @@ class Engine(ABC):
     def linear(
         self,
         x: Quantized,
-        x_format: TensorFormat,
         weight: QuantizedWeight,
         bias: Tensor | None,
         dtype: torch.dtype,
@@ -114,7 +110,7 @@ class FusingEngine(Engine):
         of: Norm | Activation,
         smooth: Tensor | None,
         rotation: Rotation | None,
-        format: TensorFormat,
+        format: Grid,
         scale: Tensor | None,
     ) -> Quantized | None:
         """Integers of what a norm or a nonlinearity gives, balanced; None where there is no kernel for it."""

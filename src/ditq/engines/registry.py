@@ -14,7 +14,7 @@ import torch
 from ditq import engines as package
 from ditq.engines.base import Engine, FusingEngine
 from ditq.errors import DitqError, unknown
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid
 
 _forced: ContextVar[str | None] = ContextVar("ditq_engine", default=None)
 _fusion: ContextVar[bool] = ContextVar("ditq_fusion", default=True)
@@ -73,13 +73,11 @@ def fuses(device: torch.device) -> bool:
 
 # What an engine that fuses has to run at the least.
 _COMMON = (
-    TensorFormat(bits=8, granularity="channel"), TensorFormat(bits=8, granularity="token", dynamic=True)
+    Grid(bits=8, granularity="channel"), Grid(bits=8, granularity="token", dynamic=True)
 )  # fmt: skip
 
 
-def choose(
-    weight: TensorFormat, activation: TensorFormat | None, device: torch.device, wanted: str | None = None
-) -> Engine:
+def choose(weight: Grid, activation: Grid | None, device: torch.device, wanted: str | None = None) -> Engine:
     """The preferred engine that can run these formats on this device. Compiled code keeps the one it was traced with.
 
     Args:
@@ -94,7 +92,7 @@ def choose(
 _chosen: dict[str, Engine] = {}
 
 
-def _name(weight: TensorFormat, activation: TensorFormat | None, device: torch.device, wanted: str | None) -> str:
+def _name(weight: Grid, activation: Grid | None, device: torch.device, wanted: str | None) -> str:
     engine = _choose(weight, activation, device, _forced.get() or wanted)
     _chosen[engine.name] = engine
     return engine.name
@@ -106,7 +104,7 @@ _name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
-def _choose(weight: TensorFormat, activation: TensorFormat | None, device: torch.device, forced: str | None) -> Engine:
+def _choose(weight: Grid, activation: Grid | None, device: torch.device, forced: str | None) -> Engine:
     candidates = [engines()[forced]] if forced else list(engines().values())
     reasons = {}
     for engine in candidates:

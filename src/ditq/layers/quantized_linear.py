@@ -168,10 +168,10 @@ class QuantizedLinear(nn.Linear):
             key = (self.group, engine.name, activation, self.rotation, "smooth_scale" in self._buffers)
             codes = self.shared.get(x, key, self, lambda: self._quantized(engine, x))
         if gate is None and residual is None:
-            return engine.linear(codes, activation, self.quantized_weight, self.bias, x.dtype)
+            return engine.linear(codes, self.quantized_weight, self.bias, x.dtype)
         if isinstance(engine, FusingEngine):
             return engine.gated_linear(codes, self.quantized_weight, self.bias, x.dtype, gate, residual)
-        y = engine.linear(codes, activation, self.quantized_weight, self.bias, x.dtype)
+        y = engine.linear(codes, self.quantized_weight, self.bias, x.dtype)
         y = y if gate is None else (y.unflatten(0, (len(gate), -1)) * gate[:, None]).flatten(0, 1)
         return y if residual is None else residual + y
 
@@ -237,17 +237,14 @@ def nearest(weight: Tensor, plan: LayerPlan) -> Quantized:
     """The balanced ``weight`` [N, K] in the plan's format, each number at the nearest code."""
     fmt = plan.weight
     assert fmt is not None
-    kwargs: dict[str, Any] = {"symmetric": fmt.symmetric, "granularity": fmt.rows, "group_size": fmt.group_size}
-    if plan.clip == "mse":
-        kwargs["clip_ratio"] = search_clip_ratio(weight, fmt.bits, **kwargs)
-    return quantize(weight, fmt.bits, **kwargs)
+    return quantize(weight, fmt, clip_ratio=search_clip_ratio(weight, fmt) if plan.clip == "mse" else 1.0)
 
 
 def buffers(plan: LayerPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Names, shapes and dtypes of the buffers of a planned layer; what a checkpoint is checked against."""
     fmt = plan.weight
     assert fmt is not None
-    scales = (1, 1) if fmt.granularity == "tensor" else (plan.out_features, fmt.groups(plan.in_features))
+    scales = fmt.scales(plan.out_features, plan.in_features)
     out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "qweight": ((plan.out_features, packed_bytes(plan.in_features, fmt.bits)), torch.uint8),
         "weight_scale": (scales, torch.float32),

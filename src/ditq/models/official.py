@@ -92,7 +92,9 @@ def load_official(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     raise CheckpointError(f"The checkpoint lacks tensor {part!r}{also} of {type(model).__name__}.")
     surplus = sorted(set(tensors) - known)
     if surplus:
-        raise CheckpointError(f"The checkpoint holds tensor {surplus[0]!r}, which {type(model).__name__} has not.")
+        raise CheckpointError(
+            f"The checkpoint holds tensor {surplus[0]!r}, which {type(model).__name__} does not have."
+        )
     for part, value in taken.items():
         state[part].copy_(value)
 
@@ -113,7 +115,7 @@ def from_official(kind: Any, path: str | Path, **config: Any) -> Any:
 
     Args:
         kind: STDiT, STDiT3 or OpenSoraVAE of ``ditq.models.opensora``, Latte of
-            ``ditq.models.latte``, or DiTTransformer2DModel or LatteTransformer3DModel of diffusers.
+            ``ditq.models.latte_class``, or DiTTransformer2DModel or LatteTransformer3DModel of diffusers.
         path: the file; of several, their index (``model.safetensors.index.json``).
         config: of the model, where it differs from the class's defaults.
 
@@ -135,7 +137,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         try:
             files = sorted({path.parent / name for name in json.loads(path.read_text())["weight_map"].values()})
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path} is no index of safetensors files ({error!r}).") from error
+            raise CheckpointError(f"{path} is not an index of safetensors files ({error!r}).") from error
     elif path.suffix == ".safetensors":
         files = [path]
     else:

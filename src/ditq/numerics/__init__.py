@@ -3,6 +3,7 @@
 from ditq.numerics.clipping import search_clip_ratio
 from ditq.numerics.error import relative_error, sqnr_db
 from ditq.numerics.gptq import Rounded, add_inputs, gptq, inverse_factor, output_errors
+from ditq.numerics.grid import Grid, code_range
 from ditq.numerics.hadamard import (
     Rotation,
     hadamard_matrix,
@@ -18,10 +19,8 @@ from ditq.numerics.packing import pack, packed_bytes, unpack
 from ditq.numerics.salience import rank_correlation, salience_weights
 from ditq.numerics.smoothing import smoothing_scale
 from ditq.numerics.uniform import (
-    Granularity,
     Quantized,
     check_finite,
-    code_range,
     dequantize,
     fake_quantize,
     group_view,
@@ -31,7 +30,7 @@ from ditq.numerics.uniform import (
 )
 
 __all__ = [
-    "Granularity",
+    "Grid",
     "Quantized",
     "Rotation",
     "Rounded",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ditq.numerics.uniform import Granularity, fake_quantize, group_view
+from ditq.numerics.grid import Grid
+from ditq.numerics.uniform import fake_quantize, group_view
 
 # Below half of the range the cut-off values dominate, whatever the distribution of a weight.
 DEFAULT_RATIOS = tuple(1.0 - 0.025 * step for step in range(21))
@@ -15,11 +16,8 @@ DEFAULT_RATIOS = tuple(1.0 - 0.025 * step for step in range(21))
 
 def search_clip_ratio(
     x: Tensor,
-    bits: int,
+    grid: Grid,
     *,
-    symmetric: bool = True,
-    granularity: Granularity = "row",
-    group_size: int | None = None,
     ratios: Sequence[float] | None = None,
     norm: float = 2.0,
     importance: Tensor | None = None,
@@ -48,7 +46,7 @@ def search_clip_ratio(
         raise ValueError(f"ratios must be in (0, 1], got {wrong[0]}")
     if not norm > 0:
         raise ValueError(f"norm must be positive, got {norm}")
-    groups = group_view(x, granularity, group_size).float()
+    groups = group_view(x, grid).float()
     if importance is not None and importance.shape != x.shape[1:]:
         raise ValueError(f"importance must have shape ({x.shape[1]},), got {tuple(importance.shape)}")
     best = torch.ones(groups.shape[:2], dtype=torch.float32, device=x.device)
@@ -56,16 +54,14 @@ def search_clip_ratio(
         return best
     weight = None
     if importance is not None:
-        weight = group_view(importance.float().expand(x.shape), granularity, group_size)
+        weight = group_view(importance.float().expand(x.shape), grid)
     # Errors relative to the group's maximum: their powers neither overflow nor vanish in float32.
     largest = torch.linalg.vector_norm(groups, float("inf"), dim=-1, keepdim=True)
     unit = torch.where(largest > 0, largest, 1.0)
 
     def error(ratio: float) -> Tensor:
-        rounded = fake_quantize(
-            x, bits, symmetric=symmetric, granularity=granularity, group_size=group_size, clip_ratio=ratio
-        )
-        powers = group_view(rounded, granularity, group_size).sub(groups).div_(unit).abs_().pow_(norm)
+        rounded = fake_quantize(x, grid, clip_ratio=ratio)
+        powers = group_view(rounded, grid).sub(groups).div_(unit).abs_().pow_(norm)
         if weight is not None:
             powers = powers.mul_(weight)
         # Neighbouring ratios can differ in the seventh digit, and "never worse" is meant literally.

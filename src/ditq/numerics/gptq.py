@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from ditq.numerics.clipping import search_clip_ratio
-from ditq.numerics.uniform import (
-    Granularity,
-    Quantized,
-    check_finite,
-    code_range,
-    dequantize,
-    quantize,
-    scale_and_zero_point,
-)
+from ditq.numerics.grid import Grid
+from ditq.numerics.uniform import Quantized, check_finite, dequantize, quantize, scale_and_zero_point
 
 Order = Literal["natural", "activation"]
 
@@ -67,11 +60,8 @@ def output_errors(difference: Tensor, hessian: Tensor) -> Tensor:
 def gptq(
     weight: Tensor,
     hessian: Tensor,
-    bits: int,
+    grid: Grid,
     *,
-    symmetric: bool = True,
-    granularity: Granularity = "row",
-    group_size: int | None = None,
     clip: bool = False,
     damping: float = 0.01,
     order: Order = "natural",
@@ -102,52 +92,69 @@ def gptq(
         ValueError: as ``quantize``; or a Hessian of another shape, or with NaN or Inf; or a ``damping`` or a
             ``block`` that is not positive.
     """
-    rows, columns = weight.shape
+    _check(weight, hessian, block)
+    factor = inverse_factor(hessian, damping, order) if factor is None else factor
+    weight = weight.float()
+    static = _scales(weight, grid, clip)
+    nearest = quantize(weight, grid, scale=static[0], zero_point=static[1])
+    nearest = Quantized(nearest.codes, *static, grid)
+    compensated = _compensated(weight, grid, static, _taken(hessian, order), factor, clip, block)
+    before, after = (output_errors(weight - dequantize(q), hessian) for q in (nearest, compensated))
+    better = after < before * (1 - _MARGIN)
+    return Rounded(_chosen(better[:, None], compensated, nearest), torch.where(better, after, before), before)
+
+
+def _check(weight: Tensor, hessian: Tensor, block: int) -> None:
+    columns = weight.shape[1]
     if hessian.shape != (columns, columns):
         raise ValueError(f"hessian must be [{columns}, {columns}], got {list(hessian.shape)}")
     if block < 1:
         raise ValueError(f"block must be positive, got {block}")
-    factor = inverse_factor(hessian, damping, order) if factor is None else factor
-    weight = weight.float()
 
-    def grid(x: Tensor, granularity: Granularity, group_size: int | None) -> tuple[Tensor, Tensor | None]:
-        ratio: Tensor | float = 1.0
-        if clip:
-            ratio = search_clip_ratio(
-                x, bits, symmetric=symmetric, granularity=granularity, group_size=group_size
-            )  # fmt: skip
-        return scale_and_zero_point(
-            x, bits, symmetric=symmetric, granularity=granularity, group_size=group_size, clip_ratio=ratio
-        )
 
-    static = grid(weight, granularity, group_size)
-    nearest = quantize(
-        weight, bits, symmetric=symmetric, granularity=granularity, group_size=group_size,
-        scale=static[0], zero_point=static[1],
-    )  # fmt: skip
-    nearest = Quantized(nearest.codes, *static)
-    size = group_size or columns
-    found_late = granularity == "group" and order == "natural"
-    taken = _taken(hessian, order)
+def _scales(x: Tensor, grid: Grid, clip: bool) -> tuple[Tensor, Tensor | None]:
+    ratio = search_clip_ratio(x, grid) if clip else 1.0
+    return scale_and_zero_point(x, grid, clip_ratio=ratio)
+
+
+def _compensated(
+    weight: Tensor,
+    grid: Grid,
+    static: tuple[Tensor, Tensor | None],
+    taken: Tensor | None,
+    factor: Tensor,
+    clip: bool,
+    block: int,
+) -> Quantized:
+    """Column by column: round, then subtract the error, weighted by the factor, from the columns not yet rounded.
+
+    Args:
+        static: scales and zero points of the weight as it was.
+        taken: the columns in the order of rounding, see :func:`_taken`.
+    """
+    rows, columns = weight.shape
+    size = grid.group_size or columns
+    scales_come_late = grid.granularity == "group" and taken is None
+    one_row = grid.model_copy(update={"granularity": "channel", "group_size": None})
     # Transposed, since columns are what is worked on.
     left = (weight if taken is None else weight[:, taken]).T.contiguous()  # [K, N]
     scale = static[0].expand(rows, -1).T.clone()  # [G, N]
     zero = torch.zeros_like(scale) if static[1] is None else static[1].expand(rows, -1).T.float()
     codes = torch.empty_like(left)
-    bottom, top = code_range(bits, symmetric)
+    bottom, top = grid.code_range
     group_of = (torch.arange(columns) if taken is None else taken.cpu()).div(size, rounding_mode="floor").tolist()
-    # A group whose scale is found late must not reach beyond the columns that are up to date.
-    step = max(block // size * size, size) if found_late else block
+    # A group whose scale is computed late must not reach beyond the columns that are up to date.
+    step = max(block // size * size, size) if scales_come_late else block
     for begin in range(0, columns, step):
         end = min(begin + step, columns)
         errors = torch.empty_like(left[begin:end])
         for i in range(begin, end):
             group = group_of[i]
-            if found_late and i % size == 0:
-                found = grid(left[i : i + size].T, "row", None)
-                scale[group] = found[0][:, 0]
-                if found[1] is not None:
-                    zero[group] = found[1][:, 0].float()
+            if scales_come_late and i % size == 0:
+                own_scale, own_zero = _scales(left[i : i + size].T, one_row, clip)
+                scale[group] = own_scale[:, 0]
+                if own_zero is not None:
+                    zero[group] = own_zero[:, 0].float()
             w, s, z = left[i], scale[group], zero[group]
             code = torch.clamp((w / s).round_().add_(z), bottom, top, out=codes[i])
             error = torch.div(w - (code - z) * s, factor[i, i], out=errors[i - begin])
@@ -156,27 +163,21 @@ def gptq(
     back = codes.T.to(torch.int8)
     if taken is not None:
         back = torch.empty_like(back).index_copy_(1, taken, back)
-    found_scale, found_zero = scale.T.contiguous(), zero.T.contiguous().to(torch.int16)
-    if granularity == "tensor":
-        found_scale, found_zero = found_scale[:1], found_zero[:1]
-    compensated = Quantized(back, found_scale, None if symmetric else found_zero)
-    before, after = (
-        output_errors(weight - dequantize(q, granularity, group_size), hessian) for q in (nearest, compensated)
-    )
-    better = after < before * (1 - _MARGIN)
-    chosen = _chosen(better[:, None], compensated, nearest, granularity)
-    return Rounded(chosen, torch.where(better, after, before), before)
+    scales, zeros = scale.T.contiguous(), zero.T.contiguous().to(torch.int16)
+    if grid.granularity == "tensor":
+        scales, zeros = scales[:1], zeros[:1]
+    return Quantized(back, scales, None if grid.symmetric else zeros, grid)
 
 
-def _chosen(better: Tensor, a: Quantized, b: Quantized, granularity: Granularity) -> Quantized:
+def _chosen(better: Tensor, a: Quantized, b: Quantized) -> Quantized:
     """Rows of ``a`` where they are ``better`` [N, 1], those of ``b`` elsewhere."""
     codes = torch.where(better, a.codes, b.codes)
-    if granularity == "tensor":  # one scale, the same in both
-        return Quantized(codes, b.scale, b.zero_point)
+    if b.grid.granularity == "tensor":  # one scale, the same in both
+        return b._replace(codes=codes)
     zero = None
     if a.zero_point is not None and b.zero_point is not None:
         zero = torch.where(better, a.zero_point, b.zero_point)
-    return Quantized(codes, torch.where(better, a.scale, b.scale), zero)
+    return Quantized(codes, torch.where(better, a.scale, b.scale), zero, b.grid)
 
 
 def _taken(hessian: Tensor, order: Order) -> Tensor | None:

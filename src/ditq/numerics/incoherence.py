@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ditq.numerics.uniform import group_view
 
-
-def incoherence(x: Tensor, granularity: Literal["tensor", "row"] = "row") -> Tensor:
-    """The smallest mu with max|x| <= mu ||x|| / sqrt(n), n the number of values (QuIP, ViDiT-Q).
+def incoherence(x: Tensor) -> Tensor:
+    """The smallest mu of each row with max|x| <= mu ||x|| / sqrt(n), n the number of values (QuIP, ViDiT-Q).
 
     1 when all magnitudes are equal, sqrt(n) when a single value is not zero; about sqrt(2 ln n) for
     Gaussian values. Zeros give 1: nothing stands out.
 
     Args:
         x: [R, K], any real dtype; computed in float32.
-        granularity: "row" for one mu per row, "tensor" for one of the whole matrix.
 
     Returns:
-        float32 [R], or [1] for "tensor".
+        float32 [R].
 
     Raises:
-        ValueError: ``x`` is not a matrix, or the granularity is another one.
+        ValueError: ``x`` is not a matrix.
     """
-    if granularity not in ("tensor", "row"):
-        raise ValueError(f"granularity must be 'tensor' or 'row', got {granularity!r}")
-    rows = group_view(x, granularity, None)[:, 0].float()
+    if x.ndim != 2:
+        raise ValueError(f"x must be a matrix [R, K], got shape {tuple(x.shape)}")
+    rows = x.float()
     if rows.shape[1] == 0:
         return torch.ones(rows.shape[0], dtype=torch.float32, device=x.device)
     largest = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditq.numerics.uniform import code_range
+from ditq.numerics.grid import code_range
 
 
 def packed_bytes(columns: int, bits: int) -> int:

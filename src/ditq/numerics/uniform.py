@@ -8,19 +8,15 @@ multiplies by the reciprocal instead may put values within an ulp of a rounding 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Granularity = Literal["tensor", "row", "group"]
-"""What shares one scale: everything, one row (an output channel of a weight, a token of an activation), or
-``group_size`` neighbouring columns of a row."""
+from ditq.numerics.grid import Grid
 
 # Scales below the smallest normal float32 would lose digits, flush to zero on some devices, or divide to Inf.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-
-_USUAL_GROUP_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 288, 384, 512)
 
 
 class Quantized(NamedTuple):
@@ -30,73 +26,41 @@ class Quantized(NamedTuple):
         codes: int8 [R, K].
         scale: float32 [R, G], the distance of two neighbouring codes; [1, 1] for granularity "tensor".
         zero_point: int16 [R, G], the code of 0.0; None when symmetric.
-        sums: int32 [R, G], the sums of the codes, where somebody had them at hand.
+        grid: bits, and what shares a scale.
+        sums: int32 [R, G], the sums of the codes; optional, if already computed.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    grid: Grid
     sums: Tensor | None = None
 
 
-def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
-    """The smallest and the largest code.
-
-    Symmetric: +-(2^(b-1) - 1), so that -x has the code of x negated. Asymmetric: all 2^b codes,
-    -2^(b-1) ... 2^(b-1) - 1.
-
-    Raises:
-        ValueError: ``bits`` is not 2 to 8.
-    """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be 2 to 8, got {bits}")
-    top = 2 ** (bits - 1) - 1
-    return (-top if symmetric else -top - 1), top
-
-
-def group_view(x: Tensor, granularity: Granularity, group_size: int | None) -> Tensor:
+def group_view(x: Tensor, grid: Grid) -> Tensor:
     """What shares a scale, along the last axis.
 
     Args:
         x: [R, K], any dtype.
-        granularity: "tensor", "row" or "group".
-        group_size: g, columns per group; None unless the granularity is "group".
 
     Returns:
-        [1, 1, R K] for "tensor", [R, 1, K] for "row", [R, K / g, g] for "group"; a view where strides allow.
+        [1, 1, R K] for granularity "tensor", [R, 1, K] for "channel" and "token", [R, K / g, g] for "group"; a view
+        where strides allow.
 
     Raises:
-        ValueError: ``x`` is not a matrix, the granularity is unknown, or ``group_size`` does not divide K.
+        ValueError: ``x`` is not a matrix, or the group size does not divide K.
     """
     if x.ndim != 2:
         raise ValueError(f"x must be a matrix [R, K], got shape {tuple(x.shape)}")
     rows, columns = x.shape
-    if granularity not in ("tensor", "row", "group"):
-        raise ValueError(f"granularity must be 'tensor', 'row' or 'group', got {granularity!r}")
-    if granularity != "group":
-        if group_size is not None:
-            raise ValueError(f"group_size must be None for granularity {granularity!r}, got {group_size}")
-        return x.reshape(1, 1, rows * columns) if granularity == "tensor" else x.reshape(rows, 1, columns)
-    if group_size is None or group_size < 1 or columns % group_size:
-        possible = [g for g in _USUAL_GROUP_SIZES if columns % g == 0]
-        possible = possible or [g for g in range(1, columns + 1) if columns % g == 0]
-        raise ValueError(
-            f"group_size must divide the {columns} columns, got {group_size}; "
-            f"possible: {', '.join(map(str, possible))}"
-        )
-    return x.reshape(rows, columns // group_size, group_size)
+    if grid.granularity == "tensor":
+        return x.reshape(1, 1, rows * columns)
+    groups = grid.groups(columns)
+    return x.reshape(rows, groups, columns // groups)
 
 
-def scale_and_zero_point(
-    x: Tensor,
-    bits: int,
-    *,
-    symmetric: bool = True,
-    granularity: Granularity = "row",
-    group_size: int | None = None,
-    clip_ratio: float | Tensor = 1.0,
-) -> tuple[Tensor, Tensor | None]:
-    """The grid that spans the range of ``x``, narrowed by ``clip_ratio`` r.
+def scale_and_zero_point(x: Tensor, grid: Grid, *, clip_ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor | None]:
+    """The scales that span the range of ``x``, narrowed by ``clip_ratio`` r.
 
     Symmetric: scale = r max|x| / (2^(b-1) - 1). Asymmetric, with l = r min(x, 0) and h = r max(x, 0):
     scale = (h - l) / (2^b - 1), zero_point = round(-l / scale) - 2^(b-1), which is a code, so 0.0 is exact.
@@ -111,15 +75,14 @@ def scale_and_zero_point(
         The scale, float32 [R, G], and the zero point, int16 [R, G] or None; [1, 1] for granularity "tensor".
 
     Raises:
-        ValueError: as :func:`code_range` and :func:`group_view`, or ``clip_ratio`` is not positive or
-            does not broadcast.
+        ValueError: as :func:`group_view`, or ``clip_ratio`` is not positive or does not broadcast.
     """
-    bottom, top = code_range(bits, symmetric)
-    groups = group_view(x, granularity, group_size).float()
+    bottom, top = grid.code_range
+    groups = group_view(x, grid).float()
     ratio = _clip_ratio(clip_ratio, groups)
     if groups.numel() == 0:  # an empty batch has a range too: that of nothing but zeros
         groups = groups.new_zeros(*groups.shape[:2], 1)
-    if symmetric:
+    if grid.symmetric:
         largest = torch.linalg.vector_norm(groups, float("inf"), dim=-1)
         scale = (largest * ratio / top).clamp_min(_SMALLEST_SCALE)
         return torch.where(largest == 0, 1.0 / top, scale), None
@@ -135,11 +98,8 @@ def scale_and_zero_point(
 
 def quantize(
     x: Tensor,
-    bits: int,
+    grid: Grid,
     *,
-    symmetric: bool = True,
-    granularity: Granularity = "row",
-    group_size: int | None = None,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     clip_ratio: float | Tensor = 1.0,
@@ -156,21 +116,28 @@ def quantize(
 
     Raises:
         ValueError: as :func:`scale_and_zero_point`, or the static arguments do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from ditq.numerics import Grid
+        >>> q = quantize(torch.tensor([[0.0, 0.5, -3.5, 7.0]]), Grid(bits=4, granularity="channel"))
+        >>> q.codes.tolist(), q.scale.tolist()
+        ([[0, 0, -4, 7]], [[1.0]])
+        >>> dequantize(q).tolist()
+        [[0.0, 0.0, -4.0, 7.0]]
     """
-    bottom, top = code_range(bits, symmetric)
-    groups = group_view(x, granularity, group_size).float()
+    bottom, top = grid.code_range
+    groups = group_view(x, grid).float()
     if scale is None:
         if zero_point is not None:
             raise ValueError("zero_point needs a scale, got None; give both (static) or neither (dynamic)")
-        scale, zero_point = scale_and_zero_point(
-            x, bits, symmetric=symmetric, granularity=granularity, group_size=group_size, clip_ratio=clip_ratio
-        )
+        scale, zero_point = scale_and_zero_point(x, grid, clip_ratio=clip_ratio)
     else:
         if isinstance(clip_ratio, Tensor) or clip_ratio != 1.0:
             raise ValueError(f"clip_ratio must be 1.0 when a scale is given, got {clip_ratio}; multiply the scale")
-        if symmetric != (zero_point is None):
+        if grid.symmetric != (zero_point is None):
             raise ValueError(
-                f"zero_point goes with a static asymmetric grid, got symmetric={symmetric} and "
+                f"zero_point goes with a static asymmetric grid, got symmetric={grid.symmetric} and "
                 f"zero_point={'None' if zero_point is None else 'a tensor'}"
             )
         scale = _per_group(scale, groups, "scale").float()
@@ -181,16 +148,16 @@ def quantize(
         # After rounding, so that the grid is the symmetric one shifted, and ties fall the same way.
         codes = codes.add_(zero_point[..., None])
     # Clamp in float: the cast to int8 of a larger value is undefined.
-    return Quantized(codes.clamp_(bottom, top).to(torch.int8).reshape(x.shape), scale, zero_point)
+    return Quantized(codes.clamp_(bottom, top).to(torch.int8).reshape(x.shape), scale, zero_point, grid)
 
 
-def dequantize(q: Quantized, granularity: Granularity = "row", group_size: int | None = None) -> Tensor:
+def dequantize(q: Quantized) -> Tensor:
     """Back to floats: scale * (codes - zero_point), float32 [R, K].
 
     Raises:
         ValueError: as :func:`group_view`, or the scales are not one per group.
     """
-    groups = group_view(q.codes, granularity, group_size)
+    groups = group_view(q.codes, q.grid)
     scale = _per_group(q.scale, groups, "scale")
     values = groups.to(torch.float32)
     if q.zero_point is not None:
@@ -200,27 +167,14 @@ def dequantize(q: Quantized, granularity: Granularity = "row", group_size: int |
 
 def fake_quantize(
     x: Tensor,
-    bits: int,
+    grid: Grid,
     *,
-    symmetric: bool = True,
-    granularity: Granularity = "row",
-    group_size: int | None = None,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     clip_ratio: float | Tensor = 1.0,
 ) -> Tensor:
     """``dequantize(quantize(x))``, float32 [R, K]: what is left of ``x``, for error search. Arguments as there."""
-    q = quantize(
-        x,
-        bits,
-        symmetric=symmetric,
-        granularity=granularity,
-        group_size=group_size,
-        scale=scale,
-        zero_point=zero_point,
-        clip_ratio=clip_ratio,
-    )
-    return dequantize(q, granularity, group_size)
+    return dequantize(quantize(x, grid, scale=scale, zero_point=zero_point, clip_ratio=clip_ratio))
 
 
 def not_finite(x: Tensor) -> Tensor:

@@ -19,13 +19,14 @@ from torch.overrides import TorchFunctionMode
 from ditq.architectures import Architecture
 from ditq.calibration.run import NOISE_OFFSET
 from ditq.errors import UsageError
-from ditq.numerics import code_range, fake_quantize
+from ditq.numerics import Grid, fake_quantize
 from ditq.openvino.passes.attention import MOVES
 from ditq.recipe import Calibration
 from ditq.sampling import Sampling, draws_videos, sample
 from ditq.trace.hooks import all_hooked, hooked
 
-BOTTOM, TOP = code_range(8, True)
+GRID = Grid(bits=8, granularity="tensor")
+BOTTOM, TOP = GRID.code_range
 
 # The largest magnitudes of queries and of keys, for one attention after the other.
 Largest = Sequence[tuple[float, float]]
@@ -128,7 +129,7 @@ def emulate(x: Tensor, scale: float) -> Tensor:
     """``x`` [..., channels] rounded to 8-bit codes with one scale, and back."""
     one = torch.tensor([[scale]], device=x.device)
     rows = x.reshape(-1, x.shape[-1])
-    return fake_quantize(rows, 8, symmetric=True, granularity="tensor", scale=one).reshape(x.shape)
+    return fake_quantize(rows, GRID, scale=one).reshape(x.shape)
 
 
 def convert(context: Any) -> Any:

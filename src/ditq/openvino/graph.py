@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditq.engines.base import QuantizedWeight
-from ditq.numerics import code_range, hadamard_matrix, is_supported, pack, signs, unpack
+from ditq.numerics import hadamard_matrix, is_supported, pack, signs, unpack
 from ditq.openvino.linear import BIAS, CLIP, SHIFT, SUMS, LinearSpec
 
 # Below it a float32 scale loses digits.
@@ -162,7 +162,7 @@ def _round(x: Any, linear: LinearSpec, static: float | None) -> _Codes:
 
     fmt = linear.activation
     assert fmt is not None
-    bottom, top = code_range(fmt.bits, fmt.symmetric)
+    bottom, top = fmt.code_range
     if static is not None:
         values = op.clamp(op.multiply(x, _scalar(1 / static)), bottom, top)
         values.set_friendly_name(linear.name + CLIP)

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ditq.engines.base import QuantizedWeight
-from ditq.numerics import Quantized, Rotation, dequantize, fake_quantize, rotate, unpack
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid, Quantized, Rotation, dequantize, fake_quantize, rotate, unpack
+from ditq.numerics.grid import Granularity
 
 Storage = Literal["i8", "u8", "i4", "u4"]
 Activations = Literal["float", "plugin", "graph"]
@@ -87,7 +87,7 @@ class LinearSpec:
     name: str
     weight: QuantizedWeight
     bias: Tensor | None = None
-    activation: TensorFormat | None = None
+    activation: Grid | None = None
     smooth: Tensor | None = None
     rotation: Rotation | None = None
     input_scale: Tensor | None = None
@@ -122,7 +122,7 @@ class LinearSpec:
         return "plugin" if small and _as_the_plugin_does(self.activation) else "graph"
 
 
-def _as_the_plugin_does(activation: TensorFormat) -> bool:
+def _as_the_plugin_does(activation: Grid) -> bool:
     return activation.dynamic and activation.bits == 8 and activation.symmetric
 
 
@@ -153,7 +153,7 @@ def dequantized(linear: LinearSpec) -> Tensor:
     """The weight's values, float32 [N, K], with respect to the balanced input."""
     fmt = linear.weight.format
     codes = unpack(linear.weight.packed, fmt.bits, linear.weight.columns)
-    return dequantize(Quantized(codes, linear.weight.scale, linear.weight.zero_point), fmt.rows, fmt.group_size)
+    return dequantize(Quantized(codes, linear.weight.scale, linear.weight.zero_point, fmt))
 
 
 def emulate(
@@ -185,11 +185,10 @@ def _values_by_graph(x: Tensor, linear: LinearSpec) -> Tensor:
     fmt = linear.activation
     assert fmt is not None
     rows = x.reshape(-1, x.shape[-1])
-    granularity: Literal["tensor", "row"] = "row" if fmt.dynamic else "tensor"
+    granularity: Granularity = "token" if fmt.dynamic else "tensor"
+    grid = fmt.model_copy(update={"granularity": granularity, "group_size": None})
     scale = None if linear.input_scale is None else linear.input_scale.float()
-    return fake_quantize(rows, fmt.bits, symmetric=fmt.symmetric, granularity=granularity, scale=scale).reshape(
-        x.shape
-    )
+    return fake_quantize(rows, grid, scale=scale).reshape(x.shape)
 
 
 def _values_by_plugin(x: Tensor, group_size: int) -> Tensor:

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ditq.engines.base import QuantizedWeight
 from ditq.errors import DitqError
-from ditq.numerics import pack, relative_error
+from ditq.numerics import Grid, pack, relative_error
 from ditq.openvino.graph import Builder
 from ditq.openvino.linear import BIAS, Kernel, LinearSpec, emulate
 from ditq.openvino.settings import PRECISION, compile_config
-from ditq.plan import TensorFormat
 
 Execution = Literal["int8", "float"]
 
@@ -102,7 +101,7 @@ def synthetic(kernel: Kernel, group_size: int) -> tuple[LinearSpec, Tensor]:
     group = kernel.weight_group
     weight_codes = codes(kernel.rows, kernel.columns)
     weight_codes[0] = top
-    fmt = TensorFormat(bits=bits, symmetric=symmetric, granularity="group" if group else "channel", group_size=group)
+    fmt = Grid(bits=bits, symmetric=symmetric, granularity="group" if group else "channel", group_size=group)
     scales = (kernel.rows, fmt.groups(kernel.columns))
     weight = QuantizedWeight(
         pack(weight_codes, bits),
@@ -114,9 +113,9 @@ def synthetic(kernel: Kernel, group_size: int) -> tuple[LinearSpec, Tensor]:
     step = kernel.columns
     if kernel.activations == "plugin":
         step = group_size or step
-        activation = TensorFormat(bits=8, granularity="group", group_size=max(step, 8), dynamic=True)
+        activation = Grid(bits=8, granularity="group", group_size=max(step, 8), dynamic=True)
     else:
-        activation = TensorFormat(bits=8, granularity="token", dynamic=True)
+        activation = Grid(bits=8, granularity="token", dynamic=True)
     x = 2.0 * torch.randint(-10, 10, (ROWS, kernel.columns), generator=generator) + 1
     for i, begin in enumerate(range(0, kernel.columns, step)):
         x[:, begin] = 127 * 2.0 ** (2 + i % 3)

@@ -15,8 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from ditq.engines.base import QuantizedWeight, too_old
 from ditq.engines.torch.engine import TorchEngine
 from ditq.engines.torch.fused import weight_codes
-from ditq.numerics import Quantized
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid, Quantized
 
 KIND = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -38,9 +37,7 @@ class Fp8Engine(TorchEngine):
             return "it is written for NVIDIA GPUs, and this torch is built for AMD"
         return None
 
-    def why_unsupported(
-        self, weight: TensorFormat, activation: TensorFormat | None, device: torch.device
-    ) -> str | None:
+    def why_unsupported(self, weight: Grid, activation: Grid | None, device: torch.device) -> str | None:
         if device.type not in ("cpu", "cuda", "meta"):
             return f"torch._scaled_mm runs on cuda, not on {device.type}"
         if weight.granularity == "group" or (activation is not None and activation.granularity == "group"):
@@ -51,7 +48,7 @@ class Fp8Engine(TorchEngine):
             return too_old(device, SMALLEST_CAPABILITY, "products of 8-bit floats")
         return None
 
-    def quantize_activations(self, x: Tensor, format: TensorFormat, scale: Tensor | None) -> Quantized:
+    def quantize_activations(self, x: Tensor, format: Grid, scale: Tensor | None) -> Quantized:
         """Floats e4m3 [M, K] and their scales [M, 1]; always symmetric, and per token unless static.
 
         A row with NaN or Inf becomes a row of NaN.
@@ -63,12 +60,11 @@ class Fp8Engine(TorchEngine):
         else:
             # A static scale is that of integers up to 127.
             scale = (scale * (127 / LARGEST)).expand(len(x), 1)
-        return Quantized((x / scale).clamp(-LARGEST, LARGEST).to(KIND), scale, None)
+        return Quantized((x / scale).clamp(-LARGEST, LARGEST).to(KIND), scale, None, format)
 
     def linear(
         self,
         x: Quantized,
-        x_format: TensorFormat,
         weight: QuantizedWeight,
         bias: Tensor | None,
         dtype: torch.dtype,

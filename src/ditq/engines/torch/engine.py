@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ditq.engines.base import Engine, QuantizedWeight
 from ditq.engines.torch.fused import quantize_rows, rescale_, row_slices, weight_codes
-from ditq.numerics import Quantized, dequantize, not_finite, quantize, unpack
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid, Quantized, dequantize, not_finite, quantize, unpack
 
 # int32 accumulators hold K products of 8-bit codes with 8-bit codes, minus their zero points
 # (at most 255 * 255 each), without overflow up to this K.
@@ -32,31 +31,21 @@ class TorchEngine(Engine):
             return f"torch {torch.__version__} has no _int_mm; install torch>=2.6"
         return None
 
-    def why_unsupported(
-        self, weight: TensorFormat, activation: TensorFormat | None, device: torch.device
-    ) -> str | None:
+    def why_unsupported(self, weight: Grid, activation: Grid | None, device: torch.device) -> str | None:
         if device.type not in ("cpu", "cuda", "meta"):
             return f"torch._int_mm runs on cpu and cuda, not on {device.type}"
         return None
 
-    def quantize_activations(self, x: Tensor, format: TensorFormat, scale: Tensor | None) -> Quantized:
+    def quantize_activations(self, x: Tensor, format: Grid, scale: Tensor | None) -> Quantized:
         if scale is None and format.granularity != "tensor":
             return quantize_rows(x, format)
-        found = quantize(
-            x,
-            format.bits,
-            symmetric=format.symmetric,
-            granularity=format.rows,
-            group_size=format.group_size,
-            scale=scale,
-        )
+        found = quantize(x, format, scale=scale)
         # A static scale knows nothing of this input: it would turn NaN and Inf into plausible numbers.
         return found if scale is None else found._replace(scale=found.scale + not_finite(x))
 
     def linear(
         self,
         x: Quantized,
-        x_format: TensorFormat,
         weight: QuantizedWeight,
         bias: Tensor | None,
         dtype: torch.dtype,
@@ -66,8 +55,7 @@ class TorchEngine(Engine):
 
     def dequantize_weight(self, weight: QuantizedWeight) -> Tensor:
         codes = unpack(weight.packed, weight.format.bits, weight.columns)
-        quantized = Quantized(codes, weight.scale, weight.zero_point)
-        return dequantize(quantized, weight.format.rows, weight.format.group_size)
+        return dequantize(Quantized(codes, weight.scale, weight.zero_point, weight.format))
 
 
 def grouped_products(

@@ -13,20 +13,19 @@ import torch
 from torch import Tensor
 
 from ditq.engines.base import QuantizedWeight
-from ditq.numerics import Quantized, code_range, unpack
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid, Quantized, unpack
 
 # Half of the 1 MiB or more of L2 cache that a core usually has.
 _CHUNK_BYTES = 2**19
 
 
-def quantize_rows(x: Tensor, format: TensorFormat) -> Quantized:
+def quantize_rows(x: Tensor, format: Grid) -> Quantized:
     """Codes of x [M, K] with dynamic scales per token or group: equal bit by bit to ``numerics.quantize``; faster."""
     size = format.group_size or x.shape[1]
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(len(x), x.shape[1] // size, device=x.device)
     zero = None if format.symmetric else torch.empty(scale.shape, dtype=torch.int16, device=x.device)
-    bottom, top = code_range(format.bits, format.symmetric)
+    bottom, top = format.code_range
     for x_rows, codes_rows, scale_rows, *zero_rows in _chunks(x, codes, scale, *([] if zero is None else [zero])):
         groups = x_rows.unflatten(1, (-1, size))
         # Two reductions beat aminmax(), abs() or an infinity norm by a factor of two to four on a CPU.
@@ -39,7 +38,7 @@ def quantize_rows(x: Tensor, format: TensorFormat) -> Quantized:
             rounded.add_(z[..., None]).clamp_(bottom, top)
         # No clamp of symmetric codes: |x| / (max|x| / top) never rounds to more than top.
         codes_rows.unflatten(1, (-1, size)).copy_(rounded)
-    return Quantized(codes, scale, zero)
+    return Quantized(codes, scale, zero, format)
 
 
 def _grid(low: Tensor, high: Tensor, bottom: int, top: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ditq.engines.base import Activation, FusingEngine, Norm, QuantizedWeight, balance, too_old
 from ditq.engines.torch.engine import TorchEngine
-from ditq.numerics import Quantized, Rotation
-from ditq.plan import TensorFormat
+from ditq.numerics import Grid, Quantized, Rotation
 
 if TYPE_CHECKING:
     from ditq.engines.triton.rows import Target
@@ -47,18 +46,16 @@ class TritonEngine(TorchEngine, FusingEngine):
             return "torch sees no CUDA device"
         return None
 
-    def why_unsupported(
-        self, weight: TensorFormat, activation: TensorFormat | None, device: torch.device
-    ) -> str | None:
+    def why_unsupported(self, weight: Grid, activation: Grid | None, device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"its kernels run on cuda, not on {device.type}"
         return too_old(device, SMALLEST_CAPABILITY, "the kernels")
 
-    def quantize_activations(self, x: Tensor, format: TensorFormat, scale: Tensor | None) -> Quantized:
+    def quantize_activations(self, x: Tensor, format: Grid, scale: Tensor | None) -> Quantized:
         return self.quantize_input(x, None, None, format, scale)
 
     def quantize_input(
-        self, x: Tensor, smooth: Tensor | None, rotation: Rotation | None, format: TensorFormat, scale: Tensor | None
+        self, x: Tensor, smooth: Tensor | None, rotation: Rotation | None, format: Grid, scale: Tensor | None
     ) -> Quantized:
         groups = format.groups(x.shape[1])
         if torch.compiler.is_compiling() or not _by_row(format, scale):
@@ -68,14 +65,14 @@ class TritonEngine(TorchEngine, FusingEngine):
         from ditq.engines.triton.quantize import quantize_rows
         from ditq.engines.triton.rows import quantized
 
-        return quantized(quantize_rows(x, *_target(smooth, rotation, format, groups, scale, x.device)))
+        return quantized(quantize_rows(x, *_target(smooth, rotation, format, groups, scale, x.device)), format)
 
     def quantize_result(
         self,
         of: Norm | Activation,
         smooth: Tensor | None,
         rotation: Rotation | None,
-        format: TensorFormat,
+        format: Grid,
         scale: Tensor | None,
     ) -> Quantized | None:
         columns = of.x.shape[1] // (2 if isinstance(of, Activation) and of.gated else 1)
@@ -91,15 +88,14 @@ class TritonEngine(TorchEngine, FusingEngine):
 
         target = _target(smooth, rotation, format, groups, scale, of.x.device)
         if isinstance(of, Activation):
-            return quantized(activation_quantize(of.x, of.function, "second" if of.gated else "", *target))
+            return quantized(activation_quantize(of.x, of.function, "second" if of.gated else "", *target), format)
         if (of.factor is None) != (of.shift is None):
             return None
-        return quantized(norm_quantize(of.x, True, of.eps, of.weight, of.bias, of.factor, of.shift, *target))
+        return quantized(norm_quantize(of.x, True, of.eps, of.weight, of.bias, of.factor, of.shift, *target), format)
 
     def linear(
         self,
         x: Quantized,
-        x_format: TensorFormat,
         weight: QuantizedWeight,
         bias: Tensor | None,
         dtype: torch.dtype,
@@ -129,13 +125,13 @@ class TritonEngine(TorchEngine, FusingEngine):
         )  # fmt: skip
 
 
-def _by_row(format: TensorFormat, scale: Tensor | None) -> bool:
+def _by_row(format: Grid, scale: Tensor | None) -> bool:
     """Whether no scale depends on several rows."""
     return scale is not None or format.granularity != "tensor"
 
 
 def _target(
-    smooth: Tensor | None, rotation: Rotation | None, format: TensorFormat, groups: int, scale: Tensor | None,
+    smooth: Tensor | None, rotation: Rotation | None, format: Grid, groups: int, scale: Tensor | None,
     device: torch.device,
 ) -> Target:  # fmt: skip
     from ditq.engines.triton.rows import Target, scaled_signs

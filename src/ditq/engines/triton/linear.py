@@ -23,7 +23,7 @@ from ditq.engines.triton.operation import Operation
 from ditq.engines.triton.rows import sums_of
 from ditq.engines.triton.tiles import ARCHITECTURES, Tile, Work, tile_for
 from ditq.engines.triton.tuning import best_tile
-from ditq.numerics import Quantized, unpack
+from ditq.numerics import Grid, Quantized, unpack
 
 
 @triton.jit(do_not_specialize=["M", "T"])
@@ -260,7 +260,8 @@ def reference(*arguments: Any) -> Tensor:
     """The operation in plain torch."""
     a = Arguments(*arguments)
     codes = a.weight if a.weight.dtype == torch.int8 else unpack(a.weight, a.bits, a.x.shape[1])
-    y = grouped_products(Quantized(a.x, a.x_scale, a.x_zero), codes, a.w_scale, a.w_zero, a.bias)
+    x = Quantized(a.x, a.x_scale, a.x_zero, Grid(bits=8, granularity="token"))  # whose scales may be of groups
+    y = grouped_products(x, codes, a.w_scale, a.w_zero, a.bias)
     if a.low is not None and a.up is not None:
         y = y + a.low.float() @ a.up.float().T
     if a.gate is not None:

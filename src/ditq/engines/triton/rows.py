@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditq.numerics import Quantized, Rotation, hadamard_matrix, quantize, signs
+from ditq.numerics import Grid, Quantized, Rotation, hadamard_matrix, quantize, signs
+from ditq.numerics.grid import Granularity
 
 # 1.5 * 2^23: the sum of this and a number below 2^22 is rounded to an integer, ties to even, which then stands in the
 # lowest bits. One addition; conversions from float to int run at a quarter of its rate.
@@ -164,12 +165,12 @@ class Target(NamedTuple):
             matrix = hadamard(self.block, x.device, torch.float32)
             y = ((y * self.signs).reshape(-1, self.block) @ matrix).reshape(y.shape)
         size = None if self.groups == 1 else y.shape[1] // self.groups
-        codes, scale, zero, _ = quantize(
-            y, self.bits, symmetric=self.symmetric, granularity="row" if size is None else "group", group_size=size,
-            scale=self.given,
-        )  # fmt: skip
-        scale = scale.expand(len(y), self.groups).contiguous()
-        return codes, scale, no_zero(x.device) if zero is None else zero, sums_of(codes, self.groups)
+        granularity: Granularity = "token" if size is None else "group"
+        grid = Grid(bits=self.bits, symmetric=self.symmetric, granularity=granularity, group_size=size)
+        q = quantize(y, grid, scale=self.given)
+        scale = q.scale.expand(len(y), self.groups).contiguous()
+        zero = no_zero(x.device) if q.zero_point is None else q.zero_point
+        return q.codes, scale, zero, sums_of(q.codes, self.groups)
 
     def empty(self, rows: int, columns: int, device: torch.device) -> Codes:
         """Codes, scale, zero point (without elements where symmetric) and sums, to be written."""
@@ -213,10 +214,10 @@ def rows_per_program(width: int, block: int) -> Rows:
     return Rows(elements // c, c, min(16 if block == 0 else 8, max(4, elements // 1024)))
 
 
-def quantized(out: Codes) -> Quantized:
+def quantized(out: Codes, grid: Grid) -> Quantized:
     """What an operation returned, as engines pass it on."""
     codes, scale, zero, sums = out
-    return Quantized(codes, scale, zero if zero.ndim == 2 else None, sums)
+    return Quantized(codes, scale, zero if zero.ndim == 2 else None, grid, sums)
 
 
 def no_zero(device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from ditq.models.pipeline import Generators, VideoPipeline
 
 
 class LatteClassPipeline(VideoPipeline):
-    """Class to video with :class:`ditq.models.latte.Latte`.
+    """Class to video with :class:`ditq.models.latte_class.Latte`.
 
     The published sampler is that of improved DDPM in 250 steps: ``DDPMScheduler(beta_schedule="linear",
     variance_type="learned_range", clip_sample=False)``. A scheduler without learned variance takes the noise only.
