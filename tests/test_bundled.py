@@ -15,7 +15,7 @@ from helpers import alphas
 import ditq
 from ditq import api, architectures
 from ditq.comparison import compare
-from ditq.sampling import sample
+from ditq.sampling import Sampling, sample
 
 PICTURES = ["emoji-class", "emoji-t2i"]
 SHORT = ("calibration.prompts=8", "calibration.steps=6", "calibration.rows=512")
@@ -34,7 +34,7 @@ def test_stock_pipeline_draws_something(name: str) -> None:
     """Pictures of a trained model: white corners, and ink in the middle."""
     pipe = api.load(f"bundled:{name}")
     assert type(pipe).__module__.startswith("diffusers.")
-    drawn = sample(pipe, architectures.match(pipe.transformer), few(name), steps=8)
+    drawn = sample(pipe, architectures.match(pipe.transformer), few(name), Sampling(steps=8))
     for image in drawn.images:
         assert image.size == (64, 64)
         assert min(image.crop((0, 0, 2, 2)).convert("L").getextrema()) > 150
@@ -55,7 +55,7 @@ def test_stock_pipeline_moves_what_was_asked_for_as_was_asked_for(monkeypatch: p
     assert 10e6 < sum(p.numel() for p in pipe.transformer.parameters()) < 25e6
     prompts = ditq_bundled.prompts("emoji-video", "evaluation")[:8]
     drawn = sample(
-        pipe, architectures.match(pipe.transformer), prompts, steps=20, guidance_scale=4.0, batch_size=4
+        pipe, architectures.match(pipe.transformer), prompts, Sampling(steps=20, guidance_scale=4.0, batch_size=4)
     ).images
     colours = {"white": (255, 255, 255), **judge.clips.BACKGROUNDS}
     for prompt, frames in zip(prompts, drawn, strict=True):
@@ -83,12 +83,12 @@ def test_quantized_checkpoint_draws_the_same_as_in_memory_and_stays_close(
     pipe = api.load(f"bundled:{name}")
     arch = architectures.match(pipe.transformer)
     options = {"steps": 8, "batch_size": 4}
-    reference = sample(pipe, arch, few(name), **options)
+    reference = sample(pipe, arch, few(name), Sampling(**options))
     parameters = sum(p.numel() for p in pipe.transformer.parameters())
     result = ditq.quantize(
         pipe, recipe, prompts=ditq_bundled.prompts(name, "calibration"), overrides=[*SHORT, *alphas(recipe)]
     )
-    quantized = sample(pipe, arch, few(name), **options)
+    quantized = sample(pipe, arch, few(name), Sampling(**options))
     assert compare(reference, quantized).metrics["psnr_db"].mean > psnr
 
     ditq.save(pipe, tmp_path / "out", source=f"bundled:{name}")
@@ -97,7 +97,7 @@ def test_quantized_checkpoint_draws_the_same_as_in_memory_and_stays_close(
     assert on_disk < size * 2 * parameters
     assert on_disk == pytest.approx(result.plan.memory()[0], rel=0.03)
     again = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    loaded = sample(again, arch, few(name), **options)
+    loaded = sample(again, arch, few(name), Sampling(**options))
     assert torch.equal(quantized.latents, loaded.latents)
     frames = [[image.tobytes() for image in listed(drawn)] for drawn in (quantized.images, loaded.images)]
     assert frames[0] == frames[1]

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import videos
 from helpers import PROMPTS, tiny_pixart
 
 import ditq
+from ditq.components import plan_of, transformers
 from ditq.errors import UsageError
 from ditq.report.document import Report
 from ditq.sampling import PictureCache
@@ -110,3 +112,71 @@ def test_folders_of_one_name_are_told_apart(folders: dict[str, Path], tmp_path: 
     twin.symlink_to(folders["rtn-w4a4"])
     found = ditq.compare(folders["base"], [folders["rtn-w8a8"], twin], PROMPTS[:2], **OPTIONS)
     assert list(found.models) == [str(folders["rtn-w8a8"]), str(twin)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"), [([], "no prompts"), ("cat", "got the string 'cat'"), (["a cat", " "], "Prompt 2 of 2")]
+)
+def test_empty_prompts_and_single_strings_are_refused(folders: dict[str, Path], prompts: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        ditq.compare(folders["base"], folders["rtn-w8a8"], prompts, **OPTIONS)
+
+
+# ------------------------------------------------------------------------------------ two transformers
+
+WAN: dict[str, Any] = {"steps": 4, "guidance_scale": 3.0, "batch_size": 2, "arguments": videos.PIPELINES["wan"][1]}
+
+
+@pytest.fixture(scope="module")
+def experts() -> Any:
+    """A comparison with a pipeline whose two experts have other bits, and that pipeline."""
+    pipe = videos.wan_of_two_experts()
+    for component, recipe in (("transformer", "rtn-w8a8"), ("transformer_2", "rtn-w4a8")):
+        ditq.quantize(pipe, recipe, component=component)
+    return ditq.compare(videos.wan_of_two_experts(), pipe, PROMPTS[:2], explain=2, **WAN), pipe
+
+
+def test_both_experts_are_counted_and_explained(experts: Any) -> None:
+    found, pipe = experts
+    subject = found.models["quantized"]
+    plans = {name: plan_of(model) for name, model in transformers(pipe).items()}
+    assert subject.plans == plans
+    assert subject.transformer_bytes == sum(plan.memory()[0] for plan in plans.values())
+    assert found.reference.transformer_bytes == sum(plan.memory()[1] for plan in plans.values())
+    (report,) = found.report().models
+    names = [layer.name for layer in plans["transformer"].quantized]
+    both = [*names, *(f"transformer_2.{layer.name}" for layer in plans["transformer_2"].quantized)]
+    assert report.layer_errors.layers == both
+    assert [layer["name"] for layer in report.layers if layer["weight_bits"] < 16] == both
+    assert report.recipe == "rtn-w8a8, rtn-w4a8"
+    assert report.average_bits == pytest.approx(sum(plan.average_bits for plan in plans.values()) / 2)  # of one size
+    assert report.step_time.ratio_to_reference > 0
+    assert Report.model_validate_json(found.report().model_dump_json()).models == [report]
+
+
+def test_layers_of_an_expert_have_errors_at_its_own_timesteps(experts: Any) -> None:
+    found, _ = experts
+    errors = found.models["quantized"].errors
+    high = [t >= 600 for t in errors.timesteps]
+    assert (len(high), sum(high)) == (4, 2)
+    for name, row in zip(errors.layers, errors.sqnr_db, strict=True):
+        assert [value is not None for value in row] == [h is not name.startswith("transformer_2.") for h in high]
+    first, second = (
+        [v for n, row in zip(errors.layers, errors.sqnr_db, strict=True) for v in row
+         if v is not None and n.startswith("transformer_2.") is of_second]
+        for of_second in (False, True)
+    )  # fmt: skip
+    assert sum(first) / len(first) > sum(second) / len(second) + 6  # 8 bits against 4
+
+
+def test_an_expert_in_16_bit_counts_as_such() -> None:
+    pipe = videos.wan_of_two_experts()
+    plan = ditq.quantize(pipe, "rtn-w4a8", component="transformer_2").plan
+    found = ditq.compare(videos.wan_of_two_experts(), pipe, PROMPTS[:1], explain=1, **WAN)
+    subject = found.models["quantized"]
+    assert subject.plan == plan
+    assert subject.transformer_bytes == plan.memory()[0] + plan.memory()[1]
+    (report,) = found.report().models
+    assert report.average_bits == pytest.approx((plan.average_bits + 16) / 2)
+    assert all(name.startswith("transformer_2.") for name in report.layer_errors.layers)
+    assert len(report.layer_errors.layers) == len(plan.quantized)

@@ -22,7 +22,7 @@ from ditq.errors import CheckpointError, UsageError
 from ditq.metrics import psnr_db
 from ditq.numerics import sqnr_db
 from ditq.openvino import attention_ranges, runtime
-from ditq.sampling import fingerprint, sample
+from ditq.sampling import Sampling, fingerprint, sample
 
 pytest.importorskip("openvino")
 if (reason := runtime.why_unavailable()) is not None:
@@ -49,7 +49,7 @@ def test_plain_diffusers_loads_it_and_draws_the_same(folders: tuple[str, Path, P
     pipes = [DiffusionPipeline.from_pretrained(folder) for folder in (source, exported)]
     assert type(pipes[1].transformer) is type(pipes[0].transformer)
     assert not any(type(m).__name__ == "QuantizedLinear" for m in pipes[1].transformer.modules())
-    a, b = (sample(pipe, arch, CONDITIONS[name], **OPTIONS) for pipe in pipes)
+    a, b = (sample(pipe, arch, CONDITIONS[name], Sampling(**OPTIONS)) for pipe in pipes)
     # The tiny random models amplify a flipped rounding; the bundled ones are tested at 40 dB.
     assert min(psnr_db(x, y) for x, y in zip(a.images, b.images, strict=True)) > 30
     assert fingerprint(pipes[0]) != fingerprint(pipes[1])
@@ -59,7 +59,7 @@ def test_the_checkpoint_stays_whole(folders: tuple[str, Path, Path]) -> None:
     name, source, exported = folders
     with ditq.use_engine("torch"):
         pipes = [DiffusionPipeline.from_pretrained(folder) for folder in (source, exported)]
-    a, b = (sample(pipe, architectures.load(name), CONDITIONS[name], **OPTIONS) for pipe in pipes)
+    a, b = (sample(pipe, architectures.load(name), CONDITIONS[name], Sampling(**OPTIONS)) for pipe in pipes)
     assert torch.equal(a.trajectory, b.trajectory)
     assert read_plan(source) == read_plan(exported)
 
@@ -104,7 +104,7 @@ def test_the_rest_of_the_pipeline_is_graphs_too(whole: tuple[str, str, Path, Pat
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     assert fingerprint(plain) != fingerprint(pipe)
     arch = architectures.load(name)
-    a, b = (sample(p, arch, CONDITIONS[name], **OPTIONS) for p in (plain, pipe))
+    a, b = (sample(p, arch, CONDITIONS[name], Sampling(**OPTIONS)) for p in (plain, pipe))
     assert min(psnr_db(x, y) for x, y in zip(a.images, b.images, strict=True)) > 30
 
 
@@ -120,7 +120,9 @@ def test_the_rest_of_the_pipeline_stays_whole(whole: tuple[str, str, Path, Path]
         plain, back = (DiffusionPipeline.from_pretrained(folder) for folder in (source, exported))
     back.save_pretrained(tmp_path / "back")
     again = DiffusionPipeline.from_pretrained(tmp_path / "back")
-    a, b, c = (sample(p, architectures.load(name), CONDITIONS[name], **OPTIONS) for p in (plain, back, again))
+    a, b, c = (
+        sample(p, architectures.load(name), CONDITIONS[name], Sampling(**OPTIONS)) for p in (plain, back, again)
+    )
     assert torch.equal(a.trajectory, b.trajectory)
     assert torch.equal(a.trajectory, c.trajectory)
 
@@ -212,7 +214,7 @@ def test_queries_and_keys_in_8_bits(folders: tuple[str, Path, Path], tmp_path: P
     assert "attentions multiply 8-bit queries and keys" in capsys.readouterr().out.replace("\n", " ")
     arch = architectures.load(name)
     pipes = [DiffusionPipeline.from_pretrained(folder) for folder in (exported, tmp_path / "out")]
-    a, b = (sample(pipe, arch, CONDITIONS[name], **OPTIONS) for pipe in pipes)
+    a, b = (sample(pipe, arch, CONDITIONS[name], Sampling(**OPTIONS)) for pipe in pipes)
     assert not torch.equal(a.trajectory, b.trajectory)
     assert min(psnr_db(x, y) for x, y in zip(a.images, b.images, strict=True)) > 20
     if name == "pixart":
@@ -254,9 +256,8 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draw(pipe: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     arguments = videos.PIPELINES["wan"][1]
-    return sample(
-        pipe, architectures.load("wan"), PROMPTS[:1], steps=4, guidance_scale=3.0, seed=5, **arguments
-    ).latents
+    sampling = Sampling(seed=5, steps=4, guidance_scale=3.0, arguments=arguments)
+    return sample(pipe, architectures.load("wan"), PROMPTS[:1], sampling).latents
 
 
 def test_both_experts_become_graphs(experts: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ditq.calibration import calibrate
 from ditq.metrics.fidelity import psnr_db
 from ditq.openvino.options import Attention, Shapes
 from ditq.recipe import Calibration, load
-from ditq.sampling import Samples, sample
+from ditq.sampling import Samples, Sampling, sample
 
 BASELINES = ("torch bf16", "torch fp32")
 
@@ -105,7 +105,9 @@ def main() -> None:
                 begin = batch * max(0, number - 1)  # the first round is warm-up and draws the same as the second
                 wanted = prompts[begin : begin + batch]
                 for name, pipe in pipes.items():
-                    samples = sample(pipe, arch, wanted, seed=args.seed + begin, steps=args.steps, batch_size=batch)
+                    samples = sample(
+                        pipe, arch, wanted, Sampling(seed=args.seed + begin, steps=args.steps, batch_size=batch)
+                    )
                     if number:
                         seconds[name].append(samples.seconds[0])
                         drawn[name].append(samples)

@@ -23,7 +23,7 @@ from ditq.calibration import Statistics
 from ditq.metrics import paired_difference
 from ditq.metrics.measure import measure
 from ditq.plan import Plan
-from ditq.sampling import PictureCache, Samples, sample
+from ditq.sampling import PictureCache, Samples, Sampling, sample
 
 WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a4")
 
@@ -113,7 +113,7 @@ def tabulate(
             done += n
             print(f"\r{name} {done}/{len(prompts)}", end="", flush=True, file=sys.stderr)
 
-        samples = sample(pipe, arch, prompts, seed=seed, cache=cache, on_batch=tick, **sampler)
+        samples = sample(pipe, arch, prompts, Sampling(seed=seed, **sampler), cache=cache, on_batch=tick)
         print("\r", end="", file=sys.stderr)
         return samples
 

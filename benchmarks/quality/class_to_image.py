@@ -36,7 +36,7 @@ from ditq.metrics.measure import measure
 from ditq.plan import Plan
 from ditq.recipe import Calibration
 from ditq.report.sheet import sheet
-from ditq.sampling import PictureCache, Samples, sample
+from ditq.sampling import PictureCache, Samples, Sampling, sample
 
 METRICS = ("fid", "kid", "inception_score", "precision", "concept_accuracy", "psnr_db", "latent_sqnr_db")
 GROUPS = ("weights.granularity=group", "weights.group_size=128", "activations.granularity=group",
@@ -84,10 +84,15 @@ def draw(args: argparse.Namespace, pipe: Any, classes: list[str], row: str) -> S
             f"\r{row} {done}/{len(classes)}, {time.perf_counter() - begin:.0f} s", end="", flush=True, file=sys.stderr
         )
 
+    sampling = Sampling(seed=args.seed, steps=args.steps, batch_size=args.batch_size)
     samples = sample(
-        pipe, architectures.match(pipe.transformer), classes, seed=args.seed, steps=args.steps, on_batch=tell,
-        batch_size=args.batch_size, cache=PictureCache(args.folder / "pictures"),
-    )  # fmt: skip
+        pipe,
+        architectures.match(pipe.transformer),
+        classes,
+        sampling,
+        on_batch=tell,
+        cache=PictureCache(args.folder / "pictures"),
+    )
     print(file=sys.stderr)
     # The whole trajectory of every row would take gigabytes.
     samples.trajectory, samples.timesteps = samples.trajectory[:, -1:].clone(), samples.timesteps[-1:]

@@ -32,7 +32,7 @@ from ditq.metrics import paired_difference
 from ditq.metrics.interval import aggregate
 from ditq.metrics.measure import measure
 from ditq.plan import Plan
-from ditq.sampling import PictureCache, Samples, sample
+from ditq.sampling import PictureCache, Samples, Sampling, sample
 
 STRATEGIES = ("uniform", "random", "program", "evolution")
 DRAWN = ("latent_sqnr_db", "psnr_db")
@@ -68,7 +68,7 @@ def search(args: argparse.Namespace, recipe: str, strategy: str, prompts: list[s
 def draw(args: argparse.Namespace, pipe: Any, prompts: list[str]) -> Samples:
     arch = architectures.match(pipe.transformer)
     cache = PictureCache(args.folder / "pictures")
-    return sample(pipe, arch, prompts, seed=args.seed, steps=args.held_out_steps, batch_size=32, cache=cache)
+    return sample(pipe, arch, prompts, Sampling(seed=args.seed, steps=args.held_out_steps, batch_size=32), cache=cache)
 
 
 def nearest(plan: Plan) -> Plan:
@@ -83,8 +83,8 @@ def predictions(args: argparse.Namespace, prompts: list[str]) -> list[Call]:
     pipe.transformer.register_forward_hook(
         lambda model, *call: calls.append((call[0], call[1], call[2][0])), with_kwargs=True
     )
-    sample(pipe, architectures.match(pipe.transformer), prompts, seed=args.seed, steps=args.steps,
-           batch_size=len(prompts), decode=False)  # fmt: skip
+    sampling = Sampling(seed=args.seed, steps=args.steps, batch_size=len(prompts))
+    sample(pipe, architectures.match(pipe.transformer), prompts, sampling, decode=False)
     return calls
 
 

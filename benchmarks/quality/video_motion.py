@@ -194,7 +194,7 @@ def main() -> None:
 
     import ditq
     from ditq import api, architectures
-    from ditq.sampling import sample
+    from ditq.sampling import Sampling, sample
 
     name = args.model.removeprefix("bundled:")
     prompts = ditq_bundled.prompts(name, "evaluation")[: args.prompts]
@@ -203,10 +203,8 @@ def main() -> None:
         pipe = api.load(args.model)
         if recipe:
             ditq.quantize(pipe, recipe, prompts=ditq_bundled.prompts(name, "calibration"), seed=args.seed)
-        drawn = sample(
-            pipe, architectures.match(pipe.transformer), prompts, seed=args.seed, steps=args.steps,
-            guidance_scale=args.guidance, batch_size=16,
-        )  # fmt: skip
+        sampling = Sampling(seed=args.seed, steps=args.steps, guidance_scale=args.guidance, batch_size=16)
+        drawn = sample(pipe, architectures.match(pipe.transformer), prompts, sampling)
         row = rows[recipe or "16 bit"] = tally(prompts, drawn.images)
         low, high = row["interval"]
         print(f"{recipe or '16 bit':14} {row['right']} of {row['of']}, {low:.2f} to {high:.2f}", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ditq.calibration import Statistics, calibrate
 from ditq.calibration.capture import Capture
 from ditq.checkpoint.backend import attach
 from ditq.checkpoint.folder import load_pipeline, read_plans, resolve, save_pipeline
+from ditq.components import transformer_names
 from ditq.conversion import convert, draft, quantize_model
 from ditq.errors import DitqError, UsageError, unknown
 from ditq.files import new_folder
@@ -26,6 +27,7 @@ from ditq.openvino.options import ATTENTIONS, SHAPES
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
+from ditq.sampling import Sampling
 
 Progress = Callable[[str, int, int], None]
 
@@ -370,27 +372,48 @@ def search(
     *,
     overrides: Sequence[str] = (),
     architecture: str | Path | Architecture | None = None,
+    component: str | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 16,
+    arguments: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> SearchResult:
     """Finds a group size for every linear layer; carry ``result.plan`` out on a fresh pipeline with :func:`quantize`.
 
     Args:
-        pipe: a 16-bit pipeline. It is used up: its transformer is left as the best candidate, rounded to nearest.
+        pipe: a 16-bit pipeline. It is used up: its transformers are left as the best candidates.
         recipe, overrides: formats and balance of the layers, see :func:`quantize`.
-        prompts: what every candidate draws: prompts, or class names or numbers.
-        options: of :func:`ditq.allocation.search`: strategy, trials, sizes, budget, fitness, storage, seed ...
+        prompts: what every candidate samples: prompts, or class names or numbers.
+        component: which transformer of the pipeline; by default all, one after the other. The second is searched on
+            what the first, left as its best candidate, hands over to it; ``result.plans`` has the plan of each.
+        seed, steps, guidance_scale, batch_size, arguments: see :class:`ditq.sampling.Sampling`.
+        options: of :func:`ditq.allocation.search`: strategy, trials, sizes, budget, fitness, storage ...
 
     Raises:
         UsageError, DitqError: see :func:`ditq.allocation.search`.
     """
-    if getattr(pipe.transformer, "is_quantized", False):
-        raise UsageError("This pipeline is quantized already; load the 16-bit one.")
-    arch = architectures.load(architecture) if architecture else architectures.match(pipe.transformer)
-    check_weights(pipe.transformer)
-    pipe.transformer.eval()
-    result = allocation.search(pipe, arch, load_recipe(recipe).override(list(overrides)), prompts, **options)
-    attach(pipe.transformer, result.candidate)
-    return result
+    components = transformer_names(pipe) if component is None else [component]
+    if len(components) > 1 and options.get("statistics") is not None:
+        raise UsageError("Statistics are those of one transformer: say of which by component='transformer'.")
+    for name in components:
+        model = getattr(pipe, name, None)
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"{type(pipe).__name__} has no {name}; it has {', '.join(transformer_names(pipe))}.")
+        if getattr(model, "is_quantized", False):
+            raise UsageError("This pipeline is quantized already; load the 16-bit one.")
+        check_weights(model)
+        model.eval()
+    sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
+    loaded = load_recipe(recipe).override(list(overrides))
+    results = []
+    for name in components:
+        model = getattr(pipe, name)
+        arch = architectures.load(architecture) if architecture else architectures.match(model)
+        results.append(allocation.search(pipe, arch, loaded, prompts, sampling, component=name, **options))
+        attach(model, results[-1].candidate)
+    return replace(results[0], others=tuple(results[1:]))
 
 
 def _keep_labels(pipe: Any) -> None:

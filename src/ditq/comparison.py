@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +16,11 @@ from torch import nn
 
 from ditq import api, architectures
 from ditq.architectures import Architecture
+from ditq.components import plan_of, prefixed, transformers
 from ditq.environment import environment
 from ditq.errors import DitqError, UsageError
 from ditq.metrics.interval import Interval
-from ditq.metrics.layer_errors import LayerErrors, StepTime, layer_errors, step_times
+from ditq.metrics.layer_errors import LayerErrors, StepTime, TimedCall, layer_errors, step_times
 from ditq.metrics.measure import BASIC, Measurement, measure
 from ditq.metrics.real import Real, from_features, from_folder, videos_from_folder
 from ditq.metrics.score import Curve, Score
@@ -27,7 +28,7 @@ from ditq.plan import Plan
 from ditq.report.document import MetricInfo, ModelReport, Report, Skipped
 from ditq.report.summary import summary
 from ditq.report.tables import layer_json
-from ditq.sampling import PictureCache, Samples, first_call, sample
+from ditq.sampling import PictureCache, Samples, Sampling, condition_list, first_call, sample
 
 BUNDLED_NETWORK = "emoji-classifier"
 
@@ -42,7 +43,8 @@ class Subject:
 
     Attributes:
         pipeline: the name of its class; empty where only samples were given.
-        transformer_bytes: of the parameters as they are stored; what is not quantized counts as 16 bit.
+        plans: of the transformers that are quantized, by component.
+        bytes_of: bytes of each transformer's parameters as they are stored; those not quantized count as 16 bit.
         errors, step_time: of a quantized model beside the reference; None where only samples were given.
     """
 
@@ -50,11 +52,21 @@ class Subject:
     path: str
     samples: Samples
     pipeline: str = ""
-    plan: Plan | None = None
-    transformer_bytes: int = 0
+    plans: dict[str, Plan] = field(default_factory=dict)
+    bytes_of: dict[str, int] = field(default_factory=dict)
     scheduler: str = ""
     errors: LayerErrors | None = None
     step_time: StepTime | None = None
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of the first transformer that is quantized; most pipelines have one."""
+        return next(iter(self.plans.values()), None)
+
+    @property
+    def transformer_bytes(self) -> int:
+        """Of all transformers together."""
+        return sum(self.bytes_of.values())
 
 
 @dataclass
@@ -180,115 +192,162 @@ def compare(
             its own network.
         cache: where pictures are kept; None keeps none.
         explain: prompts on which the error of every layer and the time of a transformer call are measured
-            (0: neither), where both sides are models.
+            (0: neither), where both sides are models. Of two transformers (Wan 2.2) each layer of both.
         device, dtype: of pipelines that are loaded here.
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: no prompts, two models of one name, or see :func:`ditq.metrics.measure.measure`.
+        UsageError: no prompts or an empty one, two models of one name, or see :func:`ditq.metrics.measure.measure`.
         DitqError: a model draws NaN or Inf.
     """
     named = _named(quantized)
-    options: dict[str, Any] = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale}
-    extra = dict(arguments or {})
-
-    def tell(stage: str, total: int) -> Any:
-        done = 0
-
-        def tick(n: int) -> None:
-            nonlocal done
-            done += n
-            if progress:
-                progress(stage, done, max(total, done))
-
-        return tick
-
-    def open_side(side: Side) -> Any:
-        if isinstance(side, FunctionType):
-            return side()
-        if not isinstance(side, str | Path):
-            return side
-        pipe = api.load(side, dtype=dtype)
-        return pipe.to(device) if device is not None else pipe
-
-    def draw(name: str, side: Side, pipe: Any, stage: str) -> Subject:
-        path = str(side) if isinstance(side, str | Path) else ""
-        if isinstance(pipe, Samples):
-            return Subject(name, path, pipe)
-        if prompts is None:
-            raise UsageError("compare() needs prompts, unless all sides are Samples.")
-        arch = architectures.load(architecture) if architecture else architectures.match(pipe.transformer)
-        samples = sample(
-            pipe, arch, prompts, batch_size=batch_size, cache=cache, on_batch=tell(stage, len(prompts)),
-            **options, **extra,
-        )  # fmt: skip
-        if not bool(torch.isfinite(samples.trajectory).all()):
-            raise DitqError(f"The {stage} model draws NaN or Inf.")
-        return Subject(
-            name, path, samples, type(pipe).__name__, _plan(pipe.transformer), _bytes(pipe.transformer),
-            type(pipe.scheduler).__name__,
-        )  # fmt: skip
-
-    base = open_side(reference)
-    first = draw(_name(reference, "reference"), reference, base, "reference")
+    sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
+    run = _Run(prompts, sampling, architecture, cache, device, dtype, progress)
+    base = run.open(reference)
+    first = run.subject(_name(reference, "reference"), reference, base, "reference")
     models: dict[str, Subject] = {}
     for name, side in named.items():
-        pipe = open_side(side)
-        subject = models[name] = draw(name, side, pipe, "quantized" if len(named) == 1 else name)
-        if explain and subject.plan is not None and not isinstance(base, Samples):
-            arch = architectures.load(architecture) if architecture else architectures.match(base.transformer)
-            assert prompts is not None
-            shown = list(prompts)[:explain]
-            if _compiled(pipe.transformer):  # graphs have no layers to look into
-                with torch.no_grad():
-                    call = first_call(base, arch, shown, extra)
-                    first.step_time, subject.step_time = step_times(base.transformer, pipe.transformer, (), call)
-            else:
-                subject.errors, first.step_time, subject.step_time = layer_errors(
-                    base, pipe.transformer, subject.plan, arch, shown,
-                    on_step=tell(f"layers of {name}", 0), arguments=extra, **options,
-                )  # fmt: skip
+        pipe = run.open(side)
+        subject = models[name] = run.subject(name, side, pipe, "quantized" if len(named) == 1 else name)
+        if explain and subject.plans and not isinstance(base, Samples):
+            subject.errors, first.step_time, subject.step_time = run.explain(base, pipe, name, explain)
         del pipe
         gc.collect()
     if network == "auto" and isinstance(reference, str) and reference.startswith("bundled:"):
         network, real = BUNDLED_NETWORK, real or (None if first.samples.is_video else bundled_real())
     if isinstance(real, Path):
-        drawn = first.samples.images[0]
+        example = first.samples.images[0]
         video = first.samples.is_video
-        real = videos_from_folder(real, drawn[0].size) if video else from_folder(real, drawn.size)
+        real = videos_from_folder(real, example[0].size) if video else from_folder(real, example.size)
     measurement = measure(
         first.samples, {name: s.samples for name, s in models.items()}, metrics=metrics, network=network,
         real=real, on_metric=None if progress is None else lambda done, total: progress("metrics", done, total),
     )  # fmt: skip
     if cache is not None:
         cache.prune()
-    settings = {**options, "batch_size": batch_size, **({"arguments": extra} if extra else {})}
-    return Comparison(first, models, measurement, settings, real, environment())
+    return Comparison(first, models, measurement, _settings(sampling), real, environment())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all sides of one comparison share; see :func:`compare`."""
+
+    prompts: Sequence[str] | None
+    sampling: Sampling
+    architecture: str | Path | Architecture | None
+    cache: PictureCache | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    progress: api.Progress | None
+
+    def open(self, side: Side) -> Any:
+        """The pipeline of a side, loaded or made now if need be; or its samples."""
+        if isinstance(side, FunctionType):
+            return side()
+        if not isinstance(side, str | Path):
+            return side
+        pipe = api.load(side, dtype=self.dtype)
+        return pipe.to(self.device) if self.device is not None else pipe
+
+    def subject(self, name: str, side: Side, pipe: Any, stage: str) -> Subject:
+        """A side with its samples."""
+        path = str(side) if isinstance(side, str | Path) else ""
+        if isinstance(pipe, Samples):
+            return Subject(name, path, pipe)
+        if self.prompts is None:
+            raise UsageError("compare() needs prompts, unless all sides are Samples.")
+        prompts = condition_list(self.prompts)
+        samples = sample(
+            pipe, self._architecture_of(pipe), prompts, self.sampling, cache=self.cache,
+            on_batch=self._ticker(stage, len(prompts)),
+        )  # fmt: skip
+        if not bool(torch.isfinite(samples.trajectory).all()):
+            raise DitqError(f"The {stage} model draws NaN or Inf.")
+        models = transformers(pipe)
+        return Subject(
+            name, path, samples, type(pipe).__name__,
+            {component: plan for component, model in models.items() if (plan := plan_of(model)) is not None},
+            {component: _bytes(model) for component, model in models.items()}, type(pipe.scheduler).__name__,
+        )  # fmt: skip
+
+    def explain(self, base: Any, pipe: Any, name: str, count: int) -> tuple[LayerErrors | None, StepTime, StepTime]:
+        """Layer errors on ``count`` prompts, and the times of a transformer call of both pipelines."""
+        assert self.prompts is not None
+        architecture, shown = self._architecture_of(base), condition_list(self.prompts)[:count]
+        if any(_compiled(model) for model in transformers(pipe).values()):  # graphs have no layers to look into
+            with torch.no_grad():
+                call = first_call(base, architecture, shown, self.sampling)
+                return None, *step_times([TimedCall(base.transformer, pipe.transformer, (), call)])
+        on_step = self._ticker(f"layers of {name}", 0)
+        return layer_errors(base, pipe, architecture, shown, self.sampling, on_step=on_step)
+
+    def _architecture_of(self, pipe: Any) -> Architecture:
+        if self.architecture:
+            return architectures.load(self.architecture)
+        return architectures.match(pipe.transformer)
+
+    def _ticker(self, stage: str, total: int) -> Callable[[int], None]:
+        """Adds up what is done and reports it."""
+        done = 0
+
+        def tick(n: int) -> None:
+            nonlocal done
+            done += n
+            if self.progress:
+                self.progress(stage, done, max(total, done))
+
+        return tick
+
+
+def _settings(sampling: Sampling) -> dict[str, Any]:
+    """As in the JSON of a comparison; arguments of the pipeline's call only where there are some."""
+    settings = asdict(sampling)
+    return settings if sampling.arguments else {k: v for k, v in settings.items() if k != "arguments"}
 
 
 def _model_report(
     subject: Subject, metrics: dict[str, Score] | None = None, curve: Curve | None = None
 ) -> ModelReport:
-    plan, samples = subject.plan, subject.samples
+    plans, samples = list(subject.plans.values()), subject.samples
+    first = plans[0] if plans else None
     return ModelReport(
         name=subject.name,
         path=subject.path,
         fingerprint=samples.fingerprint,
         pipeline=subject.pipeline,
-        recipe=plan.recipe if plan else None,
-        plan_hash=plan.hash() if plan else None,
+        recipe=", ".join(dict.fromkeys(plan.recipe for plan in plans)) if plans else None,
+        plan_hash=" ".join(plan.hash() for plan in plans) if plans else None,
         nominal_bits=(
-            {"weights": plan.nominal_weight_bits, "activations": plan.nominal_activation_bits} if plan else None
+            {"weights": first.nominal_weight_bits, "activations": first.nominal_activation_bits} if first else None
         ),
-        average_bits=plan.average_bits if plan else None,
+        average_bits=_average_bits(subject),
         transformer_bytes=subject.transformer_bytes,
         seconds_per_picture=statistics.median(samples.seconds),
         step_time=subject.step_time,
         metrics=metrics or {},
         latent_sqnr_by_step=curve,
         layer_errors=subject.errors,
-        layers=[layer_json(layer) for layer in plan] if plan else [],
+        layers=[
+            {**layer_json(layer), "name": prefixed(component, layer.name)}
+            for component, plan in subject.plans.items()
+            for layer in plan
+        ],
     )
+
+
+def _average_bits(subject: Subject) -> float | None:
+    """Bits of a weight over all transformers of a pipeline, those in 16 bit included; None where all are."""
+    if not subject.plans:
+        return None
+    if len(subject.bytes_of) == 1:
+        return next(iter(subject.plans.values())).average_bits
+    bits = parameters = 0.0
+    for component, size in subject.bytes_of.items():
+        plan = subject.plans.get(component)
+        count = (plan.memory()[1] if plan else size) / 2
+        bits += count * (plan.average_bits if plan else 16)
+        parameters += count
+    return bits / parameters
 
 
 def bundled_real() -> Real | None:
@@ -325,15 +384,11 @@ def _name(side: Side, otherwise: str) -> str:
     return str(side).removeprefix("bundled:") if str(side).startswith("bundled:") else Path(side).name
 
 
-def _plan(model: nn.Module) -> Plan | None:
-    return getattr(getattr(getattr(model, "config", None), "quantization_config", None), "plan", None)
-
-
 def _compiled(model: nn.Module) -> bool:
     """Whether another runtime executes the blocks."""
     return bool(getattr(getattr(model, "hf_quantizer", None), "compiled", False))
 
 
 def _bytes(model: nn.Module) -> int:
-    plan = _plan(model)
+    plan: Plan | None = plan_of(model)
     return plan.memory()[0] if plan else sum(2 * p.numel() for p in model.parameters())

@@ -16,3 +16,13 @@ def transformer_names(pipe: Any) -> list[str]:
 def transformers(pipe: Any) -> dict[str, Any]:
     """The transformers of a pipeline by name."""
     return {name: getattr(pipe, name) for name in transformer_names(pipe)}
+
+
+def plan_of(model: Any) -> Any:
+    """The :class:`ditq.plan.Plan` that a model was quantized by; None for one in 16 bit."""
+    return getattr(getattr(getattr(model, "config", None), "quantization_config", None), "plan", None)
+
+
+def prefixed(component: str, layer: str) -> str:
+    """The name of a layer among those of all transformers of a pipeline: the first one's stay as they are."""
+    return layer if component == NAMES[0] else f"{component}.{layer}"

@@ -19,8 +19,8 @@ def of_text(text: str, digits: int = DIGITS) -> str:
 
 
 def of_json(value: Any) -> str:
-    """Of a value as JSON with sorted keys."""
-    return of_text(json.dumps(value, sort_keys=True))
+    """Of a value as JSON with sorted keys; what JSON does not know counts by its ``repr``."""
+    return of_text(json.dumps(value, sort_keys=True, default=repr))
 
 
 def of_file(path: Path) -> str:
@@ -36,9 +36,9 @@ def of_tensor(tensor: Tensor) -> str:
     return content.hexdigest()[:DIGITS]
 
 
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """The numbers of a tensor of any dtype and device as they lie in memory, row-major."""
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor as bytes, row-major; without a copy where it lies contiguous in the CPU's memory."""
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ def cpu_name() -> str:
 
 def versions(*names: str) -> dict[str, str]:
     """Installed versions of packages."""
-    return {name: version(name) for name in names}
+    return {name: metadata.version(name) for name in names}
 
 
 def environment() -> dict[str, Any]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, draw, tiny_dit, tiny_pixart
+import videos
+from helpers import CLASSES, PROMPTS, draw, tiny_dit, tiny_pixart, tiny_statistics
 
 import ditq
 from ditq import api, architectures
 from ditq.allocation import LATENT, Evolution, Fitness, SearchResult, latent_error_db
 from ditq.allocation.search import NOISE_OFFSET
+from ditq.components import plan_of, transformers
 from ditq.errors import DitqError, UsageError
-from ditq.sampling import sample
+from ditq.sampling import Sampling, sample
 
 SMALL = Evolution(population=3, top_k=2, crossover=1, mutation=1)
 GROUPS = (16, 32, 64, 128)
@@ -47,7 +50,7 @@ def test_fitness_of_latents_measured_again_from_the_outside() -> None:
     api.quantize(fresh, result.plan)
     settings: dict[str, Any] = {"seed": NOISE_OFFSET, "steps": 2, "guidance_scale": 3.0}
     arch = architectures.load("dit")
-    reference, drawn = (sample(p, arch, CLASSES[:2], **settings) for p in (tiny_dit(), fresh))
+    reference, drawn = (sample(p, arch, CLASSES[:2], Sampling(**settings)) for p in (tiny_dit(), fresh))
     assert latent_error_db(reference, drawn) == pytest.approx(result.fitness, abs=1e-6)
 
 
@@ -56,7 +59,7 @@ def test_prediction_error_is_measured_on_the_inputs_of_the_16_bit_model() -> Non
     calls: list[Any] = []
     pipe, fresh = tiny_dit(), tiny_dit()
     pipe.transformer.register_forward_hook(lambda m, a, k, out: calls.append((a, k, out[0])), with_kwargs=True)
-    sample(pipe, architectures.load("dit"), CLASSES[:2], seed=NOISE_OFFSET, steps=2, guidance_scale=3.0)
+    sample(pipe, architectures.load("dit"), CLASSES[:2], Sampling(seed=NOISE_OFFSET, steps=2, guidance_scale=3.0))
     api.quantize(fresh, result.plan)
     errors = []
     with torch.no_grad():
@@ -140,7 +143,7 @@ def test_latent_error_is_minus_the_sqnr_that_compare_reports() -> None:
     arch = architectures.load("dit")
     quantized = tiny_dit()
     api.quantize(quantized, "rtn-w4a8")
-    reference, drawn = (sample(p, arch, CLASSES, steps=2) for p in (tiny_dit(), quantized))
+    reference, drawn = (sample(p, arch, CLASSES, Sampling(steps=2)) for p in (tiny_dit(), quantized))
     compared = ditq.compare(reference, drawn, metrics=["latent_sqnr_db"]).metrics["latent_sqnr_db"]
     assert latent_error_db(reference, drawn) == pytest.approx(-compared.mean, abs=1e-4)
     drawn.trajectory[0, -1, 0, 0, 0] = float("nan")
@@ -169,3 +172,72 @@ def test_usage_errors() -> None:
     api.quantize(quantized, "rtn-w4a8")
     with pytest.raises(UsageError, match="quantized already"):
         search(quantized)
+
+
+# ------------------------------------------------------------------------------------ two transformers
+
+WAN: dict[str, Any] = {
+    "strategy": SMALL, "trials": 3, "sizes": (16, 32, 64), "budget": "uniform:32", "steps": 4,
+    "arguments": videos.PIPELINES["wan"][1],
+}  # fmt: skip
+
+
+def test_both_experts_are_searched_one_after_the_other() -> None:
+    pipe = videos.wan_of_two_experts()
+    result = ditq.search(pipe, "rtn-w4a4", PROMPTS[:1], **WAN)
+    assert list(result.plans) == ["transformer", "transformer_2"]
+    assert result.plan == result.plans["transformer"]
+    assert [plan_of(model) for model in transformers(pipe).values()] == [result.candidate, result.others[0].candidate]
+    assert len({layer.weight.group_size for plan in result.plans.values() for layer in plan.quantized}) > 1
+    assert result.summary().startswith("transformer:\nevolution: ")
+    assert "\ntransformer_2:\nevolution: " in result.summary()
+    fresh = videos.wan_of_two_experts()
+    for component, plan in result.plans.items():
+        api.quantize(fresh, plan, component=component)
+    sampling = Sampling(steps=2, arguments=WAN["arguments"])
+    a, b = (sample(p, architectures.load("wan"), PROMPTS[:1], sampling).latents for p in (pipe, fresh))
+    assert torch.equal(a, b)
+
+
+def test_one_of_two_experts_is_searched_on_its_own_timesteps() -> None:
+    pipe = videos.wan_of_two_experts()
+    seen: list[int] = []
+
+    def count(reference: Any, outputs: Any) -> float:
+        seen.append(sum(len(rows) for rows in outputs))
+        return 0.0
+
+    options = {**WAN, "trials": 1, "fitness": Fitness("count", count, "outputs"), "moments": 4}
+    result = ditq.search(pipe, "rtn-w4a4", PROMPTS[:1], component="transformer_2", **options)
+    assert result.plans == {"transformer_2": result.plan}
+    assert seen == [2 * 2]  # of the 4 steps the second half, both conditions
+    assert plan_of(pipe.transformer) is None
+    with pytest.raises(UsageError, match="has no transformer_3; it has transformer, transformer_2"):
+        ditq.search(videos.wan_of_two_experts(), "rtn-w4a4", PROMPTS[:1], component="transformer_3", **WAN)
+    with pytest.raises(DitqError, match="transformer_2 is not called"):
+        ditq.search(
+            videos.wan_of_two_experts(), "rtn-w4a4", PROMPTS[:1], component="transformer_2", **{**WAN, "steps": 1}
+        )
+
+
+def test_statistics_of_one_transformer_do_not_serve_two() -> None:
+    pipe = videos.wan_of_two_experts()
+    statistics = tiny_statistics(pipe.transformer, "wan")
+    with pytest.raises(UsageError, match="component="):
+        ditq.search(pipe, "smoothquant-w4a8", PROMPTS[:1], statistics=statistics, **WAN)
+
+
+def test_a_study_belongs_to_its_scheduler_and_its_prompts(tmp_path: Path) -> None:
+    storage = tmp_path / "s.search"
+    search(storage=storage, strategy="uniform")
+    assert search(storage=storage, strategy="uniform").evaluated == 0
+    other = tiny_dit()
+    other.scheduler = type(other.scheduler).from_config(other.scheduler.config, beta_end=0.03)
+    with pytest.raises(UsageError, match="model and code"):
+        search(other, storage=storage, strategy="uniform")
+
+
+@pytest.mark.parametrize(("prompts", "words"), [([" "], "Prompt 1 of 1 is empty"), ("7", "got the string '7'")])
+def test_empty_prompts_and_single_strings_are_refused(prompts: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        ditq.search(tiny_dit(), "rtn-w4a4", prompts)

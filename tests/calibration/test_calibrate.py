@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+import videos
 from helpers import CLASSES, CONDITIONS, PIPELINES, PROMPTS, tiny_dit, tiny_model, tiny_pixart, tiny_statistics
 from torch import Tensor
 
+import ditq
 from ditq import architectures
 from ditq.calibration import GroupStatistics, Statistics, calibrate
 from ditq.calibration import run as calibration_run
 from ditq.calibration.statistics import merge
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.recipe import Calibration
-from ditq.sampling import sample
+from ditq.sampling import Sampling, sample
+from ditq.sampling.fingerprint import code_version
 from ditq.sampling.sample import resolve_conditions
 
 SETTINGS = Calibration(prompts=4, batch_size=2, steps=3, guidance_scale=3.0, rows=96)
@@ -262,20 +268,151 @@ def test_without_resume_everything_is_drawn_again(tmp_path: Path) -> None:
         assert calls.since() == 6
 
 
-def test_cache_is_named_by_everything_that_matters() -> None:
-    def key(seed: int = 0, model: int = 0, prompts: list[str] = CLASSES, **changes: Any) -> str:
+def test_cache_is_named_by_everything_that_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(seed: int = 0, model: int = 0, prompts: list[str] = CLASSES, name: str = "dit", **changes: Any) -> str:
+        arch = architectures.load("dit").model_copy(update={"name": name})
         return calibration_run._key(
-            tiny_model("dit", model), arch, prompts, SETTINGS.model_copy(update=changes), seed
-        )  # fmt: skip
+            tiny_dit(seed=model), "transformer", arch, prompts, SETTINGS.model_copy(update=changes), seed
+        )
 
-    arch = architectures.load("dit")
     keys = [key(), key(seed=1), key(model=1), key(prompts=CLASSES[:2]), key(steps=4), key(guidance_scale=2.0)]
-    assert len(set(keys)) == len(keys)
+    keys += [key(name="another")]
     assert key() == keys[0]
+    for library in ("diffusers", "transformers", "torch"):
+        code_version.cache_clear()
+        with monkeypatch.context() as changed:
+            changed.setattr(metadata, "version", lambda name, newer=library: "99" if name == newer else "1")
+            keys.append(key())
+    code_version.cache_clear()
+    assert len(set(keys)) == len(keys)
+    assert key(timesteps="normal") == keys[0]  # all timesteps are recorded, whichever count
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "tensor-missing", "wrong-shape", "no-timesteps"])
+def other_vae(pipe: Any) -> None:
+    with torch.no_grad():
+        next(pipe.vae.parameters()).add_(1.0)
+
+
+def other_scheduler_class(pipe: Any) -> None:
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+
+
+def other_scheduler_config(pipe: Any) -> None:
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.03)
+
+
+def other_text_encoder(pipe: Any) -> None:
+    with torch.no_grad():
+        list(pipe.text_encoder.parameters())[-1].mul_(1.5)
+
+
+def swapped_rows_of_the_text_encoder(pipe: Any) -> None:
+    """A sum over the weights is the same."""
+    with torch.no_grad():
+        weight = next(p for p in pipe.text_encoder.parameters() if p.ndim == 2)
+        weight.copy_(weight.flip(0))
+
+
+def other_tokenizer(pipe: Any) -> None:
+    pipe.tokenizer.add_tokens(["unheard-of"])
+
+
+def other_dtype(pipe: Any) -> None:
+    pipe.text_encoder.to(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("change", "new"),
+    [(lambda pipe: None, False), (other_vae, False), (other_scheduler_class, True), (other_scheduler_config, True),
+     (other_text_encoder, True), (swapped_rows_of_the_text_encoder, True), (other_tokenizer, True),
+     (other_dtype, True)],
+)  # fmt: skip
+def test_resume_depends_on_all_that_feeds_the_transformer(change: Any, new: bool) -> None:
+    arch, pipe = architectures.load("pixart"), tiny_pixart()
+    change(pipe)
+    a, b = (calibration_run._key(p, "transformer", arch, PROMPTS, SETTINGS, 0) for p in (tiny_pixart(), pipe))
+    assert (a != b) is new
+
+
+def test_resume_depends_on_where_the_second_expert_takes_over_and_on_what_it_is() -> None:
+    arch, pipe = architectures.load("wan"), videos.wan_of_two_experts()
+
+    def key(component: str = "transformer") -> str:
+        return calibration_run._key(pipe, component, arch, PROMPTS, SETTINGS, 0)
+
+    keys = [key(), key("transformer_2")]
+    pipe.register_to_config(boundary_ratio=0.5)
+    keys.append(key())
+    ditq.quantize(pipe, "rtn-w8a8", component="transformer_2")
+    keys.append(key())
+    assert len(set(keys)) == 4
+
+
+@pytest.mark.parametrize("change", [other_scheduler_config, other_text_encoder])
+def test_resume_with_another_component_calibrates_again(change: Any, tmp_path: Path) -> None:
+    arch, pipe = architectures.load("pixart"), tiny_pixart()
+    before = calibrate(tiny_pixart(), arch, PROMPTS, SETTINGS, cache=tmp_path)
+    calls = Calls(pipe)
+    assert same(calibrate(pipe, arch, PROMPTS, SETTINGS, cache=tmp_path, resume=True), before)
+    assert calls.since() == 0
+    change(pipe)
+    after = calibrate(pipe, arch, PROMPTS, SETTINGS, cache=tmp_path, resume=True)
+    assert calls.since() == 6
+    assert not same(after, before)
+
+
+def test_a_run_without_resume_deletes_no_file_of_another(tmp_path: Path) -> None:
+    arch = architectures.load("dit")
+    calibrate(tiny_dit(), arch, CLASSES, SETTINGS, cache=tmp_path)
+    (first, second) = sorted(tmp_path.rglob("*.safetensors"))
+    present: list[bool] = []
+    pipe = tiny_dit()
+    pipe.transformer.register_forward_pre_hook(lambda *_: present.append(first.exists() and second.exists()))
+    calibrate(pipe, arch, CLASSES, SETTINGS, cache=tmp_path)
+    assert present == [True] * 6
+    assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == [first, second]
+
+
+def test_two_writers_of_one_file_leave_a_whole_one(tmp_path: Path) -> None:
+    statistics = tiny_statistics(tiny_model("pixart"), "pixart")
+    path = tmp_path / "s.safetensors"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: statistics.save(path), range(64)))
+    assert same(Statistics.load(path), statistics)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    times = torch.tensor([900.0, 100.0])
+    group = GroupStatistics(torch.rand(2, 1, 3), torch.rand(4, 3), times.repeat(2))
+    calls = [{"hidden_states": torch.rand(1, 2), "timestep": torch.tensor([9]), "flag": True, "scale": 0.5}]
+    path = tmp_path / "s.safetensors"
+    Statistics(times, {"g": group}, calls).save(path)
+    data = path.read_bytes()
+    for i in range(len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ (1 << i % 8)]) + data[i + 1 :])
+        try:
+            loaded = Statistics.load(path)
+        except CheckpointError as error:
+            assert str(path) in str(error)
+        else:  # padding and order of the header hold nothing
+            pytest.fail(f"byte {i} of {len(data)}: {loaded}")
+
+
+def test_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DitqError, match=r"cannot be made.*--cache"):
+        calibrate(tiny_dit(), architectures.load("dit"), CLASSES, SETTINGS, cache=tmp_path / "file")
+    statistics = tiny_statistics(tiny_model("dit"), "dit")
+    with pytest.raises(DitqError, match="Cannot write"):
+        statistics.save(tmp_path / "missing" / "s.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "garbage", "exponent-bit", "tensor-missing", "wrong-shape", "no-timesteps"]
+)
 def test_damaged_cache_file_is_named(damage: str, tmp_path: Path) -> None:
+    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     pipe, arch = tiny_dit(), architectures.load("dit")
@@ -284,8 +421,12 @@ def test_damaged_cache_file_is_named(damage: str, tmp_path: Path) -> None:
     data = path.read_bytes()
     if damage in ("truncated", "empty", "garbage"):
         path.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "garbage": b"\x00" * 100}[damage])
+    elif damage == "exponent-bit":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 0x40]))  # of the last float32
     else:
         tensors = load_file(path)
+        with safe_open(path, framework="pt") as stored:
+            info = stored.metadata()
         name = next(key for key in tensors if key.endswith("absmax"))
         if damage == "tensor-missing":
             del tensors[name]
@@ -293,7 +434,7 @@ def test_damaged_cache_file_is_named(damage: str, tmp_path: Path) -> None:
             del tensors["timesteps"]
         else:
             tensors[name] = tensors[name][:, :, :-1].contiguous()
-        save_file(tensors, path)
+        save_file(tensors, path, info)
     with pytest.raises(CheckpointError, match=r"batch-00001\.safetensors.*Delete it"):
         calibrate(pipe, arch, CLASSES, SETTINGS, cache=tmp_path, resume=True)
 
@@ -361,7 +502,7 @@ def test_noise_of_a_picture_does_not_depend_on_the_batch_size(name: str) -> None
         with_kwargs=True,
     )
     for batch_size in (1, 2, 4):
-        sample(pipe, arch, CONDITIONS[name], steps=2, guidance_scale=3.0, batch_size=batch_size)
+        sample(pipe, arch, CONDITIONS[name], Sampling(steps=2, guidance_scale=3.0, batch_size=batch_size))
     first = starts[::2]  # of the two steps of a call
     alone, twos, all_four = torch.cat(first[:4]), torch.cat(first[4:6]), first[6]
     assert torch.equal(alone, twos)
@@ -370,7 +511,7 @@ def test_noise_of_a_picture_does_not_depend_on_the_batch_size(name: str) -> None
 
 def test_latents_are_those_of_the_pictures(name: str) -> None:
     pipe, arch = PIPELINES[name](), architectures.load(name)
-    samples = sample(pipe, arch, CONDITIONS[name], steps=2, guidance_scale=3.0, batch_size=3, seed=4)
+    samples = sample(pipe, arch, CONDITIONS[name], Sampling(steps=2, guidance_scale=3.0, batch_size=3, seed=4))
     assert samples.latents.shape == (4, 4, 8, 8)
     assert samples.seeds == [4, 5, 6, 7]
     assert samples.conditions == CONDITIONS[name]
@@ -389,6 +530,19 @@ def test_class_names_and_numbers() -> None:
         resolve_conditions(pipe, arch, ["thing7x"])
 
 
-def test_no_prompts_are_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="no prompts"):
-        resolve_conditions(None, architectures.load(name), [])
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ([], "no prompts"),
+        ([""], "Prompt 1 of 1 is empty"),
+        (["a cat", " \n"], "Prompt 2 of 2"),
+        ("7", "got the string '7'"),
+    ],
+)
+def test_empty_prompts_and_single_strings_are_refused(prompts: Any, words: str, name: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        resolve_conditions(None, architectures.load(name), prompts)
+    with pytest.raises(UsageError, match=words):
+        calibrate(PIPELINES[name](), architectures.load(name), prompts, SETTINGS)
+    with pytest.raises(UsageError, match=words):
+        sample(PIPELINES[name](), architectures.load(name), prompts, Sampling(steps=2))

@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from helpers import CLASSES, tiny_model
+from helpers import CLASSES, tiny_dit
 
 from ditq import architectures
 from ditq.calibration import GroupStatistics, Statistics
@@ -48,9 +48,9 @@ def test_statistics_keep_the_chosen_timesteps_and_their_rows() -> None:
 
 
 def test_one_cache_serves_whichever_timesteps_count() -> None:
-    model, arch = tiny_model("dit"), architectures.load("dit")
+    pipe, arch = tiny_dit(), architectures.load("dit")
     a, b, c = (
-        calibration_run._key(model, arch, CLASSES, settings, 0)
+        calibration_run._key(pipe, "transformer", arch, CLASSES, settings, 0)
         for settings in (Calibration(), Calibration(timesteps="normal"), Calibration(steps=3))
     )
     assert a == b != c

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import videos
 from helpers import tiny_dit
 
 from ditq.cli.app import run
@@ -129,3 +130,33 @@ def test_a_plan_file_that_is_none(
     assert status == 2
     assert "weights.bits=3" in err
     assert not out.exists()
+
+
+def test_two_experts_get_a_plan_file_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditq.cli.common.out.width", 400)
+    folder, plan, prompts = tmp_path / "wan", tmp_path / "plan.json", tmp_path / "prompts.txt"
+    videos.wan_of_two_experts().save_pretrained(folder)
+    prompts.write_text("a red cat\n")
+    options = ["--recipe", "rtn-w4a4", "--out", plan, "--prompts", prompts, "--sizes", "16,32,64", "--pictures", 1,
+               "--budget", "uniform:32", "--steps", 4, "--trials", 3, "--frames", 5, "--height", 16,
+               "--width", 16]  # fmt: skip
+    status, out, err = ditq(capsys, "search", folder, *options, *NUMBERS)
+    assert status == 0, err
+    second = tmp_path / "plan.transformer_2.json"
+    assert f"the plan of transformer_2 is in {second}" in out
+    status, out, _ = ditq(capsys, "search", folder, *options, *NUMBERS, "--json")
+    data = json.loads(out)
+    assert (data["out"], data["transformer_2"]["out"]) == (str(plan), str(second))
+    assert (data["evaluated"], data["transformer_2"]["evaluated"]) == (0, 0)  # one storage holds both studies
+    plans = {
+        c: Plan.from_dict(json.loads(p.read_text())) for c, p in (("transformer", plan), ("transformer_2", second))
+    }
+    assert data["hash"] == plans["transformer"].hash()
+    assert sorted(p.name for p in tmp_path.glob("*.json")) == ["plan.json", "plan.transformer_2.json"]
+    assert ditq(capsys, "quantize", folder, "--plan", plan, "--out", tmp_path / "out", "--quiet")[0] == 0
+    for component, expected in plans.items():
+        config = json.loads((tmp_path / "out" / component / "config.json").read_text())["quantization_config"]
+        groups = {layer["name"]: layer.get("weight", {}).get("group_size") for layer in config["layers"]}
+        assert groups == {x.name: x.weight.group_size if x.weight else None for x in expected}

@@ -8,7 +8,8 @@ from helpers import CLASSES, PROMPTS, QUICK, tiny_dit, tiny_pixart
 
 import ditq
 from ditq import architectures
-from ditq.metrics.layer_errors import layer_errors, step_times
+from ditq.metrics.layer_errors import TimedCall, layer_errors, step_times
+from ditq.sampling import Sampling
 
 PIXART = architectures.load("pixart")
 OPTIONS = {"steps": 3, "guidance_scale": 3.0, "seed": 1}
@@ -24,7 +25,7 @@ def test_errors_are_those_of_the_first_layer_by_hand() -> None:
     name = plan.quantized[0].name
     reference.transformer.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     errors, _, _ = layer_errors(
-        reference, quantized.transformer, plan, architectures.load("dit"), CLASSES[:2], runs=1, **OPTIONS
+        reference, quantized, architectures.load("dit"), CLASSES[:2], Sampling(**OPTIONS), runs=1
     )
     assert errors.layers == [layer.name for layer in plan.quantized]
     assert (len(errors.timesteps), errors.prompts) == (3, 2)
@@ -40,8 +41,8 @@ def test_more_bits_err_less_in_every_role() -> None:
     means = {}
     for recipe in ("rtn-w4a4", "rtn-w8a8"):
         quantized = tiny_pixart()
-        plan = ditq.quantize(quantized, recipe).plan
-        errors, _, _ = layer_errors(tiny_pixart(), quantized.transformer, plan, PIXART, PROMPTS[:2], runs=1, **OPTIONS)
+        ditq.quantize(quantized, recipe)
+        errors, _, _ = layer_errors(tiny_pixart(), quantized, PIXART, PROMPTS[:2], Sampling(**OPTIONS), runs=1)
         means[recipe] = [sum(row) / len(row) for row in errors.sqnr_db]
     assert all(b > a + 10 for a, b in zip(means["rtn-w4a4"], means["rtn-w8a8"], strict=True))
 
@@ -52,15 +53,15 @@ def test_scale_folded_into_a_value_projection_is_no_error() -> None:
     plan = ditq.quantize(quantized, "smoothquant-w8a8", prompts=PROMPTS, overrides=[*QUICK, "balance.alpha=0.5"]).plan
     carried = [x.name for x in plan.quantized if x.smooth is not None and x.smooth.folded == "v"]
     assert carried
-    errors, _, _ = layer_errors(tiny_pixart(), quantized.transformer, plan, PIXART, PROMPTS[:2], runs=1, **OPTIONS)
+    errors, _, _ = layer_errors(tiny_pixart(), quantized, PIXART, PROMPTS[:2], Sampling(**OPTIONS), runs=1)
     worst = {name: min(row) for name, row in zip(errors.layers, errors.sqnr_db, strict=True)}
     assert min(worst.values()) > 25, worst
 
 
 def test_models_are_left_without_hooks_and_times_are_of_both() -> None:
     reference, quantized = tiny_pixart(), tiny_pixart()
-    plan = ditq.quantize(quantized, "rtn-w8a8").plan
-    _, first, second = layer_errors(reference, quantized.transformer, plan, PIXART, PROMPTS[:2], runs=2, **OPTIONS)
+    ditq.quantize(quantized, "rtn-w8a8")
+    _, first, second = layer_errors(reference, quantized, PIXART, PROMPTS[:2], Sampling(**OPTIONS), runs=2)
     for model in (reference.transformer, quantized.transformer):
         assert not any(m._forward_hooks for m in model.modules())
     assert first.ratio_to_reference == 1.0
@@ -77,5 +78,5 @@ def test_step_times_call_both_models_equally_often() -> None:
             return x
 
     a, b = Counter(), Counter()
-    step_times(a, b, (torch.zeros(3, 2),), {}, runs=4)
+    step_times([TimedCall(a, b, (torch.zeros(3, 2),))], runs=4)
     assert a.calls == b.calls == 5

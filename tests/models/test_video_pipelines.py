@@ -20,7 +20,7 @@ from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear
 from ditq.numerics import sqnr_db
 from ditq.recipe import Calibration
-from ditq.sampling import sample
+from ditq.sampling import Sampling, sample
 
 FEW = {"steps": 2, "prompts": 2, "batch_size": 2, "rows": 64}
 
@@ -36,11 +36,8 @@ def draw(pipe: Any, name: str, decode: bool = True) -> tuple[list[Any], Tensor]:
         pipe,
         architectures.load(name),
         conditions(name)[:1],
-        steps=2,
-        guidance_scale=3.0,
-        seed=5,
+        Sampling(steps=2, guidance_scale=3.0, seed=5, arguments=arguments),
         decode=decode,
-        **arguments,
     )
     return drawn.images[0], drawn.latents
 

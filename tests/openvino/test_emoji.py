@@ -9,7 +9,7 @@ import ditq
 from ditq import api, architectures
 from ditq.comparison import compare
 from ditq.openvino import runtime
-from ditq.sampling import sample
+from ditq.sampling import Sampling, sample
 
 if (reason := runtime.why_unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -28,12 +28,12 @@ def test_emoji_pictures_are_those_of_the_torch_engine(recipe: str, storage: str,
     arch = architectures.match(pipe.transformer)
     prompts = ditq_bundled.prompts("emoji-t2i", "evaluation")[:4]
     ditq.quantize(pipe, recipe, prompts=ditq_bundled.prompts("emoji-t2i", "calibration"), overrides=SHORT)
-    drawn = sample(pipe, arch, prompts, steps=8)
+    drawn = sample(pipe, arch, prompts, Sampling(steps=8))
     report = compile_in_place(pipe.transformer, arch, first_call(pipe, arch, prompts[:1]))
     assert len(report.layers) == 80
     assert {(layer.storage, report.executions[layer.name]) for layer in report.layers} == {(storage, "int8")}
     assert report.group_size == width
-    again = sample(pipe, arch, prompts, steps=8)
+    again = sample(pipe, arch, prompts, Sampling(steps=8))
     assert compare(drawn, again).metrics["psnr_db"].mean > 40
 
 
@@ -42,10 +42,10 @@ def test_emoji_pictures_with_queries_and_keys_in_8_bits() -> None:
     arch = architectures.match(pipe.transformer)
     prompts, calibration = (ditq_bundled.prompts("emoji-t2i", part)[:4] for part in ("evaluation", "calibration"))
     ditq.quantize(pipe, "smoothquant-static-w8a8", prompts=calibration, overrides=SHORT[:2])
-    drawn = sample(pipe, arch, prompts, steps=8)
+    drawn = sample(pipe, arch, prompts, Sampling(steps=8))
     largest = attention_ranges.drawn(pipe, arch, calibration)
     report = compile_in_place(pipe.transformer, arch, first_call(pipe, arch, prompts[:1]), largest=largest)
     assert report.attentions == 2 * len(largest) == 16
     assert {*report.executions.values()} == {"int8"}
-    again = sample(pipe, arch, prompts, steps=8)
+    again = sample(pipe, arch, prompts, Sampling(steps=8))
     assert 30 < compare(drawn, again).metrics["psnr_db"].mean < 60  # close, and not the same: they were rounded

@@ -11,7 +11,7 @@ from PIL import Image
 
 import ditq
 from ditq import architectures
-from ditq.sampling import PictureCache, Samples, fingerprint, sample
+from ditq.sampling import PictureCache, Samples, Sampling, fingerprint, sample
 from ditq.sampling.cache import Sample
 
 DIT = architectures.load("dit")
@@ -28,7 +28,7 @@ def draw(pipe: Any, cache: PictureCache, conditions: list[str] = CLASSES, **chan
 
     handle = pipe.transformer.register_forward_pre_hook(count)
     try:
-        return sample(pipe, DIT, conditions, cache=cache, **{**OPTIONS, **changes}), calls
+        return sample(pipe, DIT, conditions, Sampling(**{**OPTIONS, **changes}), cache=cache), calls
     finally:
         handle.remove()
 
@@ -50,7 +50,7 @@ def test_second_run_draws_nothing_and_gives_the_same(cache: PictureCache) -> Non
     assert calls == 0
     assert equal(first, second)
     assert second.seconds == first.seconds
-    assert equal(first, sample(tiny_dit(), DIT, CLASSES, **OPTIONS))
+    assert equal(first, sample(tiny_dit(), DIT, CLASSES, Sampling(**OPTIONS)))
 
 
 @pytest.mark.parametrize("changes", [{"steps": 3}, {"guidance_scale": 2.0}, {"seed": 9}], ids=str)
@@ -63,13 +63,13 @@ def test_only_what_is_missing_is_drawn(cache: PictureCache) -> None:
     draw(tiny_dit(), cache, CLASSES[:2])
     samples, calls = draw(tiny_dit(), cache)
     assert calls == 2  # one batch of two steps
-    assert equal(samples, sample(tiny_dit(), DIT, CLASSES, **OPTIONS))
+    assert equal(samples, sample(tiny_dit(), DIT, CLASSES, Sampling(**OPTIONS)))
 
 
 def test_progress_counts_cached_pictures(cache: PictureCache) -> None:
     draw(tiny_dit(), cache, CLASSES[:2])
     seen: list[int] = []
-    sample(tiny_dit(), DIT, CLASSES, cache=cache, on_batch=seen.append, **OPTIONS)
+    sample(tiny_dit(), DIT, CLASSES, Sampling(**OPTIONS), cache=cache, on_batch=seen.append)
     assert seen == [2, 2]
 
 
@@ -78,7 +78,7 @@ def test_interrupted_run_goes_on(cache: PictureCache) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(tiny_dit(), DIT, CLASSES, cache=cache, on_batch=stop, **OPTIONS)
+        sample(tiny_dit(), DIT, CLASSES, Sampling(**OPTIONS), cache=cache, on_batch=stop)
     assert draw(tiny_dit(), cache)[1] == 2
 
 
@@ -93,10 +93,10 @@ def test_damaged_files_are_drawn_again(cache: PictureCache) -> None:
     files[2].write_bytes(b"")
     second, calls = draw(tiny_dit(), cache)
     assert calls == 2 * 2  # three pictures in two batches
-    # Not bit for bit: on some CPUs a float product sums up in another order in a batch of another size.
+    # Not bit for bit: a float product sums up in another order in a batch of another size, or with fewer threads.
     assert first.trajectory is not None
     assert second.trajectory is not None
-    torch.testing.assert_close(second.trajectory, first.trajectory, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second.trajectory, first.trajectory, rtol=1e-3, atol=1e-3)
 
 
 def test_cache_that_cannot_be_written_does_not_stop_drawing(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_fingerprint_sees_scheduler_dtype_and_quantization(tmp_path: Path) -> No
 
 
 def test_trajectory_has_every_step() -> None:
-    samples = sample(tiny_dit(), DIT, CLASSES, **{**OPTIONS, "steps": 3})
+    samples = sample(tiny_dit(), DIT, CLASSES, Sampling(**{**OPTIONS, "steps": 3}))
     assert samples.trajectory.shape == (4, 3, 4, 8, 8)
     assert torch.equal(samples.latents, samples.trajectory[:, -1])
     assert samples.timesteps == sorted(samples.timesteps, reverse=True)
@@ -176,5 +176,5 @@ def test_trajectory_has_every_step() -> None:
 
 def test_scheduler_is_left_as_it_was() -> None:
     pipe = tiny_pixart()
-    sample(pipe, architectures.load("pixart"), PROMPTS[:1], **OPTIONS)
+    sample(pipe, architectures.load("pixart"), PROMPTS[:1], Sampling(**OPTIONS))
     assert "step" not in vars(pipe.scheduler)

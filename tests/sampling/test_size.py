@@ -10,7 +10,7 @@ from helpers import PROMPTS, tiny_dit, tiny_pixart
 
 from ditq import architectures
 from ditq.errors import UsageError
-from ditq.sampling import draws_videos, sample, size_arguments
+from ditq.sampling import Sampling, draws_videos, sample, size_arguments
 
 
 def test_pipelines_of_videos_are_told_from_those_of_pictures() -> None:
@@ -65,5 +65,5 @@ def test_videos_come_out_as_asked(name: str) -> None:
     pipe = make()
     frames = arguments.get("num_frames", 9)
     asked = {**arguments, **size_arguments(pipe, frames=frames)}
-    drawn = sample(pipe, architectures.load(name), PROMPTS[:1], steps=2, guidance_scale=3.0, **asked)
+    drawn = sample(pipe, architectures.load(name), PROMPTS[:1], Sampling(steps=2, guidance_scale=3.0, arguments=asked))
     assert len(drawn.images[0]) == frames

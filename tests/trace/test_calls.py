@@ -51,7 +51,7 @@ def test_both_conditions_of_a_sample_are_kept_and_nothing_of_others() -> None:
     kept = recorder(keep=5)
     shared = torch.randn(7)
     for time in (900.0, 500.0, 10.0):
-        kept.note(call(time, table=shared, flag=True, return_dict=False), time)
+        kept.record(call(time, table=shared, flag=True, return_dict=False), time)
     calls = kept.calls()
     assert len(calls) == 6  # all three timesteps of both samples
     for i, (slot, time) in enumerate((s, t) for s in (0, 1) for t in (900.0, 500.0, 10.0)):
@@ -69,7 +69,7 @@ def test_every_timestep_is_as_likely() -> None:
     for seed in range(200):
         kept = recorder(keep=2, seed=seed)
         for time in times:
-            kept.note(call(time), time)
+            kept.record(call(time), time)
         for slot in (0, 1):
             chosen = [float(c["timestep"][0]) for c in kept.calls()[2 * slot : 2 * slot + 2]]
             assert len(set(chosen)) == 2
@@ -84,7 +84,7 @@ def test_two_calls_of_one_moment_stay_together() -> None:
     kept = Recorder(calls_apart, 1, seed=0)
     for time in (9.0, 8.0, 7.0):
         for condition in (0.0, 0.5):
-            kept.note(call(time + condition, samples=1), time)
+            kept.record(call(time + condition, samples=1), time)
     calls = kept.calls()
     assert len(calls) == 4  # two samples (rows), each with both calls of one moment
     for first, second in (calls[:2], calls[2:]):
@@ -186,7 +186,7 @@ def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
     with pytest.raises(DitqError, match=r"'processor' of the transformer cannot be kept"):
         statistics.save(tmp_path / "s.safetensors")
     with pytest.raises(DitqError, match="without its argument 'hidden_states'"):
-        recorder().note({"timestep": 3}, 3.0)
+        recorder().record({"timestep": 3}, 3.0)
 
 
 def test_padded_text_is_left_out() -> None:

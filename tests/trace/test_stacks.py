@@ -10,7 +10,7 @@ from helpers import example_inputs, tiny_model
 from torch import Tensor, nn
 
 from ditq.errors import DitqError
-from ditq.trace.arguments import filled, leaves, parameters
+from ditq.trace.arguments import filled, handed_over, leaves, parameters
 from ditq.trace.stacks import capture
 
 
@@ -144,3 +144,13 @@ def test_leaves_and_filled_are_inverse() -> None:
     value = {"a": 1, "b": (2, [3, None]), "c": {"d": 4}}
     assert leaves(value) == {"a": 1, "b.0": 2, "b.1.0": 3, "b.1.1": None, "c.d": 4}
     assert filled(value, {"b.1.0": 30, "c.d": 40}) == {"a": 1, "b": (2, [30, None]), "c": {"d": 40}}
+
+
+def test_outputs_that_become_arguments() -> None:
+    x, y, shared = torch.ones(1), torch.zeros(1), torch.ones(2)
+    before = {"x": torch.ones(1), "text": torch.ones(1), "rotary": (shared, 2)}
+    assert handed_over(before, (y, x), {"x": x, "text": y, "rotary": (shared, 2)}) == {"x": 1, "text": 0}
+    assert handed_over(before, (y, x), {"x": x, "text": y, "rotary": (shared, 3)}) == {}  # another value differs
+    assert handed_over(before, (y, x), {"x": x, "text": y, "rotary": (shared.clone(), 2)}) == {}  # another tensor
+    assert handed_over(before, (y, x), {"x": x, "text": y}) == {}
+    assert handed_over(before, (), before) == {}

@@ -16,6 +16,7 @@ from ditq.sampling import Samples
 from ditq.trace.arguments import bound
 from ditq.trace.blocks import on_device
 from ditq.trace.calls import Call, Recorder, call_time
+from ditq.trace.hooks import hooked
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,10 @@ def kept_moments(model: nn.Module, architecture: Architecture, moments: int, see
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = bound(model, type(model).__name__, args, kwargs)
-        recorder.note(call, call_time(architecture, call))
+        recorder.record(call, call_time(architecture, call))
 
-    handle = model.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with hooked(model, keep):
         yield recorder
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()

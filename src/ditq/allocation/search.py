@@ -1,4 +1,4 @@
-"""The whole search on a pipeline: draw the reference, span the space, run the strategy, return the plan."""
+"""The whole search on a pipeline: sample the reference, span the space, run the strategy, return the plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from ditq import digests
@@ -26,21 +25,27 @@ from ditq.conversion import draft, plan_layers
 from ditq.errors import DitqError, UsageError, unknown
 from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
-from ditq.sampling import Samples, batches, fingerprint, sample
+from ditq.sampling import Samples, Sampling, batches, condition_list, fingerprint, sample
 from ditq.trace.calls import Call, merged
+from ditq.trace.hooks import Before, all_hooked, hooked
 
 STRATEGIES = ("evolution", "random", "program", "uniform")
 ROUNDINGS = ("nearest", "recipe")
 
+# Packages of ditq that the fitness of a candidate depends on, besides those that sample.
+CODE = ("allocation", "calibration", "conversion", "metrics", "trace")
+
 # Added to the seed, so that neither calibration nor a comparison with the same seed sees the noise of the search.
 NOISE_OFFSET = 20_000
+
+SAMPLING = Sampling(batch_size=16)
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         plan: the best allocation, with the rounding that the recipe asks for; carry it out on a fresh pipeline.
@@ -50,6 +55,8 @@ class SearchResult:
         scale_overhead_bits: bits of scales and zero points for each quantized weight.
         scored: all individuals with their fitness.
         evaluated: how many of them this process evaluated.
+        component: which transformer of the pipeline.
+        others: results of the pipeline's other transformers, searched after this one.
     """
 
     plan: Plan
@@ -63,9 +70,21 @@ class SearchResult:
     scale_overhead_bits: float
     scored: tuple[Scored, ...]
     evaluated: int
+    component: str = "transformer"
+    others: tuple[SearchResult, ...] = ()
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """The plan of every transformer that was searched, by component."""
+        return {result.component: result.plan for result in (self, *self.others)}
 
     def summary(self) -> str:
-        """The result in three lines."""
+        """The result in three lines; of several transformers below the name of each."""
+        if not self.others:
+            return self._lines()
+        return "\n".join(f"{result.component}:\n{result._lines()}" for result in (self, *self.others))
+
+    def _lines(self) -> str:
         sizes = {size: self.genome.count(size) for size in sorted(set(self.genome))}
         groups = ", ".join(f"{count} of {size}" for size, count in sizes.items())
         return (
@@ -82,7 +101,9 @@ def search(
     architecture: Architecture,
     recipe: Recipe,
     conditions: Sequence[str],
+    sampling: Sampling = SAMPLING,
     *,
+    component: str = "transformer",
     strategy: str | Evolution = "evolution",
     trials: int = 500,
     sizes: Sequence[int] | None = None,
@@ -90,13 +111,9 @@ def search(
     fitness: Fitness = PREDICTION,
     moments: int = 1,
     rounding: Literal["nearest", "recipe"] = "recipe",
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    batch_size: int = 16,
     calibration: Sequence[str] | None = None,
     statistics: Statistics | None = None,
     storage: str | Path | None = None,
-    seed: int = 0,
     patience: float = study.PATIENCE,
     progress: Progress | None = None,
     on_trial: Callable[[int, int, float], None] | None = None,
@@ -107,7 +124,9 @@ def search(
     The pipeline is used up: its transformer is left as the best candidate.
 
     Args:
-        conditions: what every candidate draws, number i from the noise of one seed. Class names or prompts.
+        conditions: what every candidate samples, number i from the noise of one seed. Class names or prompts.
+        sampling: of the candidates; its seed also decides calibration and which individuals are made.
+        component: which transformer of the pipeline. What another one hands over to it is that one's as it is now.
         strategy: a name of ``STRATEGIES``, or an :class:`Evolution` with other numbers than the paper's.
         trials: candidates that are evaluated at most; ``program`` and ``uniform`` have few.
         sizes, budget: see :meth:`Space.of`.
@@ -123,44 +142,28 @@ def search(
     Raises:
         UsageError: an unknown strategy; no conditions; calibration is needed and there is nothing to calibrate with;
             see also :meth:`Space.of` and :func:`ditq.allocation.run`.
-        DitqError: every candidate draws NaN or Inf.
+        DitqError: every candidate draws NaN or Inf; or the transformer is never called in so few steps.
     """
-    if isinstance(strategy, str) and strategy not in STRATEGIES:
-        raise unknown("strategy", strategy, STRATEGIES)
-    if rounding not in ROUNDINGS:
-        raise unknown("rounding of candidates", rounding, ROUNDINGS)
-    if moments < 1:
-        raise UsageError(f"A fitness of outputs looks at 1 timestep of each picture at least, got moments={moments}.")
-    if trials < 1:
-        raise UsageError(f"A search needs at least 1 trial, got {trials}.")
-    model: nn.Module = pipe.transformer
-    nearest = recipe.model_copy(update={"rounding": "nearest"})
-    candidate = recipe if rounding == "recipe" else nearest
+    _check(strategy, rounding, moments, trials)
+    conditions, seed = condition_list(conditions), sampling.seed
+    model: nn.Module = getattr(pipe, component)
+    candidate = recipe if rounding == "recipe" else recipe.model_copy(update={"rounding": "nearest"})
     if statistics is None and (candidate.needs_calibration or strategy == "program"):
         if not calibration:
             raise UsageError("This search needs calibration: give prompts, or finished statistics.")
         statistics = calibrate(
-            pipe, architecture, calibration, recipe.calibration, seed=seed, resume=True,
+            pipe, architecture, calibration, recipe.calibration, component=component, seed=seed, resume=True,
             progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
         )  # fmt: skip
     layers = plan_layers(model, architecture, candidate, statistics, seed=seed, progress=progress)
     in_stacks = {linear.name for group in architecture.groups(model) for linear in group.linears}
     searched = [layer for layer in layers if layer.weight is not None and layer.name in in_stacks]
-    wanted = {x.name: {"rounding": x.rounding, "gptq": x.gptq} for x in draft(model, architecture, recipe)}
-    drawing: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed + NOISE_OFFSET}
-    whole = fingerprint(pipe)
-
-    def draw() -> Samples:
-        decode = fitness.sees == "pictures"
-        return sample(pipe, architecture, conditions, batch_size=batch_size, decode=decode, **drawing)
-
-    calls: list[Call] = []
-    with _counted_rows(model, searched) as rows:
-        if fitness.sees == "outputs":
-            calls = _moments(pipe, architecture, conditions, moments, batch_size, drawing)
-        else:
-            reference = draw()
-    before = outputs_of(model, calls)
+    asked = {x.name: {"rounding": x.rounding, "gptq": x.gptq} for x in draft(model, architecture, recipe)}
+    whole = fingerprint(pipe, code=CODE)
+    noise = sampling.shifted(NOISE_OFFSET)
+    rows, score = _scorer(pipe, component, architecture, conditions, noise, searched, fitness, moments)
+    if not any(rows.values()):
+        raise DitqError(f"{component} is not called in these sampling steps; search with more of them.")
     if progress:
         progress("reference", 1, 1)
     per_picture = {name: n / len(conditions) for name, n in rows.items()}
@@ -170,43 +173,95 @@ def search(
 
     def evaluate(genome: Genome) -> float:
         candidates.put(genome)
-        if fitness.sees == "outputs":
-            return fitness.score(before, outputs_of(model, calls))
-        return fitness.score(reference, draw())
+        return score()
 
     name = strategy if isinstance(strategy, str) else "evolution"
     identity = {
         "model and code": whole,
+        "component": component,
+        "architecture": digests.of_json(architecture.model_dump(mode="json")),
         "recipe": recipe.name,
         "layers": digests.of_json([layer.model_dump(mode="json") for layer in layers]),
         "statistics": "" if statistics is None else digests.of_json(_sums(statistics)),
-        "sizes": sorted({size for possible in space.choices for size in possible}),
-        "budget": space.budget,
-        "strategy": name,
-        "settings": digests.of_json(asdict(plan_of_search)) if is_dataclass(plan_of_search) else "",
-        "fitness": fitness.name,
-        "moments": moments if fitness.sees == "outputs" else None,
+        **_settings(space, plan_of_search, name, fitness, moments),
         "rounding": rounding,
-        "conditions": digests.of_json(list(conditions)),
-        "steps": steps,
-        "guidance scale": guidance_scale,
+        "conditions": digests.of_json(conditions),
+        "steps": sampling.steps,
+        "guidance scale": sampling.guidance_scale,
+        "arguments": digests.of_json(dict(sampling.arguments)),
         "seed": seed,
     }
-    found = study.run(
+    trials_done = study.run(
         space, plan_of_search, evaluate, trials=trials, seed=seed, storage=storage, identity=identity,
-        patience=patience, on_trial=on_trial,
+        name=study.NAME if component == "transformer" else f"{study.NAME}-{component}", patience=patience,
+        on_trial=on_trial,
     )  # fmt: skip
-    genome, value = found.best
+    genome, value = trials_done.best
     if not math.isfinite(value):
-        raise DitqError(f"All {len(found.scored)} candidates draw NaN or Inf; take more bits or another recipe.")
+        raise DitqError(f"All {len(trials_done.scored)} candidates draw NaN or Inf; take more bits or another recipe.")
     candidates.put(genome)
     chosen = {layer.name: layer for layer in space.planned(genome)}
-    best = [chosen.get(layer.name, layer).model_copy(update=wanted[layer.name]) for layer in layers]
+    best = [chosen.get(layer.name, layer).model_copy(update=asked[layer.name]) for layer in layers]
     plan = candidates.plan.model_copy(update={"folds": (), "layers": tuple(best)})
     return SearchResult(
         plan, candidates.plan, genome, value, fitness.name, name, space.cost(genome), space.budget,
-        scale_overhead_bits(plan), found.scored, found.evaluated,
+        scale_overhead_bits(plan), trials_done.scored, trials_done.evaluated, component,
     )  # fmt: skip
+
+
+def _settings(
+    space: Space, strategy: Evolution | Fixed, name: str, fitness: Fitness, moments: int
+) -> dict[str, str | int | float | list[int] | None]:
+    """The part of a study's identity that says how it searches."""
+    return {
+        "sizes": sorted({size for possible in space.choices for size in possible}),
+        "budget": space.budget,
+        "strategy": name,
+        "settings": digests.of_json(asdict(strategy)) if is_dataclass(strategy) else "",
+        "fitness": fitness.name,
+        "moments": moments if fitness.sees == "outputs" else None,
+    }
+
+
+def _check(strategy: str | Evolution, rounding: str, moments: int, trials: int) -> None:
+    if isinstance(strategy, str) and strategy not in STRATEGIES:
+        raise unknown("strategy", strategy, STRATEGIES)
+    if rounding not in ROUNDINGS:
+        raise unknown("rounding of candidates", rounding, ROUNDINGS)
+    if moments < 1:
+        raise UsageError(f"A fitness of outputs looks at 1 timestep of each picture at least, got moments={moments}.")
+    if trials < 1:
+        raise UsageError(f"A search needs at least 1 trial, got {trials}.")
+
+
+def _scorer(
+    pipe: Any,
+    component: str,
+    architecture: Architecture,
+    conditions: Sequence[str],
+    sampling: Sampling,
+    layers: Sequence[LayerPlan],
+    fitness: Fitness,
+    moments: int,
+) -> tuple[dict[str, int], Callable[[], float]]:
+    """Records what the model computes now, as the reference of the search.
+
+    Returns:
+        Rows (tokens) that each layer read meanwhile; and the fitness of what the model computes when it is called.
+    """
+    model: nn.Module = getattr(pipe, component)
+    if fitness.sees == "outputs":
+        with _counted_rows(model, layers) as rows:
+            calls = _moments(pipe, component, architecture, conditions, moments, sampling)
+        before = outputs_of(model, calls)
+        return rows, lambda: fitness.score(before, outputs_of(model, calls))
+
+    def drawn() -> Samples:
+        return sample(pipe, architecture, conditions, sampling, decode=fitness.sees == "pictures")
+
+    with _counted_rows(model, layers) as rows:
+        reference = drawn()
+    return rows, lambda: fitness.score(reference, drawn())
 
 
 def _strategy(
@@ -235,20 +290,20 @@ def _strategy(
 
 def _moments(
     pipe: Any,
+    component: str,
     architecture: Architecture,
     conditions: Sequence[str],
     moments: int,
-    batch_size: int,
-    drawing: dict[str, Any],
+    sampling: Sampling,
 ) -> list[Call]:
     """Kept calls along the trajectories of all pictures, those of one timestep side by side."""
     calls: list[Call] = []
     done = 0
-    for numbers in batches(pipe, conditions, batch_size):
-        batch, seed = [conditions[i] for i in numbers], drawing["seed"] + done
+    for numbers in batches(pipe, conditions, sampling.batch_size):
+        batch, noise = [conditions[i] for i in numbers], sampling.shifted(done)
         done += len(batch)
-        with kept_moments(pipe.transformer, architecture, moments, seed) as recorder:
-            sample(pipe, architecture, batch, batch_size=len(batch), decode=False, **{**drawing, "seed": seed})
+        with kept_moments(getattr(pipe, component), architecture, moments, noise.seed) as recorder:
+            sample(pipe, architecture, batch, noise.batch(len(batch)), decode=False)
         calls += recorder.calls()
     return merged(calls, architecture)
 
@@ -258,19 +313,19 @@ def _counted_rows(model: nn.Module, layers: Sequence[LayerPlan]) -> Iterator[dic
     """Rows (tokens) that each layer is called with inside."""
     rows = {layer.name: 0 for layer in layers}
 
-    def count(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def count(name: str) -> Before:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rows[name] += args[0].numel() // args[0].shape[-1]
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in rows]
-    try:
+    with all_hooked(hooked(model.get_submodule(name), count(name)) for name in rows):
         yield rows
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _sums(statistics: Statistics) -> dict[str, float]:
-    return {name: float(group.absmax.double().sum()) for name, group in statistics.groups.items()}
+def _sums(statistics: Statistics) -> dict[str, list[float]]:
+    """Of the statistics: of a group's maxima and sample, each."""
+    return {
+        name: [float(part.double().sum()) for part in (group.absmax, group.sample)]
+        for name, group in statistics.groups.items()
+    }

@@ -89,7 +89,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Trials:
-    """What a search has found.
+    """Results of a search.
 
     Attributes:
         scored: every individual with its fitness, in the order of slots.
@@ -114,6 +114,7 @@ def run(
     seed: int = 0,
     storage: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
+    name: str = NAME,
     patience: float = PATIENCE,
     on_trial: Callable[[int, int, float], None] | None = None,
 ) -> Trials:
@@ -126,20 +127,23 @@ def run(
         storage: a file, made if it is missing (on a folder that machines share, it is for all of them); or the URL
             of a database. None: memory.
         identity: what the fitness depends on. A storage with another identity is refused.
+        name: of the study; begins with :data:`NAME`. Studies of other such names may lie in the same storage.
         patience: seconds after which a process that shows no sign of life counts as dead.
         on_trial: called with (evaluated by all processes, trials, best fitness so far).
 
     Raises:
         UsageError: Optuna is not installed; the storage belongs to another search, or is no storage.
     """
-    study = open_study(storage, json.loads(json.dumps(identity or {})))
+    study = open_study(storage, json.loads(json.dumps(identity or {})), name)
     schedule = Schedule(strategy, space, seed)
     watch = _Watch(study, patience)
     done, reported = 0, -1
     with watch.beating():
         while True:
             slots = watch.slots()
-            values = {slot: t.value for slot, found in slots.items() for t in found if t.state.name == "COMPLETE"}
+            values = {
+                slot: t.value for slot, attempts in slots.items() for t in attempts if t.state.name == "COMPLETE"
+            }
             asked = [value for slot, value in values.items() if slot < trials]
             if on_trial and asked and len(asked) != reported:
                 reported = len(asked)
@@ -163,7 +167,7 @@ def run(
     return Trials(tuple((genome, values[slot]) for genome, slot in individuals if genome is not None), done)
 
 
-def open_study(storage: str | Path | None, identity: dict[str, Any]) -> optuna.Study:
+def open_study(storage: str | Path | None, identity: dict[str, Any], name: str = NAME) -> optuna.Study:
     """The study in a storage, made if there is none.
 
     Raises:
@@ -184,8 +188,8 @@ def open_study(storage: str | Path | None, identity: dict[str, Any]) -> optuna.S
         else:
             Path(storage).parent.mkdir(parents=True, exist_ok=True)
             where = JournalStorage(JournalFileBackend(str(storage)))
-        others = [name for name in optuna.get_all_study_names(where) if name != NAME]
-        options: dict[str, Any] = {"study_name": NAME, "load_if_exists": True, "sampler": _Given()}
+        others = [other for other in optuna.get_all_study_names(where) if not other.startswith(NAME)]
+        options: dict[str, Any] = {"study_name": name, "load_if_exists": True, "sampler": _Given()}
         study = None if others else optuna.create_study(storage=where, **options)
     except OSError as error:
         raise UsageError(f"The storage {storage} cannot be opened: {error}.") from error
@@ -266,7 +270,7 @@ class _Watch:
     ) -> tuple[optuna.Trial, Genome] | None:
         """A trial that is held and can be evaluated now; those that nobody needs are given back."""
         slots = self.slots() if self.held else {}
-        slot_of = {trial.number: slot for slot, found in slots.items() for trial in found}
+        slot_of = {trial.number: slot for slot, attempts in slots.items() for trial in attempts}
         for trial in list(self.held):
             slot = slot_of[trial.number]
             if any(t.number == trial.number and t.state.name == "FAIL" for t in slots[slot]):
@@ -287,11 +291,11 @@ class _Watch:
         self, schedule: Schedule, slots: Mapping[int, Sequence[Any]], values: Mapping[int, float], trials: int
     ) -> bool:
         """Whether there is a slot to take; gives failed ones out again."""
-        for slot, found in slots.items():
-            if slot < trials and all(t.state.name == "FAIL" for t in found) and _exists(schedule, slot, values):
+        for slot, attempts in slots.items():
+            if slot < trials and all(t.state.name == "FAIL" for t in attempts) and _exists(schedule, slot, values):
                 self._repeat(slot)
                 return True
-        if any(t.state.name == "WAITING" for found in slots.values() for t in found):
+        if any(t.state.name == "WAITING" for attempts in slots.values() for t in attempts):
             return True
         return not self.held and self.fresh < trials and _exists(schedule, self.fresh, values)
 

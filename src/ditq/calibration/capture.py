@@ -15,6 +15,7 @@ from ditq.calibration.statistics import GroupStatistics, Statistics
 from ditq.errors import DitqError
 from ditq.trace.arguments import bound
 from ditq.trace.calls import Recorder, attended, call_time
+from ditq.trace.hooks import Before, all_hooked, hooked
 
 # Rows of each linear's input that kept calls give for each of its channels, if the trajectories have as many: a
 # Hessian of K channels from R rows is off by about sqrt(K / R). The papers have more (Q-DiT on DiT-XL/2 28 rows a
@@ -48,7 +49,7 @@ class Capture:
         self.architecture, self.groups, self.rows, self.seed = architecture, groups, rows, seed
         self.timesteps: list[float] = []
         self.calls = 0
-        self._recorder, self._samples, self._wanted = Recorder(architecture, calls, seed), samples, 0.0
+        self._recorder, self._samples, self._calls_needed = Recorder(architecture, calls, seed), samples, 0.0
         self._mask: Tensor | None = None
         self._batch = 0
         self._turn = 0  # of the calls that make one moment under guidance by calls
@@ -59,16 +60,13 @@ class Capture:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Statistics are collected inside."""
-        handles = [model.register_forward_pre_hook(self._begin_call, with_kwargs=True)]
-        for group in self.groups:
-            for tensor in group.tensors:
-                module = model.get_submodule(tensor.name)
-                handles.append(module.register_forward_pre_hook(self._observer(group, tensor)))
-        try:
+        observers = (
+            hooked(model.get_submodule(tensor.name), self._observer(group, tensor))
+            for group in self.groups
+            for tensor in group.tensors
+        )
+        with hooked(model, self._begin_call), all_hooked(observers):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _begin_call(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = bound(model, type(model).__name__, args, kwargs)
@@ -79,19 +77,19 @@ class Capture:
         self._turn = (self._turn + 1) % max(1, len(self.architecture.guidance.order))
         if self.calls == 1 and self._recorder.keep:
             slots = self._recorder.slots
-            wanted = math.ceil(self._wanted * slots / (self._samples or slots))
-            self._recorder.keep = max(self._recorder.keep, wanted)
+            needed = math.ceil(self._calls_needed * slots / (self._samples or slots))
+            self._recorder.keep = max(self._recorder.keep, needed)
         self.calls += 1
-        self._recorder.note(call, time)
+        self._recorder.record(call, time)
         self._batch = len(call[self.architecture.forward.sample])
         mask = self.architecture.forward.text_mask
         self._mask = call.get(mask) if mask else None
 
-    def _observer(self, group: InputGroup, tensor: InputGroup) -> Any:
-        def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
+    def _observer(self, group: InputGroup, tensor: InputGroup) -> Before:
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0].detach()
             if self.calls == 1 and group.input.online != "text":  # text is the same at any time
-                self._wanted = max(self._wanted, ROWS_PER_INPUT * x.shape[-1] ** 2 / x.numel())
+                self._calls_needed = max(self._calls_needed, ROWS_PER_INPUT * x.shape[-1] ** 2 / x.numel())
             masks = {} if self._mask is None else self._conditions(self._mask)
             for condition, part in self._conditions(x).items():
                 self._record(group.name, condition, attended(part, masks.get(condition), tensor.text))
@@ -133,13 +131,13 @@ class Capture:
         """
         groups = {}
         for group in self.groups:
-            seen = self._absmax[group.name]
-            if not seen:
+            maxima = self._absmax[group.name]
+            if not maxima:
                 raise DitqError(f"Layer {group.name!r} was never called during calibration.")
-            conditions = sorted({condition for _, condition in seen})
-            nothing = torch.zeros_like(next(iter(seen.values())))  # of a moment that lacks a condition
+            conditions = sorted({condition for _, condition in maxima})
+            nothing = torch.zeros_like(next(iter(maxima.values())))  # of a moment that lacks a condition
             absmax = torch.stack(
-                [torch.stack([seen.get((t, c), nothing) for c in conditions]) for t in range(len(self.timesteps))]
+                [torch.stack([maxima.get((t, c), nothing) for c in conditions]) for t in range(len(self.timesteps))]
             )
             self._rows[group.name] = [torch.cat(self._rows[group.name])]  # in memory once, not twice
             groups[group.name] = GroupStatistics(

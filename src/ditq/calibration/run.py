@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ditq.architectures import Architecture, InputGroup
 from ditq.calibration.capture import Capture
 from ditq.calibration.statistics import Statistics, merge
+from ditq.errors import DitqError
 from ditq.recipe import Calibration
-from ditq.sampling import batches, cache_root, draws_videos, sample
+from ditq.sampling import Sampling, batches, cache_root, condition_list, draws_videos, fingerprint, sample
 
 # Added to the seed of every calibration, so that it never sees the noise that the same seed compares models with.
 NOISE_OFFSET = 10_000
 
 # What the samples of all layers' inputs may take together. A Latte-1 in float32 has 2.2 MB in a row of each.
 SAMPLE_BYTES = 2**30
+
+# Packages of ditq that statistics depend on, besides those that sample.
+CODE = ("calibration", "trace")
 
 Progress = Callable[[int, int], None]
 
@@ -47,42 +49,39 @@ def calibrate(
 
     Args:
         component: which transformer of the pipeline is watched.
-        cache: where finished batches are kept, below a name of everything that matters; by default
-            ``calibration`` in :func:`ditq.sampling.cache_root`.
-        resume: take finished batches from the cache instead of starting over.
+        cache: folder of finished batches, in a subfolder named after everything they depend on; by default
+            ``calibration`` in :func:`ditq.sampling.cache_root`. Several runs may share it.
+        resume: take finished batches from the cache; else all are computed again and replace those there.
         progress: called with (batches done, batches in all).
+
+    Raises:
+        UsageError: see :func:`ditq.sampling.condition_list` and :func:`ditq.sampling.sample`.
+        CheckpointError: a file of the cache is damaged.
+        DitqError: NaN or Inf in an activation, a layer that is never called, or a cache that cannot be written.
     """
-    seed += NOISE_OFFSET
-    prompts = list(prompts)[: settings.prompts]
+    prompts = condition_list(prompts)[: settings.prompts]
     size = _batch_size(pipe, settings)
+    sampling = Sampling(seed + NOISE_OFFSET, settings.steps, settings.guidance_scale, size, settings.arguments)
     together = [[prompts[i] for i in numbers] for numbers in batches(pipe, prompts, size)]
-    model, experts = getattr(pipe, component), (pipe.transformer, getattr(pipe, "transformer_2", None))
+    model = getattr(pipe, component)
     groups = architecture.groups(model)
-    folder = (cache or cache_root() / "calibration") / _key(
-        model, architecture, prompts, settings, seed, others=[x for x in experts if x is not None and x is not model]
-    )
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    key = _key(pipe, component, architecture, prompts, settings, sampling.seed)
+    folder = _folder(cache or cache_root() / "calibration", key)
     most = min(settings.rows, SAMPLE_BYTES // _bytes_of_a_row(model, groups))
     rows = max(1, most // (len(together) * settings.steps * 2))
     parts: list[Statistics] = []
-    drawn = 0
+    done = 0
     for i, batch in enumerate(together):
         path = folder / f"batch-{i:05d}.safetensors"
-        if path.exists():
+        if resume and path.exists():
             parts.append(Statistics.load(path))
         else:
-            capture = Capture(architecture, groups, rows, seed + i, settings.calls, len(prompts))
+            capture = Capture(architecture, groups, rows, sampling.seed + i, settings.calls, len(prompts))
             with capture.watching(model):
-                sample(
-                    pipe, architecture, batch, seed=seed + drawn, steps=settings.steps,
-                    guidance_scale=settings.guidance_scale, batch_size=len(batch), decode=False,
-                    **settings.arguments,
-                )  # fmt: skip
+                sample(pipe, architecture, batch, sampling.shifted(done).batch(len(batch)), decode=False)
             parts.append(capture.statistics())
             parts[-1].save(path)
-        drawn += len(batch)
+        done += len(batch)
         if progress:
             progress(i + 1, len(together))
     return merge(parts)
@@ -111,26 +110,29 @@ def _bytes_of_a_row(model: nn.Module, groups: Sequence[InputGroup]) -> int:
 
 
 def _key(
-    model: nn.Module,
-    architecture: Architecture,
-    prompts: list[str],
-    settings: Calibration,
-    seed: int,
-    others: Sequence[nn.Module] = (),
+    pipe: Any, component: str, architecture: Architecture, prompts: list[str], settings: Calibration, seed: int
 ) -> str:
-    """A name for the cache that changes with the weights, the prompts and every setting.
+    """A name that changes with everything that statistics depend on.
 
-    ``others`` draw as well, and may be quantized by now.
+    That is the whole pipeline (scheduler, text encoders, tokenizers, both experts, of which one may be quantized by
+    now), but not the weights of its decoder; the versions of the libraries and of ditq's own code; which transformer
+    is watched, and by which architecture file; prompts, settings and seed.
     """
-    digest = hashlib.sha256()
-    # One number a tensor is enough to tell two models apart, and cheap on large ones.
-    for one in (model, *others):
-        for name, p in one.named_parameters():
-            digest.update(f"{name} {tuple(p.shape)} {p.dtype} {p.detach().double().sum().item()!r}".encode())
-    for one in others:
-        plan = getattr(getattr(getattr(one, "config", None), "quantization_config", None), "plan", None)
-        digest.update(plan.hash().encode() if plan else b"16 bit")
+    digest = hashlib.sha256(fingerprint(pipe, code=CODE, unread={"vae"}).encode())
     watched = settings.model_dump(mode="json", exclude={"timesteps"})  # all are recorded, whichever count
-    digest.update(json.dumps([architecture.name, prompts, watched, seed]).encode())
-    digest.update(torch.__version__.encode())
+    content = [component, architecture.model_dump(mode="json"), prompts, watched, seed]
+    digest.update(json.dumps(content, sort_keys=True, default=repr).encode())
     return digest.hexdigest()[:16]
+
+
+def _folder(root: Path, key: str) -> Path:
+    """The folder of one key, made if it is missing. Nothing in it is deleted: another run may be reading it."""
+    folder = root / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DitqError(
+            f"The calibration cache {folder} cannot be made: {error.strerror or error}. Choose another folder with "
+            "cache=PATH (--cache PATH), or set DITQ_CACHE."
+        ) from error
+    return folder

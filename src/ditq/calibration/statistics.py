@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,13 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ditq.calibration.timesteps import normal_timesteps
-from ditq.errors import CheckpointError
+from ditq.digests import tensor_bytes
+from ditq.errors import CheckpointError, DitqError
 from ditq.files import atomic
 from ditq.plan import Timesteps
 from ditq.trace.calls import Call, from_plain, to_plain
 
+# Of the file; another one is not read.
+VERSION = 2
+
 # Before the names of tensors of calls; no layer is called so.
 _CALLS = "calls/"
+# Tensors of a group, in the order of the attributes of GroupStatistics.
+_PARTS = ("absmax", "sample", "sample_time")
 
 
 @dataclass
@@ -81,21 +89,28 @@ class Statistics:
         return Statistics(self.timesteps[chosen], groups, self.calls)
 
     def save(self, path: Path) -> None:
-        """Writes one safetensors file, under another name first: a killed run leaves no half of one."""
+        """Writes one safetensors file with a checksum, under another name first: a killed run leaves no half of one.
+
+        Raises:
+            DitqError: the file cannot be written; or a call has an argument that cannot be stored.
+        """
         tensors = {"timesteps": self.timesteps}
         for name, group in self.groups.items():
-            tensors[f"{name}/absmax"] = group.absmax
-            tensors[f"{name}/sample"] = group.sample
-            tensors[f"{name}/sample_time"] = group.sample_time
+            for part in _PARTS:
+                tensors[f"{name}/{part}"] = getattr(group, part)
         calls = []
         for i, call in enumerate(self.calls):
-            content, own = to_plain(call, f"{_CALLS}{i}")
+            content, stored = to_plain(call, f"{_CALLS}{i}")
             calls.append(content)
-            tensors |= own
+            tensors |= stored
+        info = {"version": VERSION, "calls": calls, "sha256": _checksum(tensors, calls)}
         # Calls of one moment may share tensors, which the format does not; samples, the large ones, never do.
         content = {k: v.clone().contiguous() if k.startswith(_CALLS) else v.contiguous() for k, v in tensors.items()}
-        with atomic(path) as temporary:
-            save_file(content, temporary, metadata={"ditq": json.dumps({"version": 1, "calls": calls})})
+        try:
+            with atomic(path) as temporary:
+                save_file(content, temporary, metadata={"ditq": json.dumps(info)})
+        except (OSError, SafetensorError) as error:
+            raise DitqError(f"Cannot write {path}: {error}. Free some space, or choose another folder.") from error
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
@@ -107,32 +122,30 @@ class Statistics:
         try:
             with safe_open(path, framework="pt") as stored:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-                content = json.loads((stored.metadata() or {}).get("ditq", "{}"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"The calibration file {path} cannot be read ({error}). Delete it and run again."
-            ) from error
-        try:
-            calls = [from_plain(call, tensors) for call in content.get("calls", [])]
+                info = json.loads(stored.metadata()["ditq"])
+            if info["version"] != VERSION:
+                raise ValueError(f"its version is {info['version']}")
+            if info["sha256"] != _checksum(tensors, info["calls"]):
+                raise ValueError("its checksum differs")
+            calls = [from_plain(call, tensors) for call in info["calls"]]
             timesteps = tensors.pop("timesteps")
-            tensors = {key: value for key, value in tensors.items() if not key.startswith(_CALLS)}
-            names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
-            groups = {
-                n: GroupStatistics(*(tensors[f"{n}/{part}"] for part in ("absmax", "sample", "sample_time")))
-                for n in names
-            }
-        except KeyError as error:
-            raise CheckpointError(f"The calibration file {path} lacks {error}. Delete it and run again.") from error
-        for name, group in groups.items():
-            if (
-                group.absmax.ndim != 3
-                or group.absmax.shape[0] != len(timesteps)
-                or group.sample.shape != (len(group.sample_time), group.absmax.shape[2])
-            ):
-                raise CheckpointError(
-                    f"The calibration file {path} has wrong shapes for {name!r}. Delete it and run again."
-                )
+            names = dict.fromkeys(key.rpartition("/")[0] for key in tensors if not key.startswith(_CALLS))
+            groups = {n: GroupStatistics(*(tensors[f"{n}/{part}"] for part in _PARTS)) for n in names}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"The calibration file {path} is damaged, or was not written by this version of ditq "
+                f"({type(error).__name__}: {error}). Delete it and run again."
+            ) from error
         return cls(timesteps, groups, calls)
+
+
+def _checksum(tensors: Mapping[str, Tensor], calls: list[Any]) -> str:
+    """SHA-256 over the names, shapes, dtypes and numbers of all tensors, and over the plain part of the calls."""
+    digest = hashlib.sha256(json.dumps(calls).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:

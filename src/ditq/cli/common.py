@@ -159,6 +159,11 @@ def pick_prompts(
     return prompts[:count] if count else prompts
 
 
+def plan_file(first: Path, component: str) -> Path:
+    """The plan file of a pipeline's second transformer, beside that of the first: ``NAME.transformer_2.json``."""
+    return first.with_name(f"{first.stem}.{component}.json")
+
+
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Callable[..., None] | None]:
     """A callback (stage, done, total, note="") that shows one bar a stage on stderr; None if quiet."""

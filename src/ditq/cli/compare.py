@@ -94,41 +94,45 @@ def compare(
     base = open_pipeline(reference, device, dtype)
     arch = pick_architecture(base, architecture)
     size, rate = size_arguments(base, frames=frames, height=height, width=width), pick_fps(fps, base)
-    wanted = pick_prompts(reference, base, arch, prompts, "evaluation", count)
+    chosen = pick_prompts(reference, base, arch, prompts, "evaluation", count)
     del base
     where = pick_device(device)
-    chosen = BASIC if metrics == "basic" else "all" if metrics == "all" else metrics.replace(" ", "").split(",")
+    measured = BASIC if metrics == "basic" else "all" if metrics == "all" else metrics.replace(" ", "").split(",")
     with progress_bars(quiet or as_json) as progress:
-        found = comparison.compare(
-            reference, quantized, wanted, seed=seed, steps=steps, guidance_scale=guidance, batch_size=batch_size,
-            arguments=size, architecture=arch, metrics=chosen, network=network, real=real,
+        result = comparison.compare(
+            reference, quantized, chosen, seed=seed, steps=steps, guidance_scale=guidance, batch_size=batch_size,
+            arguments=size, architecture=arch, metrics=measured, network=network, real=real,
             cache=PictureCache() if cached else None, explain=explain, device=where, dtype=pick_dtype(dtype, where),
             progress=progress,
         )  # fmt: skip
-    data = {"reference": reference, "quantized": quantized[0] if len(quantized) == 1 else quantized, **found.as_dict()}
+    data = {
+        "reference": reference,
+        "quantized": quantized[0] if len(quantized) == 1 else quantized,
+        **result.as_dict(),
+    }
     notes: list[str] = []
     if out_dir is not None:
-        given = {"--prompts": prompts, "--count": count, "--steps": steps, "--guidance": guidance, "--real": real,
+        passed = {"--prompts": prompts, "--count": count, "--steps": steps, "--guidance": guidance, "--real": real,
                  "--frames": frames, "--height": height, "--width": width, "--fps": fps,
                  "--architecture": architecture, "--batch-size": batch_size, "--metrics": metrics,
                  "--network": network, "--explain": explain, "--seed": seed, "--device": device, "--dtype": dtype,
                  "--out": out_dir}  # fmt: skip
-        options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
+        options = [text for name, value in passed.items() if value is not None for text in (name, str(value))]
         command = shlex.join(["ditq", "compare", reference, *quantized, *options])
-        report, pictures = found.report(command=command), found.pictures()
+        report, pictures = result.report(command=command), result.pictures()
         with new_folder(out_dir) as folder:
             if report.kind == "video":
                 report.sampler["fps"] = rate
                 notes += save_side_by_side(pictures, report.prompts, folder, rate)
             html.write(report, pictures, folder)
-            (folder / "values.json").write_text(json.dumps(found.measurement.values, indent=1))
+            (folder / "values.json").write_text(json.dumps(result.measurement.values, indent=1))
             overview(pictures, report.prompts).save(folder / "sheet.png")
             if card:
                 notes += [attach.attach(report, model, folder / "report.html") for model in report.models]
     if as_json:
         print_json(data)
     elif not quiet:
-        out.print(comparison_table(f"{len(wanted)} prompts, seed {seed}, mean and 95 % interval", found))
+        out.print(comparison_table(f"{len(chosen)} prompts, seed {seed}, mean and 95 % interval", result))
         for line in (*notes, *([f"report: {out_dir / 'report.html'}"] if out_dir else [])):
             out.print(line, markup=False)
 

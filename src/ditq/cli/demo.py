@@ -71,7 +71,7 @@ def demo(
     settings = Calibration(**sampler, prompts=VIDEO_CALIBRATION) if video else Calibration()
     recipes = VIDEO_RECIPES if video else RECIPES
     arch = architectures.match(pipe.transformer)
-    wanted = pick_prompts(model, pipe, arch, None, "evaluation", count or (12 if video else 16))
+    prompts = pick_prompts(model, pipe, arch, None, "evaluation", count or (12 if video else 16))
     calibration = pick_prompts(model, pipe, arch, None, "calibration")
     notes: list[str] = []
     with progress_bars(quiet) as progress, new_folder(out_dir, overwrite=True) as folder:
@@ -95,28 +95,28 @@ def demo(
 
             return make
 
-        found = compare(
-            model, {recipe: quantized(recipe) for recipe in recipes}, wanted, seed=seed, batch_size=16,
+        result = compare(
+            model, {recipe: quantized(recipe) for recipe in recipes}, prompts, seed=seed, batch_size=16,
             metrics="all", explain=1, progress=show, **sampler,
         )  # fmt: skip
-        report, pictures = found.report(command="ditq demo --video" if video else "ditq demo"), found.pictures()
+        report, pictures = result.report(command="ditq demo --video" if video else "ditq demo"), result.pictures()
         html.write(report, pictures, folder)
         labelled = dict(zip(("16 bit", *recipes), pictures.values(), strict=True))
-        overview(labelled, wanted).save(folder / "sheet.png")
+        overview(labelled, prompts).save(folder / "sheet.png")
         if video:
-            notes = save_side_by_side(labelled, wanted, folder)
-        (folder / "demo.json").write_text(json.dumps(found.as_dict(), indent=1))
+            notes = save_side_by_side(labelled, prompts, folder)
+        (folder / "demo.json").write_text(json.dumps(result.as_dict(), indent=1))
     seconds = time.perf_counter() - begin
     if not quiet:
-        title = f"{model}, {len(wanted)} held-out prompts, seed {seed}: closeness to 16 bit (± 95 %)"
+        title = f"{model}, {len(prompts)} held-out prompts, seed {seed}: closeness to 16 bit (± 95 %)"
         if video:
-            out.print(comparison_table(title, found))
+            out.print(comparison_table(title, result))
         else:
-            full = found.reference.transformer_bytes
+            full = result.reference.transformer_bytes
             table = [
-                (name, dict(found.measurement.scores[name]),
+                (name, dict(result.measurement.scores[name]),
                  f"{subject.transformer_bytes / 1e6:.1f} MB ({subject.transformer_bytes / full:.2f})")
-                for name, subject in found.models.items()
+                for name, subject in result.models.items()
             ]  # fmt: skip
             out.print(metrics_table(title, table))
         out.print(

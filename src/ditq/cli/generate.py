@@ -65,7 +65,7 @@ def generate(
     Example: ditq generate emoji-w4a8 --prompt "a noto style emoji of a red apple" --out pictures
     """
     from ditq.files import new_folder
-    from ditq.sampling import draws_videos, sample, size_arguments
+    from ditq.sampling import Sampling, draws_videos, sample, size_arguments
 
     pipe = open_pipeline(pipeline, device, dtype)
     arch = pick_architecture(pipe, architecture)
@@ -73,7 +73,7 @@ def generate(
     formats = pick_formats(file_format, video, type(pipe).__name__)
     rate = pick_fps(fps, pipe)
     size = size_arguments(pipe, frames=frames, height=height, width=width)
-    wanted = prompt or pick_prompts(pipeline, pipe, arch, prompts, "evaluation", 8)
+    chosen = prompt or pick_prompts(pipeline, pipe, arch, prompts, "evaluation", 8)
     with new_folder(out_dir) as folder, progress_bars(quiet) as progress:
         done = 0
 
@@ -81,21 +81,18 @@ def generate(
             nonlocal done
             done += n
             if progress:
-                progress("generate", done, len(wanted))
+                progress("generate", done, len(chosen))
 
-        drawn = sample(
-            pipe, arch, wanted, seed=seed, steps=steps, guidance_scale=guidance, batch_size=batch_size, on_batch=tick,
-            **size,
-        )  # fmt: skip
+        drawn = sample(pipe, arch, chosen, Sampling(seed, steps, guidance, batch_size, size), on_batch=tick)
         for i, image in enumerate(drawn.images):
             for suffix in formats:
                 _save(image, folder / f"{i:04d}.{suffix}", rate)
         if video:
-            _sheet_of_frames(drawn.images, wanted, folder / "sheet.png")
-        (folder / "prompts.txt").write_text("\n".join(map(str, wanted)) + "\n")
+            _sheet_of_frames(drawn.images, chosen, folder / "sheet.png")
+        (folder / "prompts.txt").write_text("\n".join(map(str, chosen)) + "\n")
     if not quiet:
         what = f"videos of {len(drawn.images[0])} frames" if video else "pictures"
-        out.print(f"{len(wanted)} {what} in {out_dir}", markup=False)
+        out.print(f"{len(chosen)} {what} in {out_dir}", markup=False)
 
 
 def pick_formats(asked: str | None, video: bool, pipeline: str) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from ditq.cli.common import (
     out,
     pick_architecture,
     pick_prompts,
+    plan_file,
     print_json,
     progress_bars,
 )
@@ -68,6 +69,7 @@ def quantize(
     if plan is not None and recipe is not None:
         raise UsageError("--plan says everything that --recipe would: give one of them.")
     job: Plan | Recipe = load(recipe or "viditq-w4a8").override(overrides or []) if plan is None else _read(plan)
+    of_second = None if plan is None else plan_file(plan, "transformer_2")  # ditq search writes one for each
     settings = None if isinstance(job, Recipe) else _recipe_of(job, overrides or []).calibration
     check_output(out_dir)  # before minutes of work, not after
     pipe = open_pipeline(pipeline, device, dtype)
@@ -82,6 +84,8 @@ def quantize(
             err.print(f"{' and '.join(idle)}: not used, as this needs no calibration.", markup=False, soft_wrap=True)
     results = {}
     for component in transformer_names(pipe):
+        if component == "transformer_2" and of_second is not None and of_second.is_file():
+            job = _read(of_second)
         with progress_bars(quiet or as_json) as progress:
             results[component] = api.quantize(
                 pipe, job, seed=seed, architecture=arch, component=component, progress=progress, **options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,22 +13,27 @@ from ditq.cli.common import (
     BatchSize,
     Device,
     Dtype,
+    Frames,
     Guidance,
+    Height,
     Pipeline,
     PromptFile,
     Quiet,
     Seed,
+    Width,
     open_pipeline,
     out,
     pick_architecture,
     pick_prompts,
+    plan_file,
     print_json,
     progress_bars,
 )
 
 if TYPE_CHECKING:
-    from ditq.allocation import Fitness
+    from ditq.allocation import Fitness, SearchResult
     from ditq.metrics.real import Real
+    from ditq.plan import Plan
 
 
 def search(
@@ -65,6 +70,9 @@ def search(
     ] = "recipe",
     steps: Annotated[int | None, typer.Option(help="Sampling steps of each picture.", min=1)] = 10,
     guidance_scale: Guidance = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
     batch_size: BatchSize = 16,
     storage: Annotated[
         str | None,
@@ -81,6 +89,10 @@ def search(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a recipe field, e.g. balance.fold=false.")
     ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(help="Search transformer or transformer_2 only; default: all that the pipeline has."),
+    ] = None,
     architecture: ArchitectureOption = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -90,14 +102,15 @@ def search(
 ) -> None:
     """Search a group size for every linear layer, within a budget of bit operations.
 
-    Run it again to go on after an interruption, or in several processes at once to share the work.
+    Run it again to go on after an interruption, or in several processes at once to share the work. A pipeline of two
+    transformers (Wan 2.2 A14B) gets a plan file for each: PLAN.json and PLAN.transformer_2.json.
 
     Example: ditq search bundled:emoji-class --recipe qdit-w4a4 --sizes 32,64,128,256 --out plan.json
     """
     from ditq import api
     from ditq.allocation import Evolution
-    from ditq.errors import DitqError, UsageError
-    from ditq.files import write_text
+    from ditq.errors import UsageError
+    from ditq.sampling import size_arguments
 
     if out_file.is_dir():
         raise UsageError(f"--out {out_file} is a folder; name the plan file.")
@@ -108,7 +121,8 @@ def search(
     numbers = Evolution(population, top_k, crossover, mutation, mutation_probability)
     pipe = open_pipeline(pipeline, device, dtype)
     arch = pick_architecture(pipe, architecture)
-    given = pick_prompts(pipeline, pipe, arch, prompts, "calibration")
+    calibration = pick_prompts(pipeline, pipe, arch, prompts, "calibration")
+    size = size_arguments(pipe, frames=frames, height=height, width=width)
     chosen = _fitness(fitness, pipeline, real, network)
     with progress_bars(quiet or as_json) as progress:
 
@@ -117,33 +131,48 @@ def search(
                 progress("search", done, total, f"best {best:.4g}")
 
         result = api.search(
-            pipe, recipe, [given[i % len(given)] for i in range(pictures)], overrides=overrides or [],
-            architecture=arch, strategy=numbers if strategy == "evolution" else strategy, trials=trials,
-            sizes=chosen_sizes, budget=budget, fitness=chosen, moments=moments,
-            rounding=rounding, steps=steps, guidance_scale=guidance_scale,
-            batch_size=batch_size, calibration=given, storage=storage or out_file.with_suffix(".search"), seed=seed,
-            progress=progress, on_trial=on_trial,
+            pipe, recipe, [calibration[i % len(calibration)] for i in range(pictures)], overrides=overrides or [],
+            architecture=arch, component=component, seed=seed, steps=steps, guidance_scale=guidance_scale,
+            batch_size=batch_size, arguments=size,
+            strategy=numbers if strategy == "evolution" else strategy, trials=trials, sizes=chosen_sizes,
+            budget=budget, fitness=chosen, moments=moments, rounding=rounding, calibration=calibration,
+            storage=storage or out_file.with_suffix(".search"), progress=progress, on_trial=on_trial,
         )  # fmt: skip
-    try:
-        write_text(out_file, result.plan.to_json() + "\n")
-    except OSError as error:
-        raise DitqError(f"Cannot write {out_file}: {error.strerror or error}.") from error
+    files = {result.component: out_file} | {x.component: plan_file(out_file, x.component) for x in result.others}
+    for name, plan in result.plans.items():
+        _write(plan, files[name])
     if as_json:
-        print_json(
-            {
-                "out": str(out_file), "hash": result.plan.hash(), "strategy": result.strategy,
-                "fitness": {"name": result.fitness_name, "value": result.fitness},
-                "bit_operations": result.bit_operations, "budget": result.budget,
-                "scale_overhead_bits": result.scale_overhead_bits,
-                "trials": len(result.scored), "evaluated": result.evaluated,
-                "group_sizes": {
-                    layer.name: layer.weight.group_size for layer in result.plan.quantized if layer.weight
-                },
-            }
-        )  # fmt: skip
+        more = {x.component: {"out": str(files[x.component]), **_json(x)} for x in result.others}
+        print_json({"out": str(out_file), **_json(result), **more})
     elif not quiet:
         out.print(result.summary(), markup=False)
+        for name in list(files)[1:]:
+            out.print(
+                f"the plan of {name} is in {files[name]}, which ditq quantize reads beside the first", markup=False
+            )
         out.print(f"saved to {out_file}; next: ditq quantize {pipeline} --plan {out_file} --out DIR", markup=False)
+
+
+def _json(result: SearchResult) -> dict[str, Any]:
+    return {
+        "hash": result.plan.hash(), "strategy": result.strategy,
+        "fitness": {"name": result.fitness_name, "value": result.fitness},
+        "bit_operations": result.bit_operations, "budget": result.budget,
+        "scale_overhead_bits": result.scale_overhead_bits,
+        "trials": len(result.scored), "evaluated": result.evaluated,
+        "group_sizes": {layer.name: layer.weight.group_size for layer in result.plan.quantized if layer.weight},
+    }  # fmt: skip
+
+
+def _write(plan: Plan, path: Path) -> None:
+    """Writes a plan file at once: an earlier plan stays whole until the new one is."""
+    from ditq.errors import DitqError
+    from ditq.files import write_text
+
+    try:
+        write_text(path, plan.to_json() + "\n")
+    except OSError as error:
+        raise DitqError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def _fitness(name: str, pipeline: str, real: Path | None, network: str) -> Fitness:

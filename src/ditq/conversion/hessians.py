@@ -8,7 +8,7 @@ code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from ditq.numerics import add_inputs, inverse_factor
 from ditq.plan import Gptq, LayerPlan
 from ditq.trace.blocks import BlockWalk
 from ditq.trace.calls import Call, attended, merged
+from ditq.trace.hooks import Before, all_hooked, hooked
 
 
 @dataclass(eq=False)
@@ -47,7 +48,7 @@ def walk_blocks(
     plans: Mapping[str, LayerPlan],
     scales: Mapping[str, Tensor | None],
     calls: Sequence[Call],
-    tell: Callable[[Call], None],
+    prepare: Callable[[Call], None],
 ) -> Iterator[tuple[str, Hessians]]:
     """Each block in the order of its call, with the Hessians of its layers that GPTQ rounds.
 
@@ -58,14 +59,14 @@ def walk_blocks(
             that are done may be taken out, and their float weights with them.
         scales: smoothing scale of each group, by its name.
         calls: kept calls of the transformer, see :class:`ditq.calibration.Statistics`.
-        tell: see :class:`BlockWalk`.
+        prepare: see :class:`BlockWalk`.
     """
     rounded = {
         block for block, own in groups.items()
         if any(plans[linear.name].rounding == "gptq" for group in own for linear in group.linears)
     }  # fmt: skip
     together = not any(_looks_beyond_rows(plan) for plan in plans.values())
-    walk = BlockWalk(model, list(groups), merged(calls, architecture, any_time=together), tell)
+    walk = BlockWalk(model, list(groups), merged(calls, architecture, any_time=together), prepare)
     for name in walk.order:
         hessians: Hessians = {}
         if rounded:  # some block from here on
@@ -109,8 +110,8 @@ def _observed(
     mask: list[Tensor | None],
 ) -> Iterator[None]:
     """Inside, inputs of linears add to their Hessians, and linears behind a folded norm compute what they should."""
-    handles = []
-    try:
+
+    def hooks() -> Iterator[AbstractContextManager[None]]:
         for scale, tensor in ((scales[group.name], tensor) for group in groups for tensor in group.tensors):
             shared: dict[Any, InputHessian] = {}
             for linear in tensor.linears:
@@ -121,15 +122,13 @@ def _observed(
                         width = plan.in_features
                         shared[key] = InputHessian(torch.zeros(width, width, device=linear.module.weight.device))
                         online = scale if plan.smooth and plan.smooth.folded is None else None
-                        hook = _observer(shared[key].matrix, plan, online, mask, tensor.text)
-                        handles.append(linear.module.register_forward_pre_hook(hook))
+                        yield hooked(linear.module, _observer(shared[key].matrix, plan, online, mask, tensor.text))
                     found[linear.name] = shared[key]
                 if plan.smooth and plan.smooth.folded and scale is not None:
-                    handles.append(linear.module.register_forward_pre_hook(_unfolded(scale)))
+                    yield hooked(linear.module, _unfolded(scale))
+
+    with all_hooked(hooks()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _observer(
@@ -138,18 +137,20 @@ def _observer(
     scale: Tensor | None,
     mask: list[Tensor | None],
     text: Literal["all", "last"] | None,
-) -> Any:
-    def observe(_: nn.Module, args: tuple[Any, ...]) -> None:
+) -> Before:
+    def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = attended(args[0], mask[0], text)
         add_inputs(hessian, balanced(rows, scale, plan.rotate, weight=False))
 
     return observe
 
 
-def _unfolded(scale: Tensor) -> Any:
+def _unfolded(scale: Tensor) -> Before:
     """The input as it was: the weight is multiplied by the scale only when it is quantized."""
 
-    def multiply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0] * scale.to(args[0].dtype), *args[1:])
+    def multiply(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (args[0] * scale.to(args[0].dtype), *args[1:]), kwargs
 
     return multiply

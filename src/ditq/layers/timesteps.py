@@ -11,8 +11,13 @@ from ditq.layers.quantized_linear import QuantizedLinear
 from ditq.plan import LayerPlan
 
 
+def timestep_of(value: Tensor | float) -> float:
+    """The timestep of a transformer call from its argument: a number, or a tensor whose first one counts."""
+    return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+
+
 class Clock(nn.Module):
-    """Knows the timestep of the transformer call in progress; one per model, told by a forward pre-hook."""
+    """Holds the timestep of the transformer call in progress; one per model, set by a forward pre-hook."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,14 +27,14 @@ class Clock(nn.Module):
     def attach(self, model: nn.Module, argument: str) -> None:
         """Reads ``argument`` (a number or a tensor of equal ones) before every forward of ``model``."""
         self.argument = argument
-        # A bound method, so that a deep copy of the model tells its own copy of the clock.
-        model.register_forward_pre_hook(self._tell, with_kwargs=True)
+        # A bound method, so that a deep copy of the model sets its own copy of the clock.
+        model.register_forward_pre_hook(self._set, with_kwargs=True)
 
-    def _tell(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _set(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = kwargs.get(self.argument)
         if value is None:
             raise ValueError(f"timestep-aware layers need the keyword argument {self.argument!r} of the transformer")
-        self.now = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+        self.now = timestep_of(value)
 
 
 class TimestepLinear(nn.Linear):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +15,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ditq.architectures import Architecture
+from ditq.components import plan_of, prefixed, transformers
+from ditq.errors import DitqError
 from ditq.metrics.fidelity import MAX_DB
 from ditq.plan import Plan
-from ditq.sampling import sample
+from ditq.sampling import Sampling, sample
+from ditq.sampling.sampling import DEFAULT
+from ditq.trace.calls import call_time
+from ditq.trace.hooks import After, all_hooked, hooked
 
 
 class LayerErrors(BaseModel):
@@ -26,7 +32,8 @@ class LayerErrors(BaseModel):
 
     Attributes:
         layers: names, in the order of the plan.
-        sqnr_db: [layers][timesteps], 10 log10(|y|^2 / |y - y_q|^2), at most 100.
+        sqnr_db: [layers][timesteps], 10 log10(|y|^2 / |y - y_q|^2), at most 100; None at timesteps at which the
+            transformer of the layer is not called (a pipeline of two experts).
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -34,7 +41,7 @@ class LayerErrors(BaseModel):
     layers: list[str]
     roles: list[str]
     timesteps: list[float]
-    sqnr_db: list[list[float]]
+    sqnr_db: list[list[float | None]]
     prompts: int
 
 
@@ -53,103 +60,159 @@ class StepTime(BaseModel):
     ratio_to_reference: float
 
 
+@dataclass
+class _Sums:
+    """Energies of every layer's output, and of its error, at every timestep; of one transformer."""
+
+    signal: dict[float, dict[str, Tensor]] = field(default_factory=dict)
+    noise: dict[float, dict[str, Tensor]] = field(default_factory=dict)
+
+    def add(self, t: float, name: str, y: Tensor, error: Tensor) -> None:
+        for sums, value in ((self.signal, y), (self.noise, error)):
+            at = sums.setdefault(t, {})
+            at[name] = at.get(name, torch.zeros(())) + value.square().sum().cpu()
+
+    def sqnr_db(self, t: float, name: str) -> float | None:
+        """None at a timestep at which the model was not called."""
+        return _db(self.signal[t].get(name), self.noise.get(t, {}).get(name)) if t in self.signal else None
+
+
 @torch.no_grad()
 def layer_errors(
     reference: Any,
-    quantized: nn.Module,
-    plan: Plan,
+    quantized: Any,
     architecture: Architecture,
     conditions: Sequence[str],
+    sampling: Sampling = DEFAULT,
     *,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    arguments: Mapping[str, Any] | None = None,
     runs: int = 7,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[LayerErrors, StepTime, StepTime]:
-    """Draws ``conditions`` by the 16-bit pipeline and gives each of its transformer calls to ``quantized`` too.
+    """Samples ``conditions`` by the 16-bit pipeline and gives each of its transformer calls to the quantized one too.
 
-    Layers kept in 16 bit are left out: a fold may have moved a scale into their weights.
+    Layers kept in 16 bit are left out: a fold may have moved a scale into their weights. Of two transformers, each
+    is compared with its counterpart, and layers of the second have its name before theirs.
 
     Args:
-        quantized: the quantized transformer; on the device of the reference.
-        arguments: of the pipeline's call.
-        runs: how often one call is timed for each model.
+        reference, quantized: pipelines with transformers of the same names, on one device.
+        sampling: all conditions go in one batch, whatever its batch size.
+        runs: how often one call of each transformer is timed for each pipeline.
         on_step: called with 1 after every transformer call.
 
     Returns:
-        The errors, and the times of one transformer call of the reference and of the quantized model.
+        The errors, and the times of one transformer call of the reference and of the quantized pipeline.
+
+    Raises:
+        DitqError: a transformer is never called in so few steps.
     """
-    model: nn.Module = reference.transformer
-    rows = {layer.name: layer.role for layer in plan.quantized}
-    rescaled = _carriers(architecture, model, plan)
-    signal: dict[float, dict[str, Tensor]] = {}
-    noise: dict[float, dict[str, Tensor]] = {}
+    sums: dict[str, _Sums] = {}
+    roles: dict[str, dict[str, str]] = {}
+    timed: list[TimedCall] = []
+    with ExitStack() as watched:
+        for component, model in transformers(reference).items():
+            if (other := transformers(quantized).get(component)) is None:
+                continue
+            plan = plan_of(other)
+            roles[component] = {layer.name: layer.role for layer in plan.quantized} if plan else {}
+            sums[component] = _Sums()
+            rescaled = _carriers(architecture, model, plan) if plan else set()
+            timed_call = _compared(model, other, architecture, roles[component], rescaled, sums[component], on_step)
+            timed.append(watched.enter_context(timed_call))
+        sample(reference, architecture, conditions, sampling.batch(len(conditions)))
+    if silent := [component for component, call in zip(sums, timed, strict=True) if not call.called]:
+        raise DitqError(f"{silent[0]} is not called in these sampling steps; sample with more of them.")
+    times = list(dict.fromkeys(t for one in sums.values() for t in one.signal))
+    rows = [(component, name) for component in sums for name in roles[component]]
+    errors = LayerErrors(
+        layers=[prefixed(component, name) for component, name in rows],
+        roles=[roles[component][name] for component, name in rows],
+        timesteps=times,
+        sqnr_db=[[sums[component].sqnr_db(t, name) for t in times] for component, name in rows],
+        prompts=len(conditions),
+    )
+    return errors, *step_times(timed, runs=runs)
+
+
+@contextmanager
+def _compared(
+    model: nn.Module,
+    quantized: nn.Module,
+    architecture: Architecture,
+    names: Iterable[str],
+    rescaled: Collection[str],
+    sums: _Sums,
+    on_step: Callable[[int], None] | None,
+) -> Iterator[TimedCall]:
+    """Inside, every call of ``model`` goes to ``quantized`` too; yields the first call, once there was one."""
     gains: dict[str, Tensor] = {}
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    first = TimedCall(model, quantized)
 
     def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not calls:
-            calls.append((args, kwargs))
+        if not first.called:
+            first.args, first.kwargs = args, kwargs
         outputs = dict(recorded)
         recorded.clear()
         quantized(*args, **kwargs)
-        value = kwargs.get(architecture.forward.time)
-        t = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value if value is not None else -1)
-        at_signal, at_noise = signal.setdefault(t, {}), noise.setdefault(t, {})
+        t = call_time(architecture, kwargs)
+        sums.signal.setdefault(t, {})
         for name, y in outputs.items():
             yq = recorded_quantized.pop(name)
             if name in rescaled:
                 if name not in gains:
                     gains[name] = (y * yq).sum(0) / yq.square().sum(0).clamp_min(1e-30)
                 yq = yq * gains[name]
-            at_signal[name] = at_signal.get(name, torch.zeros(())) + y.square().sum().cpu()
-            at_noise[name] = at_noise.get(name, torch.zeros(())) + (y - yq).square().sum().cpu()
+            sums.add(t, name, y, y - yq)
         if on_step:
             on_step(1)
 
-    with _recording(model, rows) as recorded, _recording(quantized, rows) as recorded_quantized:
-        handle = model.register_forward_hook(compare, with_kwargs=True)
-        try:
-            sample(
-                reference, architecture, conditions, seed=seed, steps=steps, guidance_scale=guidance_scale,
-                batch_size=len(conditions), **(arguments or {}),
-            )  # fmt: skip
-        finally:
-            handle.remove()
-    times = list(signal)
-    errors = LayerErrors(
-        layers=list(rows),
-        roles=list(rows.values()),
-        timesteps=times,
-        sqnr_db=[[_db(signal[t].get(name), noise[t].get(name)) for t in times] for name in rows],
-        prompts=len(conditions),
-    )
-    return errors, *step_times(model, quantized, *calls[0], runs=runs)
+    with (
+        _recording(model, names) as recorded,
+        _recording(quantized, names) as recorded_quantized,
+        hooked(model, after=compare),
+    ):
+        yield first
 
 
-def step_times(
-    reference: nn.Module, quantized: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], runs: int = 7
-) -> tuple[StepTime, StepTime]:
-    """Times one call of both models in turn: what slows this machine down slows both."""
+@dataclass
+class TimedCall:
+    """One call that both a 16-bit transformer and its quantized counterpart carry out."""
+
+    reference: nn.Module
+    quantized: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def called(self) -> bool:
+        """Whether there was a call."""
+        return bool(self.args or self.kwargs)
+
+
+def step_times(calls: Sequence[TimedCall], runs: int = 7) -> tuple[StepTime, StepTime]:
+    """Times one call of both sides in turn: what slows this machine down slows both.
+
+    Args:
+        calls: one of each transformer of the pipeline; the time of a call is their mean.
+    """
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(runs + 1):
-        for model, found in zip((reference, quantized), seconds, strict=True):
+        for side, measured in zip(("reference", "quantized"), seconds, strict=True):
             begin = time.perf_counter()
-            model(*args, **kwargs)
+            for call in calls:
+                getattr(call, side)(*call.args, **call.kwargs)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:  # the first one warms up
-                found.append(time.perf_counter() - begin)
-    batch = next(len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 1)
+                measured.append((time.perf_counter() - begin) / len(calls))
+    inputs = (*calls[0].args, *calls[0].kwargs.values())
+    batch = next(len(v) for v in inputs if isinstance(v, Tensor) and v.ndim > 1)
     base = statistics.median(seconds[0])
     first, second = (
         StepTime(
-            ms_median=statistics.median(found) * 1e3, ms_min=min(found) * 1e3, runs=runs, batch=batch,
-            ratio_to_reference=base / statistics.median(found),
+            ms_median=statistics.median(measured) * 1e3, ms_min=min(measured) * 1e3, runs=runs, batch=batch,
+            ratio_to_reference=base / statistics.median(measured),
         )
-        for found in seconds
+        for measured in seconds
     )  # fmt: skip
     return first, second
 
@@ -166,22 +229,18 @@ def _carriers(architecture: Architecture, model: nn.Module, plan: Plan) -> set[s
 
 
 @contextmanager
-def _recording(model: nn.Module, names: Sequence[str] | dict[str, str]) -> Iterator[dict[str, Tensor]]:
+def _recording(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """The outputs [rows, N] float32 of these layers in the latest call."""
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def keep(name: str) -> After:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             outputs[name] = output.detach().flatten(0, -2).float()
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
+    with all_hooked(hooked(model.get_submodule(name), after=keep(name)) for name in names):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _db(signal: Tensor | None, noise: Tensor | None) -> float:

@@ -7,8 +7,8 @@ static activations. Softmax, and its product with the values, stay in floats.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from ditq.errors import UsageError
 from ditq.numerics import Grid, fake_quantize
 from ditq.openvino.passes.attention import MOVES
 from ditq.recipe import Calibration
-from ditq.sampling import draws_videos, sample
+from ditq.sampling import Sampling, draws_videos, sample
+from ditq.trace.hooks import all_hooked, hooked
 
 GRID = Grid(bits=8, granularity="tensor")
 BOTTOM, TOP = GRID.code_range
@@ -42,9 +43,9 @@ class EveryAttention(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
-        query, key = self._change(given.pop("query"), given.pop("key"))
-        return func(query, key, given.pop("value"), *args[3:], **given)
+        named = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+        query, key = self._change(named.pop("query"), named.pop("key"))
+        return func(query, key, named.pop("value"), *args[3:], **named)
 
 
 @contextmanager
@@ -53,35 +54,30 @@ def observed(model: nn.Module, architecture: Architecture) -> Iterator[dict[str,
 
     Blocks that compute attention in another way than by torch's ``scaled_dot_product_attention`` are not in it.
     """
-    found: dict[str, list[tuple[float, float]]] = {}
-    current, place = [""], [0]
+    ranges: dict[str, list[tuple[float, float]]] = {}
+    block_name, index = [""], [0]
 
     def note(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        if current[0]:
-            largest, i = found.setdefault(current[0], []), place[0]
+        if block_name[0]:
+            largest, i = ranges.setdefault(block_name[0], []), index[0]
             before = largest[i] if i < len(largest) else (0.0, 0.0)
             largest[i : i + 1] = [(max(before[0], _largest(query)), max(before[1], _largest(key)))]
-            place[0] += 1
+            index[0] += 1
         return query, key
 
     def inside(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            current[0], place[0] = name, 0
+            block_name[0], index[0] = name, 0
 
         return hook
 
-    hooks = []
-    for stack in architecture.stacks:
-        blocks: Any = model.get_submodule(stack)
-        for i, block in enumerate(blocks):
-            hooks.append(block.register_forward_pre_hook(inside(f"{stack}.{i}")))
-            hooks.append(block.register_forward_hook(inside(""), always_call=True))
-    try:
-        with EveryAttention(note):
-            yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def blocks() -> Iterator[AbstractContextManager[None]]:
+        for stack in architecture.stacks:
+            for i, block in enumerate(cast(nn.ModuleList, model.get_submodule(stack))):
+                yield hooked(block, inside(f"{stack}.{i}"), inside(""), always=True)
+
+    with all_hooked(blocks()), EveryAttention(note):
+        yield ranges
 
 
 def drawn(
@@ -93,24 +89,24 @@ def drawn(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
-    """What :func:`observed` finds while a pipeline draws, with noise that no comparison draws from.
+    """The values that :func:`observed` collects while a pipeline samples, with noise that no comparison uses.
 
     Raises:
         UsageError: none of its blocks uses torch's attention.
     """
     model = getattr(pipe, component)
-    with observed(model, architecture) as found:
+    sampling = Sampling(seed + NOISE_OFFSET, Calibration().steps, batch_size=1 if draws_videos(pipe) else 8)
+    with observed(model, architecture) as ranges:
         sample(
-            pipe, architecture, conditions, seed=seed + NOISE_OFFSET, steps=Calibration().steps, decode=False,
-            batch_size=1 if draws_videos(pipe) else 8,
+            pipe, architecture, conditions, sampling, decode=False,
             on_batch=None if progress is None else lambda done: progress("calibrate attention", done, len(conditions)),
         )  # fmt: skip
-    if not found:
+    if not ranges:
         raise UsageError(
             f"{type(model).__name__} does not use torch's scaled_dot_product_attention; export it with "
             "attention='auto'."
         )
-    return found
+    return ranges
 
 
 @contextmanager

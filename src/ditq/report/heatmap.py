@@ -39,25 +39,30 @@ class Worst:
 
 def worst(errors: LayerErrors, count: int = 10) -> list[Worst]:
     """The layers with the lowest mean SQNR over timesteps, worst first."""
-    values = np.array(errors.sqnr_db)  # [layers, timesteps]
-    means = values.mean(1)
+    values = _decibels(errors)
+    means = np.nanmean(values, 1)
     return [
-        Worst(errors.layers[i], errors.roles[i], float(means[i]), int(i), int(values[i].argmin()))
+        Worst(errors.layers[i], errors.roles[i], float(means[i]), int(i), int(np.nanargmin(values[i])))
         for i in np.argsort(means, kind="stable")[:count]
     ]
 
 
+def _decibels(errors: LayerErrors) -> NDArray[np.float64]:
+    """[layers, timesteps]; NaN where a layer is not called."""
+    return np.array(errors.sqnr_db, dtype=np.float64)
+
+
 def shared_range(maps: Sequence[LayerErrors]) -> tuple[float, float]:
     """The decibels that the colours span, the same in all maps; a layer without error does not stretch it."""
-    values = np.concatenate([np.ravel(errors.sqnr_db) for errors in maps])
-    low, high = np.percentile(values, [0.5, 95])
+    values = np.concatenate([np.ravel(_decibels(errors)) for errors in maps])
+    low, high = np.nanpercentile(values, [0.5, 95])
     low = 5 * np.floor(low / 5)
     return float(low), float(max(low + 5, 5 * np.ceil(high / 5)))
 
 
 def colours(sqnr_db: NDArray[np.float64], low: float, high: float) -> NDArray[np.uint8]:
-    """Decibels of any shape to RGB; the lower, the brighter."""
-    badness = np.clip((high - sqnr_db) / (high - low), 0, 1) * (len(INFERNO) - 1)
+    """Decibels of any shape to RGB; the lower, the brighter. NaN, where a layer is not called, is no error."""
+    badness = np.clip((high - np.nan_to_num(sqnr_db, nan=high)) / (high - low), 0, 1) * (len(INFERNO) - 1)
     stops = np.arange(len(INFERNO))
     return np.stack([np.interp(badness, stops, INFERNO[:, c]) for c in range(3)], -1).round().astype(np.uint8)
 
@@ -67,14 +72,14 @@ def chart(errors: LayerErrors, low: float, high: float, name: str) -> str:
 
     The cells are one small picture, a pixel a cell, that the browser enlarges without smoothing.
     """
-    values = np.array(errors.sqnr_db)
+    values = _decibels(errors)
     layers, steps = values.shape
     row = min(14.0, max(1.5, 420 / layers))
     bottom = TOP + row * layers
     last = worst(errors, 1)[0]
     root = picture(
         WIDTH, bottom + 36, f"Error of every layer by timestep, {name}",
-        f"Mean signal to quantization noise {number(float(values.mean()), 1)} dB; worst layer {last.name} with "
+        f"Mean signal to quantization noise {number(float(np.nanmean(values)), 1)} dB; worst layer {last.name} with "
         f"{number(last.mean_db, 1)} dB",
     )  # fmt: skip
     element(root, "text", "block", class_="axis", x=2, y=12)

@@ -1,17 +1,20 @@
-"""Pictures and videos from diffusers pipelines: drawn with known noise, kept so that nobody draws them twice."""
+"""Images and videos from diffusers pipelines: sampled with known noise, and cached."""
 
 from ditq.folders import cache_root
 from ditq.sampling.cache import PictureCache
 from ditq.sampling.fingerprint import fingerprint
 from ditq.sampling.first_call import first_call
-from ditq.sampling.sample import Samples, batches, sample
+from ditq.sampling.sample import Samples, batches, condition_list, sample
+from ditq.sampling.sampling import Sampling
 from ditq.sampling.size import draws_videos, size_arguments
 
 __all__ = [
     "PictureCache",
     "Samples",
+    "Sampling",
     "batches",
     "cache_root",
+    "condition_list",
     "draws_videos",
     "fingerprint",
     "first_call",

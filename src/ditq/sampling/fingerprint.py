@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -11,26 +12,37 @@ from typing import Any
 import torch
 from torch import nn
 
+from ditq.components import plan_of
 from ditq.digests import tensor_bytes
 from ditq.environment import LIBRARIES, versions
 
-# What a config says about where a model came from, not about what it computes; and so do names with an underscore.
+# Fields of a config that say where a model came from, not what it computes; names with an underscore do so too.
 _ORIGIN = {"transformers_version", "architectures", "dtype", "quantization_config"}
+# Fields of a pipeline's config that decide no image: names of classes.
+_LABELS = {"id2label"}
+# Packages of ditq that every image depends on.
+_CODE = ("architectures", "engines", "layers", "models", "numerics", "sampling")
 
 
-def fingerprint(pipe: Any) -> str:
-    """SHA-256 (first 24 hex digits) over every component's class, config, tensors, dtype and device.
+def fingerprint(pipe: Any, *, code: tuple[str, ...] = (), unread: Collection[str] = ()) -> str:
+    """SHA-256 (first 24 hex digits) over a pipeline: its class, config, and every component.
 
-    A model in memory and the same model loaded from its folder have one fingerprint. The versions of the
-    libraries and ditq's own code belong to it: another kernel draws other pictures.
+    Of a component count its class, config, tensors, dtype and device. A model in memory and the same model loaded
+    from its folder have one fingerprint. The versions of the libraries and ditq's own code belong to it: another
+    kernel computes other images. Reads about 1 GB of weights a second.
+
+    Args:
+        code: packages of ditq that the cached values depend on besides those that sample.
+        unread: components whose tensors do not matter; their classes and configs still do.
     """
-    digest = hashlib.sha256(code_version().encode())
+    digest = hashlib.sha256(code_version(code).encode())
+    digest.update(f"{type(pipe).__qualname__} {_pipeline_config(pipe)}".encode())
     for name, component in sorted(pipe.components.items()):
         digest.update(f"{name} {type(component).__qualname__}".encode())
         digest.update(_config(component).encode())
-        if isinstance(component, nn.Module):
-            plan = getattr(getattr(component, "config", None), "quantization_config", None)
-            digest.update(f"{getattr(getattr(plan, 'plan', None), 'hash', str)()}".encode())
+        if isinstance(component, nn.Module) and name not in unread:
+            plan = plan_of(component)
+            digest.update((plan.hash() if plan else "").encode())
             for module in component.modules():  # graphs of another runtime have no tensors, but digests
                 digest.update(str(getattr(module, "digests", "")).encode())
             for key, tensor in sorted(component.state_dict().items()):
@@ -40,11 +52,11 @@ def fingerprint(pipe: Any) -> str:
 
 
 @cache
-def code_version() -> str:
+def code_version(more: tuple[str, ...] = ()) -> str:
     """Versions of the libraries that compute, this machine's instruction set, and a digest of ditq's own code."""
     own = hashlib.sha256()
     root = resources.files("ditq")
-    for folder in ("architectures", "engines", "layers", "numerics", "sampling"):
+    for folder in (*_CODE, *more):
         for path in sorted((root / folder).rglob("*.py")):  # type: ignore[attr-defined]
             own.update(path.read_bytes())
     libraries = [f"{name} {number}" for name, number in versions(*LIBRARIES).items()]
@@ -52,13 +64,22 @@ def code_version() -> str:
     return " ".join([*libraries, device, own.hexdigest()])
 
 
+def _pipeline_config(pipe: Any) -> str:
+    """Settings of the pipeline itself, such as where the second expert of Wan 2.2 takes over."""
+    values = dict(getattr(pipe, "config", {}))
+    return _json({k: v for k, v in values.items() if k not in pipe.components and k not in _LABELS})
+
+
 def _config(component: Any) -> str:
     if hasattr(component, "get_vocab"):  # a tokenizer
-        return json.dumps([sorted(component.get_vocab().items()), repr(component.special_tokens_map)])
+        limits = [component.model_max_length, component.padding_side]
+        return json.dumps([sorted(component.get_vocab().items()), repr(component.special_tokens_map), limits])
     config = getattr(component, "config", None)
     if config is None:
         return ""
     values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return json.dumps(
-        {k: v for k, v in sorted(values.items()) if k not in _ORIGIN and k[0] != "_"}, default=repr, sort_keys=True
-    )
+    return _json({k: v for k, v in values.items() if k not in _ORIGIN})
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps({k: v for k, v in sorted(values.items()) if k[0] != "_"}, default=repr, sort_keys=True)

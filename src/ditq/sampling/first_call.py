@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,8 +11,12 @@ from torch import nn
 
 from ditq.architectures import Architecture
 from ditq.sampling.sample import batches, call_arguments, quiet, resolve_conditions
+from ditq.sampling.sampling import Sampling
+from ditq.trace.calls import Call
+from ditq.trace.hooks import hooked
 
-Call = dict[str, Any]
+# The first call is the same in any number of steps, but for its timestep.
+_SHORT = Sampling(steps=2)
 
 
 class _Recorded(Exception):  # noqa: N818 - ends a pipeline call early, nothing went wrong
@@ -19,30 +24,21 @@ class _Recorded(Exception):  # noqa: N818 - ends a pipeline call early, nothing 
 
 
 @torch.no_grad()
-def first_call(
-    pipe: Any, architecture: Architecture, conditions: Sequence[str], arguments: Mapping[str, Any] | None = None
-) -> Call:
+def first_call(pipe: Any, architecture: Architecture, conditions: Sequence[str], sampling: Sampling = _SHORT) -> Call:
     """The keyword arguments of the first call of a pipeline's transformer, which is not carried out.
 
     Args:
-        conditions: what to draw at once, prompts or names or numbers of classes; as many of them as go together.
-        arguments: of the pipeline's call.
+        conditions: prompts, or names or numbers of classes; as many of them as go together in one batch.
+        sampling: its seed and batch size are not used.
     """
-    found: list[Call] = []
+    recorded: list[Call] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append({**dict(zip([architecture.forward.sample], args, strict=False)), **kwargs})
+        recorded.append({**dict(zip([architecture.forward.sample], args, strict=False)), **kwargs})
         raise _Recorded
 
-    hook = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
-    try:
-        resolved = resolve_conditions(pipe, architecture, conditions)
-        first = [resolved[i] for i in batches(pipe, resolved, len(resolved))[0]]
-        with quiet(pipe):
-            chosen = call_arguments(pipe, architecture, first, steps=2, guidance_scale=None)
-            pipe(**{**chosen, **(arguments or {})})
-    except _Recorded:
-        pass
-    finally:
-        hook.remove()
-    return found[0]
+    resolved = resolve_conditions(pipe, architecture, conditions)
+    first = [resolved[i] for i in batches(pipe, resolved, len(resolved))[0]]
+    with hooked(pipe.transformer, stop, first=True), quiet(pipe), suppress(_Recorded):
+        pipe(**call_arguments(pipe, architecture, first, sampling))
+    return recorded[0]

@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ditq.architectures import Architecture
 from ditq.errors import UsageError
 from ditq.sampling.cache import PictureCache, Sample
 from ditq.sampling.fingerprint import fingerprint
+from ditq.sampling.sampling import DEFAULT, Sampling
 
 
 @dataclass
@@ -51,14 +52,32 @@ class Samples:
         return not isinstance(self.images[0], Image.Image)
 
 
+def condition_list(conditions: Sequence[str]) -> list[str]:
+    """Prompts or classes as a list, checked.
+
+    Raises:
+        UsageError: a single string, which would be taken for a list of its letters; there is none, or one is blank.
+    """
+    if isinstance(conditions, str):
+        raise UsageError(
+            f"prompts must be a list of strings, got the string {conditions!r}: pass prompts=[{conditions!r}]."
+        )
+    chosen = list(conditions)
+    if not chosen:
+        raise UsageError("There are no prompts. Give at least one, or a file with one prompt a line.")
+    for i, condition in enumerate(chosen):
+        if not str(condition).strip():
+            raise UsageError(f"Prompt {i + 1} of {len(chosen)} is empty: {condition!r}. Leave it out, or write one.")
+    return chosen
+
+
 def resolve_conditions(pipe: Any, architecture: Architecture, conditions: Sequence[str]) -> list[Any]:
     """What the pipeline takes for each condition: the prompt itself, or the number of a class.
 
     Raises:
-        UsageError: there is none, one is empty, or the pipeline knows no class of that name.
+        UsageError: see :func:`condition_list`; or the pipeline has no class of that name.
     """
-    if not conditions:
-        raise UsageError("There are no prompts. Give at least one, or a file with one prompt a line.")
+    conditions = condition_list(conditions)
     if architecture.pipeline.condition == "prompt":
         return list(conditions)
     labels: dict[str, int] = getattr(pipe, "labels", None) or {}
@@ -84,59 +103,57 @@ def sample(
     pipe: Any,
     architecture: Architecture,
     conditions: Sequence[str],
+    sampling: Sampling = DEFAULT,
     *,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    batch_size: int = 8,
     on_batch: Callable[[int], None] | None = None,
     cache: PictureCache | None = None,
     decode: bool = True,
-    **overrides: Any,
 ) -> Samples:
-    """Draws one picture or video for each condition; number i starts from the noise of seed ``seed + i``.
+    """One image or video for each condition; number i starts from the noise of seed ``sampling.seed + i``.
 
-    Nothing depends on the batch size, up to rounding. ``overrides`` go to the pipeline's call. With a ``cache``,
-    what it holds for this pipeline, condition, seed and sampler is not drawn again (whatever the batch size
-    was), and what is drawn is added batch by batch, so that an interrupted run goes on from there.
+    Args:
+        conditions: prompts, or names or numbers of classes.
+        on_batch: called with the number of images of every finished batch.
+        cache: what it holds for this pipeline, condition, seed and sampler is not sampled again, whatever the batch
+            size was; new images are added batch by batch, so that an interrupted run goes on from there.
+        decode: False skips the decoder of pipelines that can do without: images are None, and not cached.
 
-    ``decode=False`` spares the pipeline's decoder, where it can do without: pictures are None, and not cached.
+    Raises:
+        UsageError: see :func:`resolve_conditions` and :func:`call_arguments`.
     """
     if not decode:
-        cache, overrides = None, {**overrides, "output_type": "latent"}
+        cache, sampling = None, replace(sampling, arguments={**sampling.arguments, "output_type": "latent"})
+    conditions = condition_list(conditions)
     resolved = resolve_conditions(pipe, architecture, conditions)
-    seeds = list(range(seed, seed + len(resolved)))
-    found: dict[int, Sample] = {}
+    seeds = list(range(sampling.seed, sampling.seed + len(resolved)))
+    done: dict[int, Sample] = {}
     keys: list[str] = []
     identity = ""
     if cache is not None:
         identity = fingerprint(pipe)
-        sampler = {"steps": steps, "guidance_scale": guidance_scale, **overrides}
-        keys = [cache.key(identity, c, s, sampler) for c, s in zip(resolved, seeds, strict=True)]
-        found = {i: hit for i, key in enumerate(keys) if (hit := cache.get(key)) is not None}
-        if on_batch and found:
-            on_batch(len(found))
-    missing = [i for i in range(len(resolved)) if i not in found]
+        keys = [cache.key(identity, c, s, sampling.sampler) for c, s in zip(resolved, seeds, strict=True)]
+        done = {i: hit for i, key in enumerate(keys) if (hit := cache.get(key)) is not None}
+        if on_batch and done:
+            on_batch(len(done))
+    missing = [i for i in range(len(resolved)) if i not in done]
     with quiet(pipe):
-        for numbers in batches(pipe, [resolved[i] for i in missing], batch_size):
+        for numbers in batches(pipe, [resolved[i] for i in missing], sampling.batch_size):
             batch = [missing[n] for n in numbers]
-            kwargs = call_arguments(
-                pipe, architecture, [resolved[i] for i in batch], steps=steps, guidance_scale=guidance_scale
-            )
+            kwargs = call_arguments(pipe, architecture, [resolved[i] for i in batch], sampling)
             kwargs["generator"] = [torch.Generator("cpu").manual_seed(seeds[i]) for i in batch]
             before = time.perf_counter()
             with torch.no_grad(), recorded_steps(pipe, len(batch)) as recorded:
-                output = pipe(**{**kwargs, **overrides})
+                output = pipe(**kwargs)
             seconds = (time.perf_counter() - before) / len(batch)
             trajectory = torch.stack(recorded.latents, dim=1)
             pictures = _pictures(output) if decode else [None] * len(batch)
             for row, (i, picture) in enumerate(zip(batch, pictures, strict=True)):
-                found[i] = Sample(picture, trajectory[row], recorded.timesteps, seconds)
+                done[i] = Sample(picture, trajectory[row], recorded.timesteps, seconds)
                 if cache is not None:
-                    cache.put(keys[i], found[i])
+                    cache.put(keys[i], done[i])
             if on_batch:
                 on_batch(len(batch))
-    drawn = [found[i] for i in range(len(resolved))]
+    drawn = [done[i] for i in range(len(resolved))]
     return Samples(
         list(conditions), seeds, [d.picture for d in drawn], torch.stack([d.trajectory for d in drawn]),
         drawn[0].timesteps, [d.seconds for d in drawn], identity,
@@ -187,23 +204,25 @@ def call_arguments(
     pipe: Any,
     architecture: Architecture,
     batch: list[Any],
-    *,
-    steps: int | None,
-    guidance_scale: float | None,
+    sampling: Sampling,
 ) -> dict[str, Any]:
-    """Keyword arguments of one pipeline call; what is None is left to the pipeline's default.
+    """Keyword arguments of one pipeline call but its noise; what is None is left to the pipeline's default.
 
     Args:
-        batch: what goes together in one call, see :func:`batches`.
+        batch: resolved conditions that go together in one call, see :func:`batches`.
+        sampling: its ``arguments`` override what is chosen here.
+
+    Raises:
+        UsageError: PixArt in one step.
     """
-    if steps == 1 and "PixArt" in type(pipe).__name__:
+    if sampling.steps == 1 and "PixArt" in type(pipe).__name__:
         raise UsageError("PixArt's pipelines cannot sample in one step; ask for at least 2.")
     accepted = inspect.signature(pipe.__call__).parameters
     kwargs: dict[str, Any] = {architecture.pipeline.condition: batch}
-    if steps is not None:
-        kwargs["num_inference_steps"] = steps
-    if guidance_scale is not None:
-        kwargs["guidance_scale"] = guidance_scale
+    if sampling.steps is not None:
+        kwargs["num_inference_steps"] = sampling.steps
+    if sampling.guidance_scale is not None:
+        kwargs["guidance_scale"] = sampling.guidance_scale
     if "use_resolution_binning" in accepted and pipe.transformer.config.sample_size not in (32, 64, 128):
         # PixArt's pipelines round every size to tables of their published resolutions, by default.
         kwargs["use_resolution_binning"] = False
@@ -221,7 +240,7 @@ def call_arguments(
         kwargs["clean_caption"] = False
     if _cuts_single_texts(pipe):
         kwargs |= {**_texts_as_single(pipe, kwargs["prompt"]), "prompt": None, "negative_prompt": None}
-    return kwargs
+    return {**kwargs, **sampling.arguments}
 
 
 @contextmanager

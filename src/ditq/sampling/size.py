@@ -28,18 +28,18 @@ def size_arguments(
     """
     kind, name = type(pipe).__name__, _frames_argument(pipe)
     accepted = inspect.signature(pipe.__call__).parameters
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if frames is not None:
         if not draws_videos(pipe):
             raise UsageError(f"{kind} draws pictures, which have no frames; --frames is for pipelines of videos.")
         _check_frames(pipe, frames)
-        found |= {name: frames} if name else {}
+        arguments |= {name: frames} if name else {}
     for side, pixels in (("height", height), ("width", width)):
         if pixels is not None:
             if side not in accepted:
                 raise UsageError(f"{kind} draws one size, that of its transformer; leave out --{side}.")
-            found[side] = pixels
-    return found
+            arguments[side] = pixels
+    return arguments
 
 
 def _frames_argument(pipe: Any) -> str | None:

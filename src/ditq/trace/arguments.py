@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ def parameters(module: nn.Module) -> tuple[str, ...]:
 def bound(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call by the names of the module's forward, defaults included.
 
-    Numbers and None that only ``*args`` takes are left out: a transformer gives them to all kinds of its blocks,
-    and those that take them so do not use them (HunyuanVideo).
+    Numbers and None that only ``*args`` takes are left out: HunyuanVideo passes them to all kinds of its blocks, and
+    those that take them so do not use them.
 
     Raises:
         DitqError: some have no name.
@@ -46,10 +46,10 @@ def leaves(value: Any, name: str = "") -> Leaves:
         items = enumerate(value)
     else:
         return {name: value}
-    found: Leaves = {}
+    flat: Leaves = {}
     for key, inner in items:
-        found |= leaves(inner, f"{name}.{key}" if name else str(key))
-    return found
+        flat |= leaves(inner, f"{name}.{key}" if name else str(key))
+    return flat
 
 
 def filled(value: Any, new: Mapping[str, Any], name: str = "") -> Any:
@@ -61,6 +61,25 @@ def filled(value: Any, new: Mapping[str, Any], name: str = "") -> Any:
     return new.get(name, value)
 
 
-def same(a: Any, b: Any) -> bool:
+def handed_over(before: Mapping[str, Any], outputs: Sequence[Any], after: Mapping[str, Any]) -> dict[str, int]:
+    """Which output of a block becomes which argument of the next one.
+
+    Args:
+        before, after: arguments of the two blocks, nested or flat.
+        outputs: what the first block returned.
+
+    Returns:
+        ``{leaf of the arguments: number of the output}``; empty where the second block takes no output, or where
+        another argument differs between the two, so that outputs alone do not make the second call.
+    """
+    earlier, later = leaves(before), leaves(after)
+    number = {id(output): i for i, output in enumerate(outputs)}
+    link = {name: number[id(value)] for name, value in later.items() if id(value) in number}
+    if earlier.keys() != later.keys():
+        return {}
+    return link if all(_same(later[name], earlier[name]) for name in later.keys() - link.keys()) else {}
+
+
+def _same(a: Any, b: Any) -> bool:
     """Whether two leaves are one tensor, or equal plain values."""
     return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else bool(a == b)

@@ -1,17 +1,18 @@
-"""Runs kept calls through a transformer block by block, so that a block sees what changed blocks before it give."""
+"""Replays recorded calls block by block, feeding each block the outputs of the already changed ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ditq.errors import DitqError
-from ditq.trace.arguments import Leaves, bound, filled, leaves, same
+from ditq.trace.arguments import bound, filled, handed_over, leaves
 from ditq.trace.calls import Call
+from ditq.trace.hooks import all_hooked, hooked
 
 
 class _Reached(Exception):  # noqa: N818 - ends a call of the model early, nothing went wrong
@@ -21,7 +22,7 @@ class _Reached(Exception):  # noqa: N818 - ends a call of the model early, nothi
 class BlockWalk:
     """A walk over blocks in the order the model calls them: ``enter`` one, ``run`` it, change it, enter the next.
 
-    Where all that a block gets comes from the block before it, outputs are handed over; elsewhere (the first
+    Where every argument of a block comes from the block before it, outputs are handed over; elsewhere (the first
     block, another kind of block, an architecture that computes between blocks) the model runs up to the block.
 
     Attributes:
@@ -32,17 +33,17 @@ class BlockWalk:
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], calls: Sequence[Call], tell: Callable[[Call], None]
+        self, model: nn.Module, names: Sequence[str], calls: Sequence[Call], prepare: Callable[[Call], None]
     ) -> None:
-        """``tell`` is called before a block runs by itself, for what only the model's own call would set."""
-        self.model, self.calls, self._tell = model, calls, tell
+        """``prepare`` is called before a block runs by itself, to set what only the model's own call would set."""
+        self.model, self.calls, self._prepare = model, calls, prepare
         self.order, self._links = _probe(model, names, on_device(calls[0], model))
         self._at: str | None = None
         self._inputs: list[Call] = []
 
     @torch.no_grad()
     def enter(self, name: str) -> None:
-        """Makes ready to run block ``name``; blocks before it must have been changed by now."""
+        """Prepares block ``name`` for :meth:`run`; blocks before it must have been changed by now."""
         before, self._at = self._at, name
         link = self._links.get(name)
         if link is not None and before == self.order[self.order.index(name) - 1]:
@@ -55,7 +56,7 @@ class BlockWalk:
             self._inputs.append(_on_cpu(bound(block, name, args, kwargs)))
             raise _Reached
 
-        with _hooked(block, stop):
+        with hooked(block, stop, first=True):
             for call in self.calls:
                 try:
                     self.model(**on_device(call, self.model), return_dict=False)
@@ -71,7 +72,7 @@ class BlockWalk:
                 self._outputs(self._at, i)
 
     def _outputs(self, name: str, i: int) -> tuple[Tensor, ...]:
-        self._tell(self.calls[i])
+        self._prepare(self.calls[i])
         output = self.model.get_submodule(name)(**on_device(self._inputs[i], self.model))
         return output if isinstance(output, tuple) else (output,)
 
@@ -84,51 +85,31 @@ class BlockWalk:
 
 @torch.no_grad()
 def _probe(model: nn.Module, names: Sequence[str], call: Call) -> tuple[list[str], dict[str, dict[str, int]]]:
-    """The order of the blocks; and for each that gets all from the one before, which argument is which output."""
+    """The order of the blocks; and for each whose arguments all come from the one before, which output is which."""
     order: list[str] = []
-    given: list[Leaves] = []
+    arguments: list[Call] = []
     returned: list[tuple[Any, ...]] = []
 
-    def watch(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    def watch(name: str) -> AbstractContextManager[None]:
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             order.append(name)
-            given.append(leaves(bound(block, name, args, kwargs)))
+            arguments.append(bound(block, name, args, kwargs))
 
-        def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             returned.append(output if isinstance(output, tuple) else (output,))
 
-        return before, after
+        return hooked(model.get_submodule(name), before, after, first=True)
 
-    with ExitStack() as hooks:
-        for name in names:
-            hooks.enter_context(_hooked(model.get_submodule(name), *watch(name)))
+    with all_hooked(watch(name) for name in names):
         model(**call, return_dict=False)
     if sorted(order) != sorted(names):
         odd = next(name for name in [*names, *order] if order.count(name) != 1)
         raise DitqError(
             f"The model calls block {odd!r} {order.count(odd)} times, not once: it cannot be run by blocks."
         )
-    links = {}
-    for name, before, outputs, here in zip(order[1:], given, returned, given[1:], strict=False):
-        index = {id(output): i for i, output in enumerate(outputs)}
-        link = {leaf: index[id(value)] for leaf, value in here.items() if id(value) in index}
-        rest = here.keys() - link.keys()
-        if link and here.keys() == before.keys() and all(same(here[leaf], before[leaf]) for leaf in rest):
-            links[name] = link
-    return order, links
-
-
-@contextmanager
-def _hooked(block: nn.Module, before: Any, after: Any = None) -> Iterator[None]:
-    # Before ditq's own hooks (the folded modulation), which belong to the block.
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True, prepend=True)]
-    if after is not None:
-        handles.append(block.register_forward_hook(after))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    pairs = zip(order[1:], arguments, returned, arguments[1:], strict=False)
+    links = {name: handed_over(before, outputs, after) for name, before, outputs, after in pairs}
+    return order, {name: link for name, link in links.items() if link}
 
 
 def _on_cpu(arguments: Call) -> Call:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from ditq.architectures import Architecture
 from ditq.errors import DitqError
+from ditq.layers.timesteps import timestep_of
 from ditq.trace.arguments import filled, leaves
 
 Call = dict[str, Any]
+"""Arguments of a call by name."""
 
 
 class Recorder:
@@ -27,17 +29,17 @@ class Recorder:
         self.architecture, self.keep = architecture, keep
         self._generator = torch.Generator().manual_seed(seed)
         self._kept: dict[int, list[list[Call]]] = {}  # of each slot: moments, each of one or two calls
-        self._seen: dict[int, int] = {}
+        self._count: dict[int, int] = {}  # moments so far
         self._now: dict[int, list[Call]] = {}  # the slots that keep the moment in progress
         self._time, self._calls_now = float("nan"), 0
 
     @property
     def slots(self) -> int:
-        """Samples of the batch, as far as seen."""
+        """Samples of the batch, once its first call was recorded."""
         return len(self._kept)
 
-    def note(self, call: Mapping[str, Any], time: float) -> None:
-        """Looks at a call: arguments by name, and its timestep."""
+    def record(self, call: Mapping[str, Any], time: float) -> None:
+        """Takes a call (arguments by name) and its timestep into account."""
         if not self.keep:
             return
         call = {name: value for name, value in call.items() if name != "return_dict"}
@@ -55,21 +57,21 @@ class Recorder:
         shared = {name: value.detach().cpu() for name, value in flat.items() if not _batched(value, sample)}
         for slot, moment in self._now.items():
             rows = torch.tensor([slot, slot + slots] if in_one else [slot])
-            own = {n: v.detach()[rows.to(v.device)].cpu() for n, v in flat.items() if n not in shared}
-            moment.append(filled(dict(call), {**own, **shared}))
+            sliced = {n: v.detach()[rows.to(v.device)].cpu() for n, v in flat.items() if n not in shared}
+            moment.append(filled(dict(call), {**sliced, **shared}))
 
     def _draw(self, slot: int) -> list[Call] | None:
         """Room for the moment that begins, in place of an earlier one if need be; None if it is not kept."""
-        kept, seen = self._kept.setdefault(slot, []), self._seen.get(slot, 0)
-        self._seen[slot] = seen + 1
+        kept, count = self._kept.setdefault(slot, []), self._count.get(slot, 0)
+        self._count[slot] = count + 1
         moment: list[Call] = []
         if len(kept) < self.keep:
             kept.append(moment)
             return moment
-        place = int(torch.randint(0, seen + 1, (), generator=self._generator))
-        if place >= self.keep:
+        index = int(torch.randint(0, count + 1, (), generator=self._generator))
+        if index >= self.keep:
             return None
-        kept[place] = moment
+        kept[index] = moment
         return moment
 
     def calls(self) -> list[Call]:
@@ -80,7 +82,7 @@ class Recorder:
 def call_time(architecture: Architecture, call: Mapping[str, Any]) -> float:
     """The timestep of a call: that of its first sample, -1 where it has none."""
     value = call.get(architecture.forward.time)
-    return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value if value is not None else -1)
+    return -1.0 if value is None else timestep_of(value)
 
 
 def _batched(value: Tensor, sample: Tensor) -> bool:

@@ -1,8 +1,9 @@
-"""What the blocks of a stack are called with: which arguments all share, and what one block hands to the next."""
+"""Arguments and outputs of the blocks of a stack: what all share, and what one block hands to the next."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ditq.errors import DitqError
-from ditq.trace.arguments import bound, leaves, same
+from ditq.trace.arguments import bound, handed_over
+from ditq.trace.hooks import all_hooked, hooked
 
 Returns = Literal["tensor", "tuple", "BaseModelOutput"]
 
@@ -22,7 +24,7 @@ class BlockCall:
     Attributes:
         arguments: as bound to the block's forward, defaults included.
         outputs: the tensors that the block returned.
-        returns: in what.
+        returns: the kind of container that held them.
     """
 
     arguments: dict[str, Any]
@@ -47,17 +49,8 @@ class StackCall:
         Returns:
             ``{argument leaf: number of the output}``; None if the model does more between two blocks than that.
         """
-        first, links = leaves(self.blocks[0].arguments), []
-        for before, here in zip(self.blocks, self.blocks[1:], strict=False):
-            outputs = {id(output): i for i, output in enumerate(before.outputs)}
-            arguments = leaves(here.arguments)
-            if arguments.keys() != first.keys():
-                return None
-            link = {name: outputs[id(value)] for name, value in arguments.items() if id(value) in outputs}
-            rest = arguments.keys() - link.keys()
-            if any(not same(arguments[name], first[name]) for name in rest):
-                return None
-            links.append(link)
+        pairs = zip(self.blocks, self.blocks[1:], strict=False)
+        links = [handed_over(before.arguments, before.outputs, after.arguments) for before, after in pairs]
         if any(not link or link != links[0] for link in links):
             return None
         return links[0] if links else {}
@@ -65,7 +58,7 @@ class StackCall:
 
 @torch.no_grad()
 def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
-    """Runs ``model`` on a call and notes what the blocks of ``stack`` get and return.
+    """Runs ``model`` on a call and records arguments and outputs of the blocks of ``stack``.
 
     Raises:
         DitqError: a block was not called exactly once, or returned something else than tensors.
@@ -75,7 +68,7 @@ def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
     inside = [0]
     outside: set[str] = set()
 
-    def watch(i: int, block: nn.Module) -> Iterator[Any]:
+    def watch(i: int, block: nn.Module) -> Iterator[AbstractContextManager[None]]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if i in calls:
                 raise DitqError(
@@ -84,23 +77,17 @@ def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
             calls[i] = BlockCall(bound(block, f"Block {stack}.{i}", args, kwargs))
             inside[0] += 1
 
-        def after(_: nn.Module, args: Any, output: Any) -> None:
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inside[0] -= 1
             calls[i].outputs, calls[i].returns = returned(output, f"Block {stack}.{i}")
 
-        # Before ditq's own hooks (the folded modulation), which belong to the block.
-        yield block.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-        yield block.register_forward_hook(after)
+        yield hooked(block, before, after, first=True)
         for name, module in block.named_modules():
             if name:
-                yield module.register_forward_pre_hook(_note(outside, f"{i}.{name}", inside))
+                yield hooked(module, _note(outside, f"{i}.{name}", inside))
 
-    hooks = [hook for i, block in enumerate(blocks) for hook in watch(i, block)]
-    try:
+    with all_hooked(hook for i, block in enumerate(blocks) for hook in watch(i, block)):
         model(**{**call, "return_dict": False})
-    finally:
-        for hook in hooks:
-            hook.remove()
     missing = [i for i in range(len(blocks)) if i not in calls]
     if missing:
         raise DitqError(f"The model does not call block {stack}.{missing[0]} on the example inputs.")
@@ -122,18 +109,15 @@ def capture_module(module: nn.Module, name: str, run: Callable[[], Any]) -> Bloc
         if not calls:
             calls.append(BlockCall(bound(module, name, args, kwargs), *returned(output, name)))
 
-    hook = module.register_forward_hook(after, with_kwargs=True)
-    try:
+    with hooked(module, after=after):
         run()
-    finally:
-        hook.remove()
     if not calls:
         raise DitqError(f"{name} was not called on the example inputs.")
     return calls[0]
 
 
 def returned(output: Any, name: str) -> tuple[tuple[Tensor, ...], Returns]:
-    """The tensors that a module returned, and in what.
+    """The tensors that a module returned, and the kind of container.
 
     Raises:
         DitqError: something else is among them.
@@ -148,7 +132,7 @@ def returned(output: Any, name: str) -> tuple[tuple[Tensor, ...], Returns]:
 
 
 def _note(outside: set[str], name: str, inside: list[int]) -> Any:
-    def note(module: nn.Module, args: Any) -> None:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not inside[0]:
             outside.add(name)
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ditq.architectures import Architecture
 from ditq.errors import UsageError
-
-Call = dict[str, Any]
+from ditq.trace.calls import Call
 
 # (batch, side in patches, text tokens) of the two calls: no size is 1, none is that of both.
 SIZES = ((2, 4, 5), (3, 6, 7))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditq.metrics.networks.base import Extractor, Features, MissingWeights
+from ditq.trace.hooks import all_hooked, hooked
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 # "mixed_6/conv:0" of the graph, after its ReLU: what ADM's evaluator takes sFID from.
@@ -69,12 +70,12 @@ class InceptionV3(Extractor):
         """Pooled features and logits, and what the named layers gave on the way."""
         maps: list[Tensor] = []
         network = self.network.to(images.device)
-        hooks = [network.get_submodule(name).register_forward_hook(lambda *a: maps.append(a[2])) for name in layers]
-        try:
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            maps.append(output)
+
+        with all_hooked(hooked(network.get_submodule(name), after=keep) for name in layers):
             return network((images * 255).round().byte()), maps
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 EXTRACTOR = InceptionV3

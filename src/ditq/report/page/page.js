@@ -136,7 +136,7 @@ for (const panel of all(".per-model:has(.map)")) {
     cursor.setAttribute("x", size("x") + at.column * width);
     cursor.setAttribute("y", size("y") + at.row * height);
     cursor.setAttribute("visibility", "visible");
-    const value = errors.sqnr_db[at.row][at.column].toFixed(1).replace("-", "−");
+    const value = errors.sqnr_db[at.row][at.column]?.toFixed(1).replace("-", "−") ?? "–";
     const strong = document.createElement("b");
     strong.textContent = `${value} dB`;
     readout.replaceChildren(
