@@ -23,7 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(autouse=True)
 def _forget_choices() -> Any:
     yield
-    engines.registry._choose.cache_clear()
+    engines.registry.forget()
 
 
 def layer(
@@ -111,6 +111,7 @@ def test_what_it_cannot_do_is_said(formats: tuple[TensorFormat, TensorFormat], r
 
 def test_cards_without_the_instruction_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
+    monkeypatch.setattr(fp8.Fp8Engine, "prove", lambda self, device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with (
         engines.use_engine("fp8"),
@@ -118,7 +119,7 @@ def test_cards_without_the_instruction_are_refused(monkeypatch: pytest.MonkeyPat
     ):
         engines.choose(weight_format(8), token_format(), CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    engines.registry._choose.cache_clear()
+    engines.registry.forget()
     assert engines.choose(weight_format(8), token_format(), CUDA, "fp8") is ENGINE
 
 

@@ -106,7 +106,7 @@ def prologue_cases(capability: int, wide: bool) -> Iterator[Case]:
             # Triton takes an argument of 1 as a constant at run time, too.
             own: dict[str, Any] = {**fixed, "BLOCK": block, "R": r, "C": c, "G": 1}
             yield f"quantize {label} {width}", quantize_kernel, own, warps, 1
-            norm = {"CENTRED": True, "weight_ptr": None, "bias_ptr": None, "GROUP": c}
+            norm = {"weight_ptr": None, "bias_ptr": None, "GROUP": c}
             yield f"norm {label} {width}", norm_kernel, {**norm, **own}, warps, 1
             r, c, warps = rows_per_program(4 * width, block)
             own |= {"R": r, "C": c}

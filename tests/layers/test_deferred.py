@@ -48,9 +48,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     monkeypatch.setattr(Operation, "__call__", counting)
     monkeypatch.setattr(TritonEngine, "why_unavailable", lambda self: None)
     monkeypatch.setattr(TritonEngine, "why_unsupported", lambda *_: None)
-    engines.registry._choose.cache_clear()
+    monkeypatch.setattr(TritonEngine, "prove", lambda self, device: None)
+    engines.registry.forget()
     yield counted
-    engines.registry._choose.cache_clear()
+    engines.registry.forget()
 
 
 def quantized(name: str, recipe: str = "rtn-w8a8") -> nn.Module:

@@ -114,15 +114,15 @@ def tune(
                 if ms < least and torch.equal(y, expected):
                     least, found[key(m, n, k, bits, work)] = ms, tile
     if found:
-        _write(path(capability), {**known(capability), **found})
+        write(path(capability), {"format": 1, "tiles": {**known(capability), **found}})
         known.cache_clear()
     return found
 
 
-def _write(file: Path, found: dict[str, Tile]) -> None:
+def write(file: Path, content: dict[str, Any]) -> None:
     """All at once: a reader sees the old file or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
     with os.fdopen(handle, "w") as out:
-        json.dump({"format": 1, "tiles": found}, out, indent=1)
+        json.dump(content, out, indent=1)
     os.replace(name, file)
