@@ -48,7 +48,10 @@ def version(x: Tensor) -> int | None:
     """
     if type(x) is Deferred:
         return x.changes()
-    return None if x.is_inference() else x._version
+    try:
+        return x._version
+    except RuntimeError:  # "Inference tensors do not track version counter"
+        return None
 
 
 class Read(NamedTuple):

@@ -327,7 +327,7 @@ def _epilogues(capability: int) -> Iterator[Check]:
 
 
 def _epilogue(what: str, tokens: int, rank: int, tile: Tile) -> Check:
-    m, k, n = (2 * tokens if tokens == 128 else 35), 160, 72
+    m, k, n = (2 * tokens if tokens == 128 else 35), 256, 144
     # The interpreter has no products of bf16.
     kind = torch.float32 if INTERPRETED else torch.bfloat16
 
