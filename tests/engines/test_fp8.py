@@ -140,6 +140,26 @@ def test_torch_compile_traces_a_layer_once_without_a_break() -> None:
         assert torch.allclose(compiled(x), quantized(x), rtol=1e-5, atol=1e-5)
 
 
+def test_wrong_products_are_seen_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fp8.difference(CPU) is None
+    plain, calls = fp8.scaled_product, []
+
+    def broken(*operands: Tensor) -> Tensor:
+        """As if the card took the scales of one row for all, in the second size."""
+        calls.append(operands)
+        if len(calls) == 4:
+            operands = (*operands[:2], operands[2][:1].expand_as(operands[2]), operands[3])
+        return plain(*operands)
+
+    monkeypatch.setattr(fp8, "scaled_product", broken)
+    assert str(fp8.difference(CPU)).startswith("torch._scaled_mm of 5 x 75 x 43: outputs are off by ")
+
+
+@pytest.mark.gpu
+def test_products_on_a_card_are_proved() -> None:
+    assert ENGINE.prove(CUDA) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bits", "k"), [(8, 96), (4, 96), (8, 72)])

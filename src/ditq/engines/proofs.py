@@ -29,6 +29,8 @@ def failure(engine: Engine, device: torch.device) -> str | None:
     """
     if not has_one(engine):
         return None
+    if device.type == "cuda" and device.index is None and torch.cuda.is_initialized():
+        device = torch.device("cuda", torch.cuda.current_device())  # the thread of the proof has its own current one
     key = (engine.name, device)
     with _lock:
         if key not in _differences:
