@@ -121,7 +121,8 @@ def test_rows_of_tiny_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(TritonEngine, "why_unavailable", lambda self: None)
     monkeypatch.setattr(TritonEngine, "why_unsupported", lambda *_: None)
-    engines.registry._choose.cache_clear()
+    monkeypatch.setattr(TritonEngine, "prove", lambda self, device: None)
+    engines.registry.forget()
     eager = {name: variant for name, variant in run.VARIANTS.items() if variant.how != "compiled"}
     monkeypatch.setattr(run, "VARIANTS", eager)
     this = run.Run(torch.device("cpu"), True, Clock(60), tmp_path)
@@ -129,7 +130,7 @@ def test_rows_of_tiny_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with engines.use_engine("triton"):
             rows = run.kept(this, "dit", run.transformer_rows(this, wholes()["dit"], brief=False))
     finally:
-        engines.registry._choose.cache_clear()
+        engines.registry.forget()
     assert [r.name for r in rows] == list(eager)
     assert {r.status for r in rows} == {"ok"}
     errors = {r.name: r.relative_error for r in rows}

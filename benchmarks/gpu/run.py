@@ -204,13 +204,13 @@ def quantizer_rows(run: Run, found: dict[str, float]) -> Iterator[Row]:
 
             def normed(m: int = m, d: int = d, target: Any = target) -> tuple[Any, ...]:
                 x, wide = (torch.randn(r, c, device=run.device, dtype=HALF) for r, c in ((m, d), (2, 6 * d)))
-                return x, True, 1e-6, None, None, wide[:, :d], wide[:, d : 2 * d], *target(d)
+                return x, 1e-6, None, None, wide[:, :d], wide[:, d : 2 * d], *target(d)
 
             def plain(m: int = m, d: int = d, target: Any = target) -> tuple[Any, ...]:
                 return torch.randn(m, d, device=run.device, dtype=HALF), *target(d)
 
             def gelu(m: int = m, k: int = inner, target: Any = target) -> tuple[Any, ...]:
-                return torch.randn(m, k, device=run.device, dtype=HALF), "gelu_tanh", "", *target(k)
+                return torch.randn(m, k, device=run.device, dtype=HALF), "gelu_tanh", False, *target(k)
 
             suffix = f" rotated by H{block}" if block else ""
             for name, call, arguments, width in (

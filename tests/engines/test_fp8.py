@@ -23,7 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(autouse=True)
 def _forget_choices() -> Any:
     yield
-    engines.registry._choose.cache_clear()
+    engines.registry.forget()
 
 
 def layer(
@@ -111,6 +111,7 @@ def test_what_it_cannot_do_is_said(formats: tuple[Grid, Grid], reason: str) -> N
 
 def test_cards_without_the_instruction_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
+    monkeypatch.setattr(fp8.Fp8Engine, "prove", lambda self, device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with (
         engines.use_engine("fp8"),
@@ -118,7 +119,7 @@ def test_cards_without_the_instruction_are_refused(monkeypatch: pytest.MonkeyPat
     ):
         engines.choose(weight_format(8), token_format(), CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    engines.registry._choose.cache_clear()
+    engines.registry.forget()
     assert engines.choose(weight_format(8), token_format(), CUDA, "fp8") is ENGINE
 
 
@@ -137,6 +138,26 @@ def test_torch_compile_traces_a_layer_once_without_a_break() -> None:
     with engines.use_engine("fp8"), torch.no_grad():
         compiled = torch.compile(quantized, backend="aot_eager", fullgraph=True)
         assert torch.allclose(compiled(x), quantized(x), rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_products_are_seen_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fp8.difference(CPU) is None
+    plain, calls = fp8.scaled_product, []
+
+    def broken(*operands: Tensor) -> Tensor:
+        """As if the card took the scales of one row for all, in the second size."""
+        calls.append(operands)
+        if len(calls) == 4:
+            operands = (*operands[:2], operands[2][:1].expand_as(operands[2]), operands[3])
+        return plain(*operands)
+
+    monkeypatch.setattr(fp8, "scaled_product", broken)
+    assert str(fp8.difference(CPU)).startswith("torch._scaled_mm of 5 x 75 x 43: outputs are off by ")
+
+
+@pytest.mark.gpu
+def test_products_on_a_card_are_proved() -> None:
+    assert ENGINE.prove(CUDA) is None
 
 
 @pytest.mark.gpu

@@ -32,9 +32,9 @@ def picky(monkeypatch: pytest.MonkeyPatch) -> Picky:
     engine = Picky()
     known = {"picky": engine, **registry.engines()}
     monkeypatch.setattr(registry, "engines", lambda: known)
-    registry._choose.cache_clear()
+    registry.forget()
     yield engine  # type: ignore[misc]
-    registry._choose.cache_clear()
+    registry.forget()
 
 
 def test_torch_is_known_and_runs_everything_on_cpu() -> None:

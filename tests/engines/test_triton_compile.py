@@ -40,6 +40,21 @@ def compiled(capability: int, which: str, wide: bool) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_the_proof(capability: int) -> None:
+    """What the engine compiles to prove itself on a card, as it is specialized there."""
+    found = compiled(capability, "proof", False)
+    assert len(found) >= 38
+    assert any("rotated" in kernel["name"] for kernel in found) == (capability >= 90)
+    for kernel in found:
+        if kernel["name"].startswith("int8_linear"):
+            assert MATRIX[capability] in kernel["matrix"], kernel
+        # Rows of odd sizes are read byte by byte, which takes registers; no layer of a model has them.
+        assert kernel["spilled"] == 0 or "odd" in kernel["name"], kernel
+        assert kernel["shared"] <= SHARED_MEMORY[capability], kernel
+
+
 WIDE = [pytest.param(False, id="table"), pytest.param(True, id="all", marks=pytest.mark.slow)]
 
 

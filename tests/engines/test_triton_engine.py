@@ -40,13 +40,14 @@ def card(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
-    engines.registry._choose.cache_clear()
+    monkeypatch.setattr(TritonEngine, "prove", lambda self, device: None)
+    engines.registry.forget()
 
 
 @pytest.fixture(autouse=True)
 def _forget_choices() -> Any:
     yield
-    engines.registry._choose.cache_clear()
+    engines.registry.forget()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -228,9 +229,9 @@ def samples(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "quantize_rows": (quantize_rows, (floats(6, k), *target)),
         "norm_quantize": (
             norm_quantize,
-            (floats(6, k), True, 1e-6, floats(k), None, floats(3, k), floats(3, k), *target),
+            (floats(6, k), 1e-6, floats(k), None, floats(3, k), floats(3, k), *target),
         ),
-        "activation_quantize": (activation_quantize, (floats(6, 2 * k), "silu", "second", *target)),
+        "activation_quantize": (activation_quantize, (floats(6, 2 * k), "silu", True, *target)),
         "int8_linear": (int8_linear, linear),
         "expand": (expand, (packed, 4, k, None)),
     }

@@ -19,6 +19,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -41,6 +42,11 @@ _TYPES = {
 }  # fmt: skip
 
 PLAIN = ("w8asym", "w4asym", "int8", "w4asym-g128")
+
+_DTYPES = {
+    torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+}  # fmt: skip
 
 Case = tuple[str, Any, dict[str, Any], int, int]
 """Name, kernel, what is constant or absent (None), warps, stages."""
@@ -106,13 +112,61 @@ def prologue_cases(capability: int, wide: bool) -> Iterator[Case]:
             # Triton takes an argument of 1 as a constant at run time, too.
             own: dict[str, Any] = {**fixed, "BLOCK": block, "R": r, "C": c, "G": 1}
             yield f"quantize {label} {width}", quantize_kernel, own, warps, 1
-            norm = {"CENTRED": True, "weight_ptr": None, "bias_ptr": None, "GROUP": c}
+            norm = {"weight_ptr": None, "bias_ptr": None, "GROUP": c}
             yield f"norm {label} {width}", norm_kernel, {**norm, **own}, warps, 1
             r, c, warps = rows_per_program(4 * width, block)
             own |= {"R": r, "C": c}
             gelu = {"NAME": "gelu_tanh", "gate_ptr": None, "GROUP": c}
             yield f"gelu {label} {4 * width}", activation_kernel, {**gelu, **own}, warps, 1
     yield "expand", expand_kernel, {"BITS": 3, "BN": 16, "BK": 256}, 4, 1
+
+
+def proof_kernels(capability: int) -> Iterator[tuple[str, Any]]:
+    """Names of checks and the kernels that they launch, compiled as the launch on a GPU would, once each."""
+    from triton.runtime import JITFunction
+
+    from ditq.engines.triton import linear, proof
+    from ditq.engines.triton.engine import rotates
+
+    launched: list[Any] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = [parameter.name for parameter in self.params]
+        own = {name: kwargs[name] for name in names if name in kwargs}
+        own.update(zip([name for name in names if name not in own], args, strict=True))
+        options = {k: v for k, v in kwargs.items() if k not in own}
+        launched.append((self, [own[name] for name in names], options))
+
+    cpu = torch.device("cpu")
+    linear.capability_of = lambda device: capability
+    proof.rotates = lambda *arguments: capability >= 90 and rotates(*arguments)
+    JITFunction.run = run
+    done = set()
+    for check in proof.checks(cpu):
+        launched.clear()
+        check.run(cpu)  # its outputs are never written
+        for kernel, values, options in launched:
+            source = _source(kernel, values)
+            if (key := (kernel.fn.__name__, str(source.signature), str(source.constants), str(options))) not in done:
+                done.add(key)
+                yield check.name, triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _source(kernel: Any, values: list[Any]) -> ASTSource:
+    """Types, constants and alignment as Triton finds them at a launch."""
+    types, constants, aligned = {}, {}, {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
+        one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
+            types[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        size = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        types[parameter.name] = (
+            _DTYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if type(value) is float else "i32"
+        )
+        if type(size) is int and size % 16 == 0 and not parameter.do_not_specialize:
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
 
 
 def machine_code(kernel: Any, constants: dict[str, Any], capability: int, warps: int, stages: int) -> dict[str, Any]:
@@ -125,7 +179,10 @@ def machine_code(kernel: Any, constants: dict[str, Any], capability: int, warps:
         fn=kernel, signature=types, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return _usage(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options))
+
+
+def _usage(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -158,6 +215,10 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def main(capability: int, which: str, wide: bool) -> None:
+    if which == "proof":
+        for name, compiled in proof_kernels(capability):
+            print(json.dumps({"name": name, **_usage(compiled)}), flush=True)
+        return
     cases = linear_cases(capability, wide) if which == "linear" else prologue_cases(capability, wide)
     for name, kernel, constants, warps, stages in cases:
         found = machine_code(kernel, constants, capability, warps, stages)

@@ -49,6 +49,16 @@ class Engine(ABC):
     def why_unsupported(self, weight: Grid, activation: Grid | None, device: torch.device) -> str | None:
         """Why this engine cannot run these formats on this device, or None."""
 
+    def prove(self, device: torch.device) -> str | None:
+        """Why this engine's results cannot be trusted on this device, or None.
+
+        An engine of compiled kernels runs them on small inputs here, and compares the results with their reference.
+        The registry calls this once per process and device, in a thread of its own, before it chooses the engine
+        there; see :func:`ditq.engines.registry.choose`. An exception counts as a failure. It must not choose engines
+        itself.
+        """
+        return None
+
     @abstractmethod
     def quantize_activations(self, x: Tensor, format: Grid, scale: Tensor | None) -> Quantized:
         """Integers of activations ``x`` [M, K]; ``scale`` is given for static formats only."""

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
 from ditq import engines as package
+from ditq.engines import proofs
 from ditq.engines.base import Engine, FusingEngine
 from ditq.errors import DitqError, unknown
 from ditq.numerics import Grid
@@ -80,11 +82,15 @@ _COMMON = (
 def choose(weight: Grid, activation: Grid | None, device: torch.device, wanted: str | None = None) -> Engine:
     """The preferred engine that can run these formats on this device. Compiled code keeps the one it was traced with.
 
+    An engine is proved first (:meth:`Engine.prove`). Where that fails, the next one runs on this device, with one
+    warning; an engine that was asked for by name raises instead.
+
     Args:
         wanted: a layer's own engine; :func:`use_engine` wins.
 
     Raises:
-        DitqError: none can; the reason of each is given.
+        DitqError: none can, and the reason of each is given; or a CUDA graph is being recorded and the engine is not
+            proved yet.
     """
     return _chosen[_name(weight, activation, device, wanted)]
 
@@ -106,13 +112,53 @@ _name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @cache
 def _choose(weight: Grid, activation: Grid | None, device: torch.device, forced: str | None) -> Engine:
     candidates = [engines()[forced]] if forced else list(engines().values())
-    reasons = {}
+    reasons: dict[str, str] = {}
+    failed: list[str] = []
     for engine in candidates:
         reason = engine.why_unavailable() or engine.why_unsupported(weight, activation, device)
         if reason is None:
-            return engine
+            reason = proofs.failure(engine, device)
+            if reason is None:
+                for name in failed:
+                    proofs.warn_once(name, device, reasons[name], engine.name)
+                return engine
+            failed.append(engine.name)
         reasons[engine.name] = reason
     raise DitqError(
         f"No engine can run weights {weight} with activations {activation or '16 bit'} on {device}: "
         + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     )
+
+
+class EngineReport(NamedTuple):
+    """What one engine can do on one device.
+
+    Attributes:
+        available: whether it can run there.
+        reason: why not, or a note on its state.
+        proved: whether its kernels agreed with their references there; None: it has nothing to prove, or cannot run.
+    """
+
+    name: str
+    available: bool
+    reason: str
+    proved: bool | None
+
+
+def report(device: torch.device) -> list[EngineReport]:
+    """All engines on a device, the preferred ones first. Runs the proofs that have not run in this process yet."""
+    found = []
+    for engine in engines().values():
+        reason, proved = engine.why_unavailable() or engine.why_unsupported(*_COMMON, device), None
+        if reason is None and proofs.has_one(engine):
+            reason = proofs.failure(engine, device)
+            proved = reason is None
+        note = (engine.note or "ready") + ("; its kernels agree with their references here" if proved else "")
+        found.append(EngineReport(engine.name, reason is None, reason or note, proved))
+    return found
+
+
+def forget() -> None:
+    """Forgets choices, proofs and warnings, so that engines are chosen and proved anew."""
+    _choose.cache_clear()
+    proofs.forget()

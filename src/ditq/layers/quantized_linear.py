@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -146,9 +147,12 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def integer_forward(self, x: Tensor) -> Tensor:
         """The forward pass by integer products, without gradients."""
-        if self.defers and waits(x):
-            return output(lambda gate, residual: self._run(x, gate, residual), x, self.out_features)
+        if self.defers and waits(x) and not _offloaded(self):
+            return output(partial(self._run, x), x, self.out_features, self._defer_no_more)
         return self._run(x).reshape(*x.shape[:-1], self.out_features)
+
+    def _defer_no_more(self) -> None:
+        self.defers = False
 
     @torch.no_grad()
     def _run(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -227,6 +231,11 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         return gradient @ ctx.layer.weight.to(gradient.dtype), None
+
+
+def _offloaded(layer: nn.Module) -> bool:
+    """Whether a hook of accelerate or diffusers may take the weights away when ``forward`` returns."""
+    return "_hf_hook" in layer.__dict__ or "_diffusers_hook" in layer.__dict__
 
 
 def nearest(weight: Tensor, plan: LayerPlan) -> Quantized:

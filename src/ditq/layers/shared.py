@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ditq.layers.deferred import version
 from ditq.numerics import Quantized
 
 
@@ -33,20 +34,24 @@ class SharedInput:
     def get(self, x: Tensor, key: Hashable, layer: object, make: Callable[[], Quantized]) -> Quantized:
         """The integers of ``x``: those that another layer made of it under this key, or new ones.
 
+        New ones always for tensors of inference mode, whose changes in place torch does not count.
+
         Args:
             key: says how they are made: equal for layers that make the same of equal inputs.
         """
-        entry, version, capturing = self._entry, _version(x), _capturing(x)
+        entry, now, capturing = self._entry, version(x), _capturing(x)
+        if now is None:
+            return make()
         if (
             entry is not None
             and entry.x() is x
-            and (entry.key, entry.version, entry.capturing) == (key, version, capturing)
+            and (entry.key, entry.version, entry.capturing) == (key, now, capturing)
             and not any(one is layer for one in entry.served)
         ):
             entry.served.append(layer)
             return entry.codes
         codes = make()
-        self._entry = _Entry(weakref.ref(x, self._forget), version, capturing, key, codes, [layer])
+        self._entry = _Entry(weakref.ref(x, self._forget), now, capturing, key, codes, [layer])
         return codes
 
     def _forget(self, dead: weakref.ref[Tensor]) -> None:
@@ -59,11 +64,6 @@ class SharedInput:
 
     def __reduce__(self) -> tuple[type[SharedInput], tuple[()]]:
         return SharedInput, ()
-
-
-def _version(x: Tensor) -> int:
-    """Counts what was written into x; tensors of inference mode do not."""
-    return -1 if x.is_inference() or type(x) is not Tensor else x._version
 
 
 def _capturing(x: Tensor) -> bool:

@@ -48,6 +48,9 @@ class Fp8Engine(TorchEngine):
             return too_old(device, SMALLEST_CAPABILITY, "products of 8-bit floats")
         return None
 
+    def prove(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else difference(device)
+
     def quantize_activations(self, x: Tensor, format: Grid, scale: Tensor | None) -> Quantized:
         """Floats e4m3 [M, K] and their scales [M, 1]; always symmetric, and per token unless static.
 
@@ -100,6 +103,23 @@ def scaled_product(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor) -> Te
         out_dtype=torch.bfloat16, use_fast_accum=True,
     )  # fmt: skip
     return y if y.shape[1] == n else y[:, :n]
+
+
+def difference(device: torch.device) -> str | None:
+    """What is wrong with products on this device, of sizes with and without padding, or None.
+
+    They may differ from those of the CPU by 2^-8 of their norm, for bf16 outputs and shorter accumulators.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for m, k, n in ((70, 96, 48), (5, 75, 43)):
+        x, w = (torch.randn(r, k, generator=generator, dtype=torch.float32).to(KIND) for r in (m, n))
+        scales = [torch.rand(r, 1, generator=generator, dtype=torch.float32) + 0.5 for r in (m, n)]
+        expected = scaled_product(x, w, *scales)
+        y = scaled_product(x.to(device), w.to(device), *(s.to(device) for s in scales)).cpu().float()
+        error = float((y - expected).norm() / expected.norm())
+        if not error < 2**-8:
+            return f"torch._scaled_mm of {m} x {k} x {n}: outputs are off by {error:.1e} of their norm"
+    return None
 
 
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:

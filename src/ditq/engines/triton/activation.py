@@ -1,6 +1,6 @@
 """The nonlinearity before a linear layer and the quantizer in one pass: GELU, SiLU, and their gated forms.
 
-f(x), or value * f(gate) for x = [value, gate] or [gate, value], then / smooth @ Q -> codes
+f(x), or value * f(gate) for x = [value, gate], then / smooth @ Q -> codes
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def activation_kernel(
     )  # fmt: skip
 
 
-def launch(x: Tensor, function: str, gated: str, *target: Any) -> Codes:
+def launch(x: Tensor, function: str, gated: bool, *target: Any) -> Codes:
     """The operation by the kernel."""
     to = Target(*target)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -78,39 +78,33 @@ def launch(x: Tensor, function: str, gated: str, *target: Any) -> Codes:
     return out
 
 
-def halves(x: Tensor, gated: str) -> tuple[Tensor, Tensor | None]:
-    """The values and the gates among the columns of x.
-
-    Raises:
-        ValueError: ``gated`` is not one of "", "second" and "first".
-    """
-    if gated == "":
+def halves(x: Tensor, gated: bool) -> tuple[Tensor, Tensor | None]:
+    """The values and the gates among the columns of x."""
+    if not gated:
         return x, None
-    if gated not in ("second", "first"):
-        raise ValueError(f"gated must be '', 'second' or 'first', got {gated!r}")
-    first, second = x.chunk(2, dim=1)
-    return (first, second) if gated == "second" else (second, first)
+    value, gate = x.chunk(2, dim=1)
+    return value, gate
 
 
-def reference(x: Tensor, function: str, gated: str, *target: Any) -> Codes:
+def reference(x: Tensor, function: str, gated: bool, *target: Any) -> Codes:
     """The operation in plain torch."""
     value, gate = halves(x.float(), gated)
     f = FUNCTIONS[function]
     return Target(*target).reference(f(value) if gate is None else value * f(gate))
 
 
-def empty(x: Tensor, function: str, gated: str, *target: Any) -> Codes:
+def empty(x: Tensor, function: str, gated: bool, *target: Any) -> Codes:
     """Shapes and dtypes of the results."""
     return Target(*target).empty(x.shape[0], x.shape[1] // (2 if gated else 1), x.device)
 
 
 activation_quantize = Operation(
-    "activation_quantize", f"(Tensor x, str function, str gated, {TARGET}) -> {CODES}", launch, reference, empty
+    "activation_quantize", f"(Tensor x, str function, bool gated, {TARGET}) -> {CODES}", launch, reference, empty
 )
 """Codes of f(x) for x [M, K], or of value * f(gate) for x [M, 2 K], any float dtype.
 
 Args:
     function: "gelu" (the exact one), "gelu_tanh" or "silu".
-    gated: "", or which half of the columns the gate is: "second" in GEGLU and SwiGLU of diffusers, or "first".
+    gated: whether the second half of the columns is a gate, as in GEGLU and SwiGLU of diffusers.
     The others are those of :class:`Target`; groups have a power of two of columns, which the rotation's block divides.
 """

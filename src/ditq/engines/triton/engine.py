@@ -51,6 +51,11 @@ class TritonEngine(TorchEngine, FusingEngine):
             return f"its kernels run on cuda, not on {device.type}"
         return too_old(device, SMALLEST_CAPABILITY, "the kernels")
 
+    def prove(self, device: torch.device) -> str | None:
+        from ditq.engines.triton.proof import prove
+
+        return prove(device)
+
     def quantize_activations(self, x: Tensor, format: Grid, scale: Tensor | None) -> Quantized:
         return self.quantize_input(x, None, None, format, scale)
 
@@ -88,10 +93,10 @@ class TritonEngine(TorchEngine, FusingEngine):
 
         target = _target(smooth, rotation, format, groups, scale, of.x.device)
         if isinstance(of, Activation):
-            return quantized(activation_quantize(of.x, of.function, "second" if of.gated else "", *target), format)
+            return quantized(activation_quantize(of.x, of.function, of.gated, *target), format)
         if (of.factor is None) != (of.shift is None):
             return None
-        return quantized(norm_quantize(of.x, True, of.eps, of.weight, of.bias, of.factor, of.shift, *target), format)
+        return quantized(norm_quantize(of.x, of.eps, of.weight, of.bias, of.factor, of.shift, *target), format)
 
     def linear(
         self,

@@ -224,7 +224,7 @@ def launch(*arguments: Any, tile: Tile | None = None) -> Tensor:
     low, up = (None if t is None else t.contiguous() for t in (a.low, a.up))
     rank = 0 if low is None else low.shape[1]
     if tile is None:
-        capability, work = _capability(x.device), _work(a, packed, tokens)
+        capability, work = capability_of(x.device), _work(a, packed, tokens)
         if parts == 1:
             tile = best_tile(m, n, k, packed, capability, work)
         else:
@@ -277,7 +277,7 @@ def empty(*arguments: Any) -> Tensor:
     return torch.empty(a.x.shape[0], a.weight.shape[0], dtype=a.dtype, device=a.x.device)
 
 
-def _capability(device: torch.device) -> int:
+def capability_of(device: torch.device) -> int:
     """That of a card, 90 for 9.0; the interpreter stands in for the oldest one."""
     if device.type == "cpu":
         return ARCHITECTURES[0]

@@ -22,7 +22,7 @@ from ditq.engines.triton.rows import CODES, TARGET, Codes, Target, balance_and_q
 def norm_kernel(
     x_ptr, x_row, M, weight_ptr, bias_ptr, factor_ptr, shift_ptr, factor_row, shift_row, T, eps, K, G,
     smooth_ptr, signs_ptr, hadamard_ptr, given_ptr, given_stride, codes_ptr, scale_ptr, zero_ptr, sums_ptr,
-    CENTRED: tl.constexpr, R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """R rows of all K columns. Row m belongs to sample m // T, which has its own modulation."""
@@ -31,9 +31,8 @@ def norm_kernel(
     kept = (row < M)[:, None] & (c < K)
     rows = tl.where(row < M, row, 0).to(tl.int64)
     y = tl.load(x_ptr + (rows * x_row)[:, None] + c, kept, 0.0).to(tl.float32)
-    if CENTRED:
-        # The mean first: E[x^2] - E[x]^2 cancels where the mean is large.
-        y = tl.where(kept, y - (tl.sum(y, 1) / K)[:, None], 0.0)
+    # The mean first: E[x^2] - E[x]^2 cancels where the mean is large.
+    y = tl.where(kept, y - (tl.sum(y, 1) / K)[:, None], 0.0)
     y *= (1.0 / tl.sqrt(tl.sum(y * y, 1) / K + eps))[:, None]
     if weight_ptr is not None:
         y *= tl.load(weight_ptr + c, c < K, 0.0).to(tl.float32)
@@ -51,7 +50,7 @@ def norm_kernel(
 
 
 def launch(
-    x: Tensor, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None,
     factor: Tensor | None, shift: Tensor | None, *target: Any,
 ) -> Codes:  # fmt: skip
     """The operation by the kernel."""
@@ -67,20 +66,19 @@ def launch(
                 x, x.stride(0), m, weight, bias, factor, shift,
                 0 if factor is None else factor.stride(0), 0 if shift is None else shift.stride(0),
                 1 if shift is None else m // len(shift), eps,
-                CENTRED=centred, R=r, C=c, GROUP=c if to.groups == 1 else k // to.groups, **to.arguments(out),
+                R=r, C=c, GROUP=c if to.groups == 1 else k // to.groups, **to.arguments(out),
                 num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
 
 def reference(
-    x: Tensor, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None,
     factor: Tensor | None, shift: Tensor | None, *target: Any,
 ) -> Codes:  # fmt: skip
     """The operation in plain torch."""
     y = x.float()
-    if centred:
-        y = y - y.mean(-1, keepdim=True)
+    y = y - y.mean(-1, keepdim=True)
     y = y / (y.square().mean(-1, keepdim=True) + eps).sqrt()
     if weight is not None:
         y = y * weight.float()
@@ -93,7 +91,7 @@ def reference(
 
 
 def empty(
-    x: Tensor, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None,
+    x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None,
     factor: Tensor | None, shift: Tensor | None, *target: Any,
 ) -> Codes:  # fmt: skip
     """Shapes and dtypes of the results."""
@@ -102,8 +100,7 @@ def empty(
 
 norm_quantize = Operation(
     "norm_quantize",
-    "(Tensor x, bool centred, float eps, Tensor? weight, Tensor? bias, Tensor? factor, Tensor? shift,"
-    f" {TARGET}) -> {CODES}",
+    f"(Tensor x, float eps, Tensor? weight, Tensor? bias, Tensor? factor, Tensor? shift, {TARGET}) -> {CODES}",
     launch,
     reference,
     empty,
@@ -111,7 +108,7 @@ norm_quantize = Operation(
 """Codes of the normed x [M, K], any float dtype.
 
 Args:
-    centred: LayerNorm, False: RMSNorm; eps is added to the variance.
+    eps: added to the variance.
     weight, bias: [K], of the norm.
     factor, shift: 1 + scale and shift of the modulation, [samples, K] with samples dividing M, both or neither; chunks
         of a wider tensor are fine.

@@ -113,12 +113,12 @@ def tune(
                 if ms < least and torch.equal(y, expected):
                     least, found[key(m, n, k, bits, work)] = ms, tile
     if found:
-        _write(path(capability), {**known(capability), **found})
+        write(path(capability), {"format": 1, "tiles": {**known(capability), **found}})
         known.cache_clear()
     return found
 
 
-def _write(file: Path, found: dict[str, Tile]) -> None:
+def write(file: Path, content: dict[str, Any]) -> None:
     """All at once: a reader sees the old file or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps({"format": 1, "tiles": found}, indent=1))
+    write_text(file, json.dumps(content, indent=1))
