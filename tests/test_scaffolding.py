@@ -78,7 +78,7 @@ def wheel_files(project: Path) -> set[str]:
 
 def test_extras_and_entry_point_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {"openvino", "triton", "report", "metrics", "search", "ray", "demo", "dev", "bench"}
+    extras = {"openvino", "triton", "report", "metrics", "search", "demo", "dev", "bench"}
     assert set(project["optional-dependencies"]) == extras
     assert project["scripts"] == {"ditq": "ditq.cli:main"}
 

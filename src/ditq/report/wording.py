@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ditq.metrics.score import Interval, Verdict
+from ditq.plan import LayerPlan, TensorFormat
 from ditq.report.document import ModelReport
 
 VERDICTS: dict[Verdict, str] = {"same": "no measurable difference", "better": "better", "worse": "worse"}
@@ -37,6 +38,11 @@ def interval(i: Interval, places: int, sign: bool = False) -> str:
     return f"{number(i.ci95[0], places, sign)} to {number(i.ci95[1], places, sign)}"
 
 
+def counted(n: int, noun: str) -> str:
+    """``1 picture``, ``2 pictures``; ``noun`` is in the singular."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def megabytes(count: int) -> str:
     """Decimal units, as file managers and download pages count."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
@@ -51,6 +57,34 @@ def bits(model: ModelReport) -> str:
 def tensor(width: int, granularity: str | None) -> str:
     """A cell of the plan: ``int4 per channel``; what has no granularity is not quantized."""
     return f"int{width} per {granularity}" if granularity else "16 bit"
+
+
+def weights(fmt: TensorFormat) -> str:
+    """``W4 group 128 asym``."""
+    return " ".join(["W" + str(fmt.bits), *_granularity(fmt)])
+
+
+def inputs(fmt: TensorFormat | None) -> str:
+    """``A8 token dyn``; ``16 bit`` where they are left alone."""
+    return (
+        "16 bit"
+        if fmt is None
+        else " ".join(["A" + str(fmt.bits), *_granularity(fmt), "dyn" if fmt.dynamic else "static"])
+    )
+
+
+def _granularity(fmt: TensorFormat) -> list[str]:
+    size = [str(fmt.group_size)] if fmt.group_size else []
+    return [fmt.granularity, *size, *([] if fmt.symmetric else ["asym"])]
+
+
+def balance(layers: Sequence[LayerPlan]) -> str:
+    """``smooth 0.1-0.6 (norm) + hadamard 256`` of layers that differ in smoothing strength only; empty for none."""
+    alphas = sorted({layer.smooth.alpha for layer in layers if layer.smooth})
+    first = layers[0].balance
+    if len(alphas) < 2 or layers[0].smooth is None:
+        return "" if first == "none" else first
+    return first.replace(f"smooth {layers[0].smooth.alpha:g}", f"smooth {alphas[0]:g}-{alphas[-1]:g}", 1)
 
 
 def seeds(values: Sequence[int]) -> str:
