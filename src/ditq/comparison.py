@@ -131,7 +131,7 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """The stable JSON of ``ditq compare --json``; metrics at the top are those of the first quantized model."""
         scores = {
-            name: {metric: score.model_dump(mode="json", exclude_none=True) for metric, score in found.items()}
+            name: {metric: _score_json(score) for metric, score in found.items()}
             for name, found in self.measurement.scores.items()
         }
         return {
@@ -263,6 +263,15 @@ def compare(
         cache.prune()
     settings = {**options, "batch_size": batch_size, **({"arguments": extra} if extra else {})}
     return Comparison(first, models, measurement, settings, real, environment())
+
+
+def _score_json(score: Score) -> dict[str, Any]:
+    """What there is to say of one metric; the interval and a verdict that too few pairs leave open are null."""
+    data = score.model_dump(mode="json", exclude_none=True)
+    for part in (data, data.get("reference"), data.get("difference")):
+        if part is not None:
+            part.setdefault("ci95", None)
+    return {**data, "verdict": score.verdict} if score.difference else data
 
 
 def _model_report(

@@ -214,6 +214,20 @@ def test_compare_json_has_the_promised_fields(
     assert f"--prompts {prompts} --steps 2 " in command
 
 
+def test_two_prompts_give_no_intervals_and_a_quantized_reference_its_bits(
+    pipeline: Path, quantized: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--prompts", prompts, "--count", 2, "--steps", 2, "--metrics", "basic", "--explain", 0]
+    status, out, err = ditq(capsys, "compare", quantized, pipeline, *arguments)
+    assert status == 0, err
+    assert out.startswith("2 prompts, seed 0")
+    assert re.search(r"(?m)^metric +W4A8 ", out)
+    assert "± n/a" in out
+    assert "no intervals and no verdicts from fewer than 3 pairs" in " ".join(out.split())
+    _, out, _ = ditq(capsys, "compare", pipeline, quantized, *arguments, "--json")
+    assert json.loads(out)["psnr_db"]["ci95"] is None
+
+
 def test_comparing_a_pipeline_with_itself_finds_no_difference(
     pipeline: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

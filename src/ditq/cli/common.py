@@ -194,11 +194,15 @@ def metrics_table(title: str, rows: Sequence[tuple[str, Mapping[str, Interval], 
 
 def comparison_table(title: str, comparison: Comparison) -> Table:
     """One row a metric, one column a model; what is not measurably different from the reference says so."""
+    from ditq.metrics.interval import FEWEST
+
     names = list(comparison.models)
     skipped = comparison.measurement.skipped
     plan = comparison.reference.plan
     label = f"W{plan.nominal_weight_bits}A{plan.nominal_activation_bits}" if plan else "16 bit"
     caption = f"= no measurable difference to {label}, - worse, + better (paired, 95 %)"
+    if len(comparison.reference.samples.images) < FEWEST:
+        caption = f"n/a: no intervals and no verdicts from fewer than {FEWEST} pairs"
     if skipped:
         caption += f"\nnot measured, see the report for why: {', '.join(skipped)}"
     made = table("metric", title=title, caption=caption)
@@ -236,13 +240,19 @@ def _costs(comparison: Comparison) -> list[list[str]]:
 
 
 def _digits(a: Interval) -> int:
-    """Digits that an interval of this width leaves meaningful."""
+    """Digits that an interval of this width leaves meaningful; three where there is none."""
     import math
 
+    from ditq.report.wording import three_digits
+
+    if a.ci95 is None:
+        return three_digits(abs(a.mean))
     width = a.ci95[1] - a.ci95[0]
     return 1 if width == 0 else min(5, max(1, 1 - math.floor(math.log10(width))))
 
 
 def _plus_minus(a: Interval, digits: int) -> str:
     """A mean and the longer arm of its 95 % interval; the JSON has both ends."""
+    if a.ci95 is None:
+        return f"{a.mean:.{digits}f} ± n/a"
     return f"{a.mean:.{digits}f} ± {max(a.ci95[1] - a.mean, a.mean - a.ci95[0]):.{digits}f}"

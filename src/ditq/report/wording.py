@@ -5,24 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from ditq.metrics.interval import FEWEST
 from ditq.metrics.score import Interval, Verdict
 from ditq.plan import LayerPlan, TensorFormat
 from ditq.report.document import ModelReport
 
+NO_INTERVAL = "interval not available"
+NO_VERDICT = f"no verdict from fewer than {FEWEST} pairs"
 VERDICTS: dict[Verdict, str] = {"same": "no measurable difference", "better": "better", "worse": "worse"}
 
 
 def digits(intervals: Iterable[Interval]) -> int:
     """Decimal places that keep one digit of the narrowest interval and about three of the largest mean, at most 5."""
     known = list(intervals)
-    halves = [half for i in known if (half := (i.ci95[1] - i.ci95[0]) / 2) > 0]
+    halves = [half for i in known if i.ci95 and (half := (i.ci95[1] - i.ci95[0]) / 2) > 0]
     if not halves:
-        return 2
+        return 2 if all(i.ci95 for i in known) else three_digits(max(abs(i.mean) for i in known))
     places = -math.floor(math.log10(min(halves)))
     largest = max(abs(i.mean) for i in known)
     if largest > 0 and places + math.floor(math.log10(largest)) + 1 < 3:
         places += 1
     return min(5, max(0, places))
+
+
+def three_digits(value: float) -> int:
+    """Decimal places that keep about three digits, from 1 to 5; 2 for zero."""
+    return 2 if value == 0 else min(5, max(1, 2 - math.floor(math.log10(value))))
 
 
 def number(value: float, places: int, sign: bool = False) -> str:
@@ -35,12 +43,17 @@ def number(value: float, places: int, sign: bool = False) -> str:
 
 def interval(i: Interval, places: int, sign: bool = False) -> str:
     """The interval alone: ``28.8 to 30.1``; negative numbers make a dash hard to read."""
-    return f"{number(i.ci95[0], places, sign)} to {number(i.ci95[1], places, sign)}"
+    return NO_INTERVAL if i.ci95 is None else f"{number(i.ci95[0], places, sign)} to {number(i.ci95[1], places, sign)}"
 
 
 def counted(n: int, noun: str) -> str:
     """``1 picture``, ``2 pictures``; ``noun`` is in the singular."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def verdict(value: Verdict | None) -> str:
+    """Of a paired difference."""
+    return VERDICTS[value] if value else NO_VERDICT
 
 
 def megabytes(count: int) -> str:
@@ -49,9 +62,14 @@ def megabytes(count: int) -> str:
 
 
 def bits(model: ModelReport) -> str:
-    """``W4A8``; empty for the 16-bit reference."""
+    """``W4A8``; empty where nothing is quantized."""
     nominal = model.nominal_bits
     return f"W{nominal['weights']}A{nominal['activations']}" if nominal else ""
+
+
+def reference(model: ModelReport) -> str:
+    """What the others are compared with: ``16 bit``, or its bits if it is quantized itself."""
+    return bits(model) or "16 bit"
 
 
 def tensor(width: int, granularity: str | None) -> str:
