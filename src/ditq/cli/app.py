@@ -10,11 +10,11 @@ import re
 import sys
 import warnings
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ditq import cli as package
 from ditq.errors import DitqError, UsageError
 from ditq.report.terminal import ERRORS, printable
 
@@ -36,8 +36,8 @@ def build() -> typer.Typer:
     app = typer.Typer(help=DESCRIPTION, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                       context_settings=SETTINGS)  # fmt: skip
     app.callback()(_options)
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
+    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = importlib.import_module(f"{__package__}.{info.name}")
         if hasattr(module, "VERB"):
             app.command(info.name.rstrip("_"))(module.VERB)
     return app

@@ -77,4 +77,4 @@ class InceptionV3(Extractor):
                 hook.remove()
 
 
-EXTRACTOR = InceptionV3
+NETWORK = InceptionV3
