@@ -10,11 +10,11 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
+from console import ditq
 from diffusers import DiffusionPipeline
 from helpers import PROMPTS, QUICK, tiny_pixart
 from PIL import Image
@@ -53,13 +53,6 @@ def quantized(pipeline: Path, prompts: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DITQ_CACHE", str(tmp_path / "cache"))
-
-
-def ditq(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of one command line."""
-    status = run([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 # ------------------------------------------------------------------------------------------ the work
@@ -271,7 +264,8 @@ def test_an_extra_misses_the_packages_that_are_not_installed() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["demo", "quantize", "search", "generate", "inspect", "compare", "recipes", "architectures", "doctor"]
+    "verb",
+    ["demo", "quantize", "search", "generate", "inspect", "compare", "export", "recipes", "architectures", "doctor"],
 )
 def test_help_of_every_verb_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = ditq(capsys, verb, "--help")
