@@ -63,6 +63,13 @@ def test_formats_roles_rounding_and_reasons_tell_rows_apart() -> None:
     assert len(list(rows(layers))) == len(changes)
 
 
+def test_rows_of_one_role_stand_together() -> None:
+    layers = [
+        layer(f"blocks.{i}.{r}", role=r, **({"rotate": Rotate(block=64)} if i else {})) for i in (0, 1) for r in "qk"
+    ]
+    assert [label for _, label, _ in rows(layers, by="roles")] == ["q", "q", "k", "k"]
+
+
 def test_every_layer_is_in_one_row_however_they_are_grouped() -> None:
     layers = [layer(f"{stack}.{i}.q", role=stack) for i in range(3) for stack in ("a", "b")] + [layer("c")]
     for by in ("blocks", "layers", "roles"):

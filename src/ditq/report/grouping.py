@@ -42,7 +42,7 @@ def sections(layers: Iterable[LayerPlan], by: By = "blocks") -> list[Section]:
         return [Section("", tuple(Row(layer.name, (layer,)) for layer in layers))]
     if by == "roles":
         split = _split([(layer.role, layer) for layer in layers])
-        return [Section("", tuple(Row(label, tuple(members)) for (label, _), members in split.items()))]
+        return [Section("", _ordered([Row(label, tuple(members)) for (label, _), members in split.items()]))]
     stacks: list[tuple[str, list[tuple[int, str, LayerPlan]]]] = []
     for layer in layers:
         stack, index, inner = within_block(layer.name)
@@ -83,9 +83,13 @@ def _of_stack(stack: str, members: list[tuple[int, str, LayerPlan]]) -> Section:
     for (inner, _), layers in _split([(inner, layer) for _, inner, layer in members]).items():
         here = frozenset(within_block(layer.name)[1] for layer in layers)
         rows.append(Row(inner, tuple(layers), here, len(blocks)))
-    order = list(dict.fromkeys(inner for _, inner, _ in members))
-    rows.sort(key=lambda row: order.index(row.label))  # stable: what differs stays together
-    return Section(f"{stack}.{', '.join(ranges(blocks))}", tuple(rows))
+    return Section(f"{stack}.{', '.join(ranges(blocks))}", _ordered(rows))
+
+
+def _ordered(rows: list[Row]) -> tuple[Row, ...]:
+    """Rows of one label together, in the order in which the labels come first."""
+    first = {label: i for i, label in enumerate(dict.fromkeys(row.label for row in rows))}
+    return tuple(sorted(rows, key=lambda row: first[row.label]))
 
 
 def _split(named: list[tuple[str, LayerPlan]]) -> dict[tuple[str, Treatment], list[LayerPlan]]:
