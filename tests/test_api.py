@@ -89,7 +89,7 @@ def test_result_says_what_was_done(name: str) -> None:
     assert "torch" in result.engine
     assert "cpu" in result.engine
     summary = result.summary()
-    for part in ("smoothquant-w4a8", "self_attn.q", "final", "torch on cpu"):
+    for part in ("smoothquant-w4a8", "attn1.to_q", "smooth 0.5", "final", "torch on cpu"):
         assert part in summary
     assert dict.fromkeys(stage for stage, _, _ in stages) == {"calibrate": None, "balance": None, "quantize": None}
     for stage in ("calibrate", "balance", "quantize"):

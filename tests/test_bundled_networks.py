@@ -20,7 +20,7 @@ FOLDER = ditq_bundled.network("emoji-classifier")
 
 
 @pytest.fixture(scope="module")
-def extractor() -> EmojiClassifier:
+def network() -> EmojiClassifier:
     return EmojiClassifier(FOLDER)
 
 
@@ -46,43 +46,43 @@ def test_the_network_is_here_and_small() -> None:
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 15e6
 
 
-def test_it_knows_every_concept_of_the_models(extractor: EmojiClassifier) -> None:
+def test_it_knows_every_concept_of_the_models(network: EmojiClassifier) -> None:
     assert len(taught()) == 307
-    assert taught() <= set(extractor.labels)
-    assert len(set(extractor.labels)) == len(extractor.labels)
+    assert taught() <= set(network.labels)
+    assert len(set(network.labels)) == len(network.labels)
 
 
 def test_reference_holds_finite_features_of_named_pictures(
-    extractor: EmojiClassifier, reference: dict[str, torch.Tensor], named: list[str]
+    network: EmojiClassifier, reference: dict[str, torch.Tensor], named: list[str]
 ) -> None:
     shapes = {key: tuple(value.shape) for key, value in reference.items()}
     assert shapes == {
-        "pooled": (PICTURES, 256), "spatial": (PICTURES, 448), "probabilities": (PICTURES, len(extractor.labels)),
+        "pooled": (PICTURES, 256), "spatial": (PICTURES, 448), "probabilities": (PICTURES, len(network.labels)),
     }  # fmt: skip
     assert all(value.dtype == torch.float16 and value.isfinite().all() for value in reference.values())
     assert len(set(named)) == PICTURES
     assert {name.split("/")[1].replace("-", " ") for name in named} == taught()
-    blank = extractor.features(torch.ones(1, 3, 64, 64))
+    blank = network.features(torch.ones(1, 3, 64, 64))
     assert blank.pooled.shape[1] == 256
     assert blank.spatial.shape[1] == 448
 
 
-def test_reference_is_of_this_network(extractor: EmojiClassifier, reference: dict[str, torch.Tensor]) -> None:
+def test_reference_is_of_this_network(network: EmojiClassifier, reference: dict[str, torch.Tensor]) -> None:
     """A network trained again without its reference would give other probabilities for these features."""
-    again = extractor.network.classifier(reference["pooled"].float()).softmax(1)
+    again = network.network.classifier(reference["pooled"].float()).softmax(1)
     torch.testing.assert_close(again, reference["probabilities"].float(), atol=1e-3, rtol=0)
 
 
 def test_reference_pictures_are_seen_as_what_they_are(
-    extractor: EmojiClassifier, reference: dict[str, torch.Tensor], named: list[str]
+    network: EmojiClassifier, reference: dict[str, torch.Tensor], named: list[str]
 ) -> None:
-    best = [extractor.labels[i] for i in reference["probabilities"].argmax(1).tolist()]
+    best = [network.labels[i] for i in reference["probabilities"].argmax(1).tolist()]
     right = [name.split("/")[1].replace("-", " ") == label for name, label in zip(named, best, strict=True)]
     assert np.mean(right) > 0.9
 
 
 @pytest.mark.parametrize("model", ["emoji-class", "emoji-t2i"])
-def test_drawn_pictures_are_seen_as_what_was_asked_for(extractor: EmojiClassifier, model: str) -> None:
+def test_drawn_pictures_are_seen_as_what_was_asked_for(network: EmojiClassifier, model: str) -> None:
     """The 32 pictures on the model's card, eight to a row of 100-pixel cells, named in the text below them."""
     card = (ditq_bundled.path(model) / "README.md").read_text()
     listed = re.search(r"not selected: (.*)\.", card)[1].split(", ")
@@ -90,9 +90,9 @@ def test_drawn_pictures_are_seen_as_what_was_asked_for(extractor: EmojiClassifie
     with Image.open(ditq_bundled.path(model) / "samples.png") as page:
         cells = [(i % 8 * 100, i // 8 * 100) for i in range(len(asked))]
         pictures = [page.convert("RGB").crop((x, y, x + 96, y + 96)) for x, y in cells]
-    seen = extractor(pictures).probabilities
+    seen = network(pictures).probabilities
     assert seen is not None
-    rows = [extractor.labels.index(concept) for concept in asked]
+    rows = [network.labels.index(concept) for concept in asked]
     probability = seen[:, rows]  # [picture, asked concept]
     assert probability.diagonal().mean() > 0.6
     assert probability.diagonal().mean() > 100 * probability.roll(1, 1).diagonal().mean()

@@ -88,7 +88,7 @@ def test_summary_claims_nothing_between_equals(folders: dict[str, Path]) -> None
 
 
 def test_bundled_reference_brings_its_network_and_its_artwork() -> None:
-    prompts = ["a noto style emoji of a red apple", "a fluent style emoji of a panda"]
+    prompts = ["a noto style emoji of a red apple", "a fluent style emoji of a panda", "a noto style emoji of an owl"]
     found = ditq.compare(
         "bundled:emoji-t2i", "bundled:emoji-t2i", prompts, steps=2, metrics=["concept_score", "feature_distance"]
     )
@@ -180,3 +180,17 @@ def test_an_expert_in_16_bit_counts_as_such() -> None:
     assert report.average_bits == pytest.approx((plan.average_bits + 16) / 2)
     assert all(name.startswith("transformer_2.") for name in report.layer_errors.layers)
     assert len(report.layer_errors.layers) == len(plan.quantized)
+
+
+def test_two_pairs_give_means_without_intervals_and_no_verdict(folders: dict[str, Path]) -> None:
+    models = [folders["rtn-w8a8"], folders["rtn-w4a4"]]
+    found = ditq.compare(folders["base"], models, PROMPTS[:2], metrics=["psnr_db"], **OPTIONS)
+    data = json.loads(json.dumps(found.as_dict()))
+    assert data["psnr_db"]["ci95"] is None
+    assert data["psnr_db"]["n"] == 2
+    assert [(d["verdict"], d["difference"]["ci95"]) for d in data["differences"]] == [(None, None)]
+    report = found.report()
+    assert Report.model_validate_json(report.model_dump_json()) == report
+    assert report.models[0].latent_sqnr_by_step is not None
+    assert report.models[0].latent_sqnr_by_step.ci95 == []
+    assert "measurabl" not in " ".join(report.summary)

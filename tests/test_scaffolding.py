@@ -71,6 +71,53 @@ def upward_imports(source: str, path: Path) -> list[str]:
     return found
 
 
+def at_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The import statements that run when a module is imported: not those in functions, nor for type checkers."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            yield from at_import(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for part in ("body", "handlers", "orelse", "finalbody"):
+                yield from at_import(getattr(node, part, []))
+
+
+def import_graph(sources: dict[str, str], packages: set[str]) -> dict[str, set[str]]:
+    """Which modules each module imports when it is imported.
+
+    Args:
+        sources: by dotted name.
+        packages: those of them that are packages. That a module's import runs its packages first does not count.
+    """
+    graph = {}
+    for name, source in sources.items():
+        package = name.split(".") if name in packages else name.split(".")[:-1]
+        statements = ast.Module(body=list(at_import(ast.parse(source).body)), type_ignores=[])
+        known = graph[name] = set[str]()
+        for _, imported in imported_modules(statements, package):
+            while imported and imported not in sources:
+                imported = imported.rpartition(".")[0]
+            known |= {imported} - {"", name}
+    return graph
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules of which each imports the next and the last one the first, if there are any."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name in done:
+            return []
+        found = next((c for other in sorted(graph[name]) if (c := search(other, [*path, name]))), [])
+        done.add(name)
+        return found
+
+    return next((found for name in graph if (found := search(name, []))), [])
+
+
 def wheel_files(project: Path) -> set[str]:
     """The files that a wheel of ``project`` would hold, relative to ``project``."""
     return {file.relative_path for file in WheelBuilder(str(project)).recurse_included_files()}
@@ -78,7 +125,7 @@ def wheel_files(project: Path) -> set[str]:
 
 def test_extras_and_entry_point_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {"openvino", "triton", "report", "metrics", "search", "ray", "demo", "dev", "bench"}
+    extras = {"openvino", "triton", "report", "metrics", "search", "demo", "dev", "bench"}
     assert set(project["optional-dependencies"]) == extras
     assert project["scripts"] == {"ditq": "ditq.cli:main"}
 
@@ -167,6 +214,34 @@ def test_nobody_imports_upwards() -> None:
     assert paths
     found = [line for path in paths for line in upward_imports(path.read_text(), path.relative_to(SOURCE))]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("b", "expected"),
+    [
+        ("from p import a", ["p.a", "p.b"]),
+        ("import p.a as x", ["p.a", "p.b"]),
+        ("from .a import thing", ["p.a", "p.b"]),
+        ("try:\n    from p.a import thing\nexcept ImportError:\n    pass", ["p.a", "p.b"]),
+        ("try:\n    pass\nexcept ImportError:\n    from p.a import thing", ["p.a", "p.b"]),
+        ("class C:\n    from p.a import thing", ["p.a", "p.b"]),
+        ("def f():\n    from p.a import thing", []),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.a import thing", []),
+        ("import torch\nfrom p.c import thing", []),
+    ],
+)
+def test_cycle_check_sees_cycles_of_imports(b: str, expected: list[str]) -> None:
+    sources = {"p": "from p.a import thing", "p.a": "from p.b import other", "p.b": b, "p.c": ""}
+    assert cycle(import_graph(sources, {"p"})) == expected
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    names = {path: (path.parent if path.stem == "__init__" else path.with_suffix("")) for path in SOURCE.rglob("*.py")}
+    dotted = {path: ".".join(name.relative_to(SOURCE.parent).parts) for path, name in names.items()}
+    sources = {dotted[path]: path.read_text() for path in sorted(dotted)}
+    graph = import_graph(sources, {dotted[path] for path in dotted if path.stem == "__init__"})
+    assert "ditq.plan" in graph["ditq.recipe"]
+    assert cycle(graph) == []
 
 
 def test_import_is_lean() -> None:

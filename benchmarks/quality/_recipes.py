@@ -214,7 +214,7 @@ def show_differences(found: Mapping[str, Any], title: str, first: str) -> None:
     print(f"\npaired differences in {title}, mean [95 % interval]")
     for pair, d in found.items():
         if pair.startswith(f"{first}-"):
-            print(f"  {pair:36} {d['mean']:+6.2f} [{d['ci95'][0]:+.2f}, {d['ci95'][1]:+.2f}]")
+            print(f"  {pair:36} {d['mean']:+6.2f} {ends(d, '+.2f')}")
 
 
 def show_incoherence(name: str, row: Mapping[str, Any]) -> None:
@@ -225,6 +225,10 @@ def show_incoherence(name: str, row: Mapping[str, Any]) -> None:
         print(f"  {role:18} weights {v['weight_before']:.2f} -> {v['weight_after']:.2f}  {inputs}")
 
 
+def ends(value: Mapping[str, Any], form: str) -> str:
+    """The 95 % interval in brackets; fewer than three pairs have none."""
+    return "[n/a]" if value["ci95"] is None else "[" + ", ".join(f"{end:{form}}" for end in value["ci95"]) + "]"
+
+
 def _cell(score: Mapping[str, Any], digits: int) -> str:
-    low, high = score["ci95"]
-    return f"{score['mean']:8.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]".rjust(23)
+    return f"{score['mean']:8.{digits}f} {ends(score, f'.{digits}f')}".rjust(23)

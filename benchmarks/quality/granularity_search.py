@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from _recipes import ends
 from environment import environment, write
 
 import ditq
@@ -181,7 +182,7 @@ def main() -> None:
 
 
 def _interval(value: dict[str, Any], sign: str = "") -> str:
-    return f"{value['mean']:{sign}8.2f} [{value['ci95'][0]:{sign}.2f}, {value['ci95'][1]:{sign}.2f}]"
+    return f"{value['mean']:{sign}8.2f} {ends(value, f'{sign}.2f')}"
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class Comparison:
     def as_dict(self) -> dict[str, Any]:
         """The stable JSON of ``ditq compare --json``; metrics at the top are those of the first quantized model."""
         scores = {
-            name: {metric: score.model_dump(mode="json", exclude_none=True) for metric, score in found.items()}
+            name: {metric: _score_json(score) for metric, score in found.items()}
             for name, found in self.measurement.scores.items()
         }
         return {
@@ -303,6 +303,15 @@ def _settings(sampling: Sampling) -> dict[str, Any]:
     """As in the JSON of a comparison; arguments of the pipeline's call only where there are some."""
     settings = asdict(sampling)
     return settings if sampling.arguments else {k: v for k, v in settings.items() if k != "arguments"}
+
+
+def _score_json(score: Score) -> dict[str, Any]:
+    """What there is to say of one metric; the interval and a verdict that too few pairs leave open are null."""
+    data = score.model_dump(mode="json", exclude_none=True)
+    for part in (data, data.get("reference"), data.get("difference")):
+        if part is not None:
+            part.setdefault("ci95", None)
+    return {**data, "verdict": score.verdict} if score.difference else data
 
 
 def _model_report(

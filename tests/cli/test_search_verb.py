@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import videos
+from console import ditq
 from helpers import tiny_dit
 
 from ditq.cli.app import run
@@ -15,13 +15,6 @@ from ditq.plan import Plan
 
 SPACE = ["--sizes", "16,32,64,128", "--budget", "uniform:32", "--pictures", "2", "--steps", "2", "--trials", "4"]
 NUMBERS = ["--population", "3", "--top-k", "2", "--crossover", "1", "--mutation", "1"]
-
-
-def ditq(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of one command line."""
-    status = run([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 @pytest.fixture(scope="module")

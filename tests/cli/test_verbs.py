@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import yaml
+from console import ditq
 from diffusers import DiffusionPipeline
 from helpers import PROMPTS, QUICK, tiny_pixart
 from PIL import Image
 
+from ditq.cli import common
 from ditq.cli.app import run
+from ditq.cli.doctor import missing_packages
+from ditq.openvino.runtime import why_unavailable
+from ditq.recipe import families, load
 
 SETTINGS = [item for setting in QUICK for item in ("--set", setting)]
 
@@ -43,13 +53,6 @@ def quantized(pipeline: Path, prompts: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DITQ_CACHE", str(tmp_path / "cache"))
-
-
-def ditq(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of one command line."""
-    status = run([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 # ------------------------------------------------------------------------------------------ the work
@@ -88,10 +91,93 @@ def test_inspect_json_agrees_with_the_files(quantized: Path, capsys: pytest.Capt
     assert all(layer["reason"] for layer in data["layers"] if layer["weight_bits"] == 16)
 
 
-def test_inspect_prints_every_layer(quantized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_equal_blocks_once_and_every_layer_when_asked(
+    quantized: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.out, "_width", 80)
     status, out, _ = ditq(capsys, "inspect", quantized)
     assert status == 0
     assert "linear layers quantized" in out
+    assert "transformer_blocks.0-1" in out
+    assert len(re.findall(r"ff\.net\.2\b", out)) == 1
+    layers = len(json.loads(ditq(capsys, "inspect", quantized, "--json")[1])["layers"])
+    _, full, _ = ditq(capsys, "inspect", quantized, "--layers")
+    assert len(re.findall(r"(?m)^\S*\w", full.partition("---\n")[2])) >= layers
+    assert max(map(len, (out + full).splitlines())) <= 80
+
+
+def test_names_with_markup_reach_the_terminal_as_they_are(
+    pipeline: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "w[red]"
+    arguments = ["--recipe", "rtn-w8a8", "--set", "keep_layers=['blocks.[/0]']", "--out", out]
+    status, said, _ = ditq(capsys, "quantize", pipeline, *arguments)
+    assert status == 0
+    assert "w[red]" in said.replace("\n", "")
+    status, said, _ = ditq(capsys, "inspect", out)
+    assert status == 0
+    assert "blocks.[/0]" in said
+    _, _, err = ditq(capsys, "inspect", tmp_path / "\x1b[31mno\nsuch")
+    assert one_paragraph(err)
+    assert "\x1b" not in err
+
+
+def test_inspect_prints_on_a_terminal_that_knows_ascii_only(quantized: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ditq", "inspect", str(quantized), "--layers"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "linear layers quantized" in done.stdout.decode("ascii")
+
+
+@pytest.mark.parametrize("name", ["viditq-w4a8", "qdit-w3a8", "rtn-w8a16", "ptq4dm-w8a8", "gptq-w4a4"])
+def test_a_printed_recipe_is_a_file_that_loads_as_the_same_recipe(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.out, "_width", 40)
+    status, out, _ = ditq(capsys, "recipes", name)
+    assert status == 0
+    file = tmp_path / "recipe.yaml"
+    file.write_text(out)
+    assert load(file) == load(name)
+
+
+def test_recipes_lists_every_family_once_within_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.out, "_width", 80)
+    _, out, _ = ditq(capsys, "recipes")
+    listed = re.findall(r"(?m)^(\S+)-wXaY\s.*(yes|no)\s*$", out)
+    assert [name for name, _ in listed] == list(families())
+    assert dict(listed)["rtn"] == "no"
+    assert dict(listed)["viditq"] == "yes"
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+
+
+def test_a_family_is_shown_with_its_widths(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = ditq(capsys, "recipes", "viditq")
+    assert yaml.safe_load(out)["widths"] == list(families()["viditq"].widths)
+    _, out, _ = ditq(capsys, "recipes", "viditq", "--json")
+    assert json.loads(out)["for_whom"] == families()["viditq"].for_whom
+
+
+def test_architectures_are_whole_names_within_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.out, "_width", 80)
+    _, data, _ = ditq(capsys, "architectures", "--json")
+    _, out, _ = ditq(capsys, "architectures")
+    for row in json.loads(data):
+        assert {row["architecture"], *row["class"]} <= set(out.replace(",", " ").split())
+    _, one, _ = ditq(capsys, "architectures", "pixart")
+    assert "self_attn.q/k/v/out" in one
+    assert max(map(len, (out + one).splitlines())) <= 80
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ditq(capsys, "--version") == (0, f"ditq {metadata.version('ditq')}\n", "")
 
 
 def test_generate_repeats_itself(quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +207,20 @@ def test_compare_json_has_the_promised_fields(
     assert f"--prompts {prompts} --steps 2 " in command
 
 
+def test_two_prompts_give_no_intervals_and_a_quantized_reference_its_bits(
+    pipeline: Path, quantized: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--prompts", prompts, "--count", 2, "--steps", 2, "--metrics", "basic", "--explain", 0]
+    status, out, err = ditq(capsys, "compare", quantized, pipeline, *arguments)
+    assert status == 0, err
+    assert out.startswith("2 prompts, seed 0")
+    assert re.search(r"(?m)^metric +W4A8 ", out)
+    assert "± n/a" in out
+    assert "no intervals and no verdicts from fewer than 3 pairs" in " ".join(out.split())
+    _, out, _ = ditq(capsys, "compare", pipeline, quantized, *arguments, "--json")
+    assert json.loads(out)["psnr_db"]["ci95"] is None
+
+
 def test_comparing_a_pipeline_with_itself_finds_no_difference(
     pipeline: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,13 +243,35 @@ def test_doctor_names_engines_with_reasons(capsys: pytest.CaptureFixture[str]) -
     assert all(row["reason"] for row in rows.values())
 
 
+def test_doctor_names_runtimes_and_the_extras_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads(ditq(capsys, "doctor", "--json")[1])
+    [runtime] = data["runtimes"]
+    assert runtime["name"] == "openvino"
+    assert runtime["available"] is (why_unavailable() is None)
+    assert runtime["reason"]
+    assert set(data["extras"]) == set(metadata.metadata("ditq").get_all("Provides-Extra") or [])
+    assert data["extras"]["dev"] is True
+    _, out, _ = ditq(capsys, "doctor")
+    assert "runtime openvino" in out
+
+
+def test_an_extra_misses_the_packages_that_are_not_installed() -> None:
+    requirements = [
+        "torch>=2", "no-such-package>=1; extra == 'a'", "pytest; extra == 'a'", "pytest>=8.2; extra == 'b'",
+        "another-one; sys_platform == 'nowhere' and extra == 'b'",
+    ]  # fmt: skip
+    assert missing_packages(requirements) == {"a": ["no-such-package"], "b": []}
+
+
 @pytest.mark.parametrize(
-    "verb", ["demo", "quantize", "search", "generate", "inspect", "compare", "recipes", "architectures", "doctor"]
+    "verb",
+    ["demo", "quantize", "search", "generate", "inspect", "compare", "export", "recipes", "architectures", "doctor"],
 )
 def test_help_of_every_verb_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = ditq(capsys, verb, "--help")
     assert status == 0
     assert f"Example: ditq {verb}" in " ".join(out.split())
+    assert ditq(capsys, verb, "-h") == (status, out, "")
 
 
 # ---------------------------------------------------------------------------------------- the errors
@@ -173,8 +295,10 @@ def check_failure(result: tuple[int, str, str], status: int, *words: str, left: 
 
 def test_unknown_recipe_names_the_known(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    result = ditq(capsys, "quantize", pipeline, "--recipe", "vidiq-w4a8", "--out", out)
-    check_failure(result, 2, "vidiq-w4a8", "Did you mean", "rtn-w8a8", left=out)
+    result = ditq(capsys, "quantize", pipeline, "--recipe", "viditk-w4a8", "--out", out)
+    check_failure(result, 2, "viditk-w4a8", "Did you mean 'viditq-w4a8'", "rtn-wXaY", left=out)
+    result = ditq(capsys, "quantize", pipeline, "--recipe", "viditq-w4a9", "--out", out)
+    check_failure(result, 2, "w4a9", "2 to 8 or 16", left=out)
 
 
 def test_folder_that_is_no_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import ditq_bundled
 import pytest
 import videos
+from console import ditq
 from helpers import PROMPTS, tiny_pixart
 from PIL import Image
 
@@ -43,13 +44,6 @@ def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(PROMPTS[:2]) + "\n")
     return path
-
-
-def ditq(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of one command line."""
-    status = run([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def generate(capsys: pytest.CaptureFixture[str], pipeline: Path, out: Path, *more: Any) -> tuple[int, str, str]:

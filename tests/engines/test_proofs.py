@@ -17,8 +17,7 @@ from ditq.engines import registry
 from ditq.engines.torch.engine import TorchEngine
 from ditq.errors import DitqError
 from ditq.layers import QuantizedLinear
-from ditq.numerics import Quantized
-from ditq.numerics import Grid
+from ditq.numerics import Grid, Quantized
 
 CPU = torch.device("cpu")
 FORMATS = weight_format(8), token_format()

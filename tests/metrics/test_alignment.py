@@ -4,8 +4,8 @@ import json
 import math
 import re
 import string
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import ditq_bundled
 import numpy as np
@@ -17,14 +17,14 @@ from torch import Tensor
 from ditq.errors import UsageError
 from ditq.metrics.alignment import (
     ALIGNMENT,
-    Alignment,
     Clip,
     clip_score,
     concept,
     concept_accuracy,
     concept_score,
 )
-from ditq.metrics.networks import Extractor, Features, MissingWeights
+from ditq.metrics.networks import MissingWeights
+from ditq.metrics.picture import to_tensor
 
 MEAN, STD = np.array([0.48, 0.46, 0.41]), np.array([0.27, 0.26, 0.28])
 SIDE = 32
@@ -95,19 +95,17 @@ def logits(folder: Path, images: list[Image.Image], prompt: str) -> Tensor:
 
 def test_clip_score_is_that_of_clips_own_forward_pass(clip: Clip, folder: Path) -> None:
     images, prompts = [picture(0), picture(1, (48, 64))], ["a red hen", "sun"]
-    alignment = Alignment(clip)
-    alignment.update(images[:1], prompts[:1])
-    alignment.update(images[1:], prompts[1:])
+    scores = [
+        clip_score(clip.images([image]), clip.text(prompt)) for image, prompt in zip(images, prompts, strict=True)
+    ]
     expected = [logits(folder, [image], prompt).item() for image, prompt in zip(images, prompts, strict=True)]
-    assert alignment.values["clip_score"] == pytest.approx(expected, abs=1e-3)
-    assert alignment.compute()["clip_score"].mean == pytest.approx(np.mean(expected), abs=1e-3)
+    assert scores == pytest.approx(expected, abs=1e-3)
 
 
 def test_clip_score_of_a_video_is_the_mean_over_frames_of_several_batches(clip: Clip, folder: Path) -> None:
     frames = [picture(i) for i in range(5)]
-    alignment = Alignment(clip)
-    alignment.update([frames], ["a hen"])
-    assert alignment.values["clip_score"] == pytest.approx([logits(folder, frames, "a hen").mean().item()], abs=1e-3)
+    score = clip_score(clip.images(frames), clip.text("a hen"))
+    assert score == pytest.approx(logits(folder, frames, "a hen").mean().item(), abs=1e-3)
     torch.testing.assert_close(clip.images(frames, batch_size=2), clip.images(frames))
 
 
@@ -164,82 +162,50 @@ def test_concept_score_and_accuracy_of_given_probabilities() -> None:
     assert concept_accuracy(probabilities[:1], 0) == 1.0
 
 
-class Colours(Extractor):
-    """Tells red, green and blue pictures apart by their mean colour."""
+LABELS = ["red-square", "green-square", "blue-square"]
 
-    name: ClassVar[str] = "colours"
 
-    def __init__(self) -> None:
-        self.labels, self.seen = ["red-square", "green-square", "blue-square"], 0
-
-    @classmethod
-    def load(cls) -> "Colours":
-        return cls()
-
-    def features(self, images: Tensor) -> Features:
-        self.seen += len(images)
-        means = images.mean((2, 3))
-        return Features(means, means, (means * 8).softmax(1))
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        return [images]
+def probabilities(image: Image.Image) -> Tensor:
+    """Of a classifier that tells red, green and blue pictures apart by their mean colour: [1, 3]."""
+    return (to_tensor(image)[None].mean((2, 3)) * 8).softmax(1)
 
 
 def squares() -> tuple[list[Image.Image], list[str]]:
     colours = {"red": (220, 60, 40), "green": (50, 190, 60), "blue": (40, 50, 210)}
     items = [(Image.new("RGB", (16, 16), rgb), f"a drawing of a {name} square") for name, rgb in colours.items()]
-    return [image for image, _ in items] * 2, [prompt for _, prompt in items] * 2
+    return [image for image, _ in items], [prompt for _, prompt in items]
+
+
+def scored(function: Callable[[Tensor, int], float], images: list[Image.Image], prompts: list[str]) -> list[float]:
+    return [function(probabilities(x), concept(p, LABELS)) for x, p in zip(images, prompts, strict=True)]
 
 
 def test_a_shuffled_caption_lowers_alignment() -> None:
     images, prompts = squares()
-    right, wrong = Alignment(Colours()), Alignment(Colours())
-    right.update(images, prompts)
-    wrong.update(images, prompts[1:] + prompts[:1])
-    assert right.values["concept_accuracy"] == [1.0] * 6
-    assert wrong.values["concept_accuracy"] == [0.0] * 6
-    assert min(right.values["concept_score"]) > max(wrong.values["concept_score"])
+    mixed = prompts[1:] + prompts[:1]
+    assert scored(concept_accuracy, images, prompts) == [1.0] * 3
+    assert scored(concept_accuracy, images, mixed) == [0.0] * 3
+    assert min(scored(concept_score, images, prompts)) > max(scored(concept_score, images, mixed))
 
 
 def test_noise_lowers_the_concept_score() -> None:
     images, prompts = squares()
     rng = np.random.default_rng(0)
     noisy = [Image.fromarray((np.array(x) // 2 + rng.integers(0, 128, (16, 16, 3))).astype(np.uint8)) for x in images]
-    clean, drowned = Alignment(Colours()), Alignment(Colours())
-    clean.update(images, prompts)
-    drowned.update(noisy, prompts)
-    assert drowned.compute()["concept_score"].mean < clean.compute()["concept_score"].mean - 0.1
+    clean, drowned = (np.mean(scored(concept_score, some, prompts)) for some in (images, noisy))
+    assert drowned < clean - 0.1
 
 
-def test_videos_and_pictures_are_looked_at_once() -> None:
+def test_a_video_scores_the_mean_over_its_frames() -> None:
     images, prompts = squares()
-    network = Colours()
-    alignment = Alignment(network)
-    alignment.update([images[0], images], [prompts[0], prompts[0]])
-    assert network.seen == 7
-    assert alignment.values["concept_accuracy"] == pytest.approx([1.0, 1 / 3])
+    frames = torch.cat([probabilities(image) for image in images])
+    assert concept_accuracy(frames, 0) == pytest.approx(1 / 3)
+    assert concept_score(frames, 0) == pytest.approx(frames[:, 0].mean().item())
+    assert concept(prompts[0], LABELS) == 0
 
 
-def test_prompts_and_pictures_must_be_as_many(clip: Clip) -> None:
-    images, prompts = squares()
-    for network in (clip, Colours()):
-        with pytest.raises(ValueError, match="zip"):
-            Alignment(network).update(images, prompts[:-1])
-
-
-def test_a_network_without_named_classes_is_refused() -> None:
-    network = Colours()
-    network.labels = []
-    with pytest.raises(UsageError, match="'colours' has no named classes"):
-        Alignment(network)
-
-
-def test_descriptions_are_those_of_the_values(clip: Clip) -> None:
-    images, prompts = squares()
-    by_clip, by_class = Alignment(clip), Alignment(Colours())
-    by_clip.update(images[:1], prompts[:1])
-    by_class.update(images[:1], prompts[:1])
-    assert {x.name for x in ALIGNMENT} == {*by_clip.values, *by_class.values}
+def test_descriptions_are_of_this_family() -> None:
+    assert {x.name for x in ALIGNMENT} == {"clip_score", "concept_score", "concept_accuracy"}
     assert all(x.higher_is_better and x.family == "alignment" for x in ALIGNMENT)
 
 

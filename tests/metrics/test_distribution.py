@@ -12,7 +12,6 @@ from ditq.errors import UsageError
 from ditq.metrics import distribution, networks
 from ditq.metrics.distribution import (
     DISTRIBUTION,
-    Distribution,
     Estimate,
     estimates,
     fid,
@@ -23,7 +22,7 @@ from ditq.metrics.distribution import (
     precision_recall,
     sfid,
 )
-from ditq.metrics.networks import Extractor, Features
+from ditq.metrics.networks import Features
 
 Array = NDArray[np.float64]
 
@@ -305,23 +304,6 @@ def test_too_few_pictures_and_two_networks_are_refused() -> None:
 # ------------------------------------------------------------------------------------ pictures
 
 
-class Colours(Extractor):
-    """A network that sees the mean colours of the quarters."""
-
-    name = "colours"
-
-    @classmethod
-    def load(cls) -> "Colours":
-        return cls()
-
-    def features(self, images: torch.Tensor) -> Features:
-        quarters = torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
-        return Features(quarters, quarters[:, :4], quarters.softmax(1))
-
-    def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
-        return [images]
-
-
 def shapes(n: int, seed: int) -> list[Image.Image]:
     """Pictures of a disc and a bar in random colours on plain ground, 64 px."""
     rng = np.random.default_rng(seed)
@@ -334,28 +316,6 @@ def shapes(n: int, seed: int) -> list[Image.Image]:
         values = np.where(inside, disc, np.where((abs(x - left) < 5)[..., None], bar, ground))
         pictures.append(Image.fromarray(values.astype(np.uint8)))
     return pictures
-
-
-def test_streaming_equals_all_at_once() -> None:
-    real, fake = shapes(50, 1), shapes(40, 2)
-    streamed, at_once = Distribution(Colours()), Distribution(Colours())
-    for rows in (slice(0, 7), slice(7, 8), slice(8, 50)):
-        streamed.update(real[rows], real=True)
-        streamed.update(fake[rows], real=False)
-    at_once.update(fake, real=False)
-    at_once.update(real, real=True)
-    assert list(at_once.compute()) == [metric.name for metric in DISTRIBUTION]
-    for name, interval in at_once.compute().items():
-        other = streamed.compute()[name]
-        assert [other.mean, *other.ci95] == pytest.approx([interval.mean, *interval.ci95], rel=1e-4)
-        assert other.n == interval.n == 40
-
-
-def test_streaming_needs_both_sets() -> None:
-    accumulator = Distribution(Colours())
-    accumulator.update(shapes(30, 1), real=True)
-    with pytest.raises(UsageError, match="both real and generated"):
-        accumulator.compute()
 
 
 def noisy(image: Image.Image, sigma: float) -> Image.Image:

@@ -15,9 +15,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from ditq.errors import UsageError
-from ditq.metrics import aggregate, fidelity
+from ditq.metrics import fidelity
 from ditq.metrics.fidelity import (
-    Fidelity,
     feature_distance,
     latent_sqnr_by_step,
     latent_sqnr_db,
@@ -252,16 +251,3 @@ def test_latents_of_another_shape_are_refused() -> None:
 def test_pictures_of_two_sizes_are_refused(function: Callable[[Image.Image, Image.Image], float]) -> None:
     with pytest.raises(UsageError, match="one size"):
         function(picture(noise(0, 24)), picture(noise(0, 32)))
-
-
-def test_streaming_equals_all_at_once(apple: Image.Image) -> None:
-    reference, other = [apple] * 5, [noisy(apple, sigma) for sigma in (1, 5, 9, 30, 50)]
-    streamed, at_once = Fidelity(Edges()), Fidelity(Edges())
-    for rows in (slice(0, 2), slice(2, 3), slice(3, 5)):
-        streamed.update(reference[rows], other[rows])
-    at_once.update(reference, other)
-    assert streamed.compute() == at_once.compute()
-    assert set(streamed.compute()) == {"psnr_db", "ssim", "ms_ssim", "feature_distance"}
-    assert streamed.compute()["ssim"] == aggregate([ssim(a, b) for a, b in zip(reference, other, strict=True)])
-    with pytest.raises(ValueError, match="zip"):
-        at_once.update(reference, other[:2])

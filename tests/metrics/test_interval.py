@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ditq.metrics import aggregate, paired_difference
+from ditq.metrics.score import verdict
 
 
 def test_interval_covers_the_true_mean_about_95_times_in_100() -> None:
@@ -32,8 +33,15 @@ def test_same_seed_same_interval() -> None:
     assert aggregate([1.0, 2.0, 4.0], seed=3) == aggregate([1.0, 2.0, 4.0], seed=3)
 
 
-def test_one_value_has_an_interval_of_itself() -> None:
-    assert aggregate([2.5]).ci95 == (2.5, 2.5)
+@pytest.mark.parametrize("values", [[2.5], [1.0, 4.0]])
+def test_fewer_than_three_values_have_no_interval_and_their_difference_no_verdict(values: list[float]) -> None:
+    alone = aggregate(values)
+    assert (alone.mean, alone.ci95, alone.n) == (2.5, None, len(values))
+    assert str(alone) == "2.50 [no interval]"
+    gap = paired_difference(values, [0.0] * len(values))
+    assert gap.ci95 is None
+    assert verdict(gap, higher_is_better=True) is None
+    assert verdict(paired_difference([2.0, 2.5, 3.0], [0.0] * 3), higher_is_better=True) == "better"
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]], ids=["none", "nan", "inf"])

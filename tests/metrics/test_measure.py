@@ -136,6 +136,24 @@ def test_what_cannot_be_measured_is_skipped_with_its_reason(monkeypatch: pytest.
         networks.load.cache_clear()
 
 
+def test_every_picture_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    look = Colours.features
+
+    def counting(self: Colours, images: Tensor) -> Features:
+        seen.append(len(images))
+        return look(self, images)
+
+    monkeypatch.setattr(Colours, "features", counting)
+    run({"a": samples(5.0), "b": samples(9.0)}, metrics=["concept_score", "concept_accuracy", "kid", "precision"])
+    assert sum(seen) == 3 * N + len(real())
+
+
+def test_a_network_without_named_classes_tells_no_concepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Colours, "labels", ())
+    assert "'colours' has no named classes" in run({"q": samples(5.0)}).skipped["concept_score"]
+
+
 def test_no_real_pictures_skip_the_distribution_only() -> None:
     found = run({"q": samples(5.0)}, real=None)
     assert "--real" in found.skipped["kid"]

@@ -33,7 +33,7 @@ def test_folders_without_videos_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no folder of real videos"):
         videos_from_folder(tmp_path / "absent", (16, 16))
     save_gif(video(40), tmp_path / "a.gif")
-    with pytest.raises(UsageError, match=r"has 1 videos \(.gif, .mp4\)"):
+    with pytest.raises(UsageError, match=r"at least 2 \(.gif, .mp4\), it has 1 video\."):
         videos_from_folder(tmp_path, (16, 16))
     (tmp_path / "b.mp4").write_bytes(b"nothing")
     with pytest.raises(UsageError, match="b.mp4 is no video"):

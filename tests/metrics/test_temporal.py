@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from ditq.errors import UsageError
 from ditq.metrics.flow import occluded
-from ditq.metrics.networks import Extractor, Features
+from ditq.metrics.networks import Features
+from ditq.metrics.picture import to_tensor
 from ditq.metrics.temporal import (
-    TEMPORAL,
     Motion,
-    Temporal,
     clip_temp,
     consistency,
     delta_flow,
@@ -207,33 +205,14 @@ def test_scene_consistency_is_the_share_of_frames_that_name_it() -> None:
     assert scene_consistency(probabilities, 1, top=2) == 1
 
 
-class Thumbnail(Extractor):
-    """Sees 4 x 4 mean colours; its classes are the brightest quarter of the frame."""
-
-    name: ClassVar[str] = "thumbnail"
-
-    def __init__(self) -> None:
-        self.labels, self.calls = ["top", "bottom", "top-left"], 0
-
-    @classmethod
-    def load(cls) -> "Thumbnail":
-        return cls()
-
-    def features(self, images: Tensor) -> Features:
-        self.calls += 1
-        small = torch.nn.functional.adaptive_avg_pool2d(images, 4)
-        halves = torch.stack([small[:, :, :2].mean((1, 2, 3)), small[:, :, 2:].mean((1, 2, 3))], 1)
-        classes = torch.cat([halves, halves.min(1, keepdim=True).values - 1], 1)
-        return Features(small.flatten(1) - 0.5, small.flatten(1), classes.softmax(1))
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        return [images]
+def thumbnails(clip: Clip) -> Tensor:
+    """4 x 4 mean colours of every frame, around zero: [frames, 48]."""
+    frames = torch.stack([to_tensor(frame) for frame in clip])
+    return torch.nn.functional.adaptive_avg_pool2d(frames, 4).flatten(1) - 0.5
 
 
 def test_flicker_lowers_both_cosines_and_shuffling_that_of_neighbours() -> None:
-    plain, flicker, mixed = (
-        Thumbnail()(clip).pooled for clip in (wheel(), flickering(wheel(), 40), shuffled(wheel()))
-    )
+    plain, flicker, mixed = map(thumbnails, (wheel(), flickering(wheel(), 40), shuffled(wheel())))
     assert clip_temp(flicker) < clip_temp(plain) - 0.05
     assert consistency(flicker) < consistency(plain) - 0.05
     assert clip_temp(mixed) < clip_temp(plain) - 0.01
@@ -272,47 +251,11 @@ def test_fvd_of_few_videos_is_refused() -> None:
         fvd(random_videos(47, 0, d=12), random_videos(47, 1, d=12))  # needs 2 * 24
 
 
-def test_temporal_gives_the_values_of_the_functions_in_the_order_of_the_videos() -> None:
-    network, videos = Thumbnail(), [pan(1, 4), wheel(4), pan(0, 4)]
-    temporal = Temporal(network)
-    temporal.update(videos[:2], ["a top", "the bottom"])
-    temporal.update(videos[2:], ["top-left corner"])
-    moves, pooled = [motion(v) for v in videos], [network(v).pooled for v in videos]
-    assert network.calls == 6  # once a video by each side
-    assert temporal.values["flow_score"] == [flow_score(m) for m in moves]
-    assert temporal.values["dynamic_degree"] == [dynamic_degree(m) for m in moves]
-    assert temporal.values["warping_error"] == [warping_error(v, m) for v, m in zip(videos, moves, strict=True)]
-    assert temporal.values["motion_smoothness"] == [motion_smoothness(v) for v in videos]
-    assert temporal.values["subject_consistency"] == [consistency(p) for p in pooled]
-    assert len(temporal.values["scene_consistency"]) == 3
-    assert {*temporal.values} <= {x.name for x in TEMPORAL}
-    mean = temporal.compute()["flow_score"]
-    assert (mean.mean, mean.n) == (pytest.approx(np.mean(temporal.values["flow_score"])), 3)
-
-
-def test_temporal_looks_through_clip_once_a_video() -> None:
-    class Mean:
-        calls = 0
-
-        def images(self, frames: Clip) -> Tensor:
-            self.calls += 1
-            return Thumbnail()(frames).pooled
-
-    clip = Mean()
-    temporal = Temporal(clip=clip)  # type: ignore[arg-type]
-    temporal.update([wheel(4)])
-    seen = Thumbnail()(wheel(4)).pooled
-    assert clip.calls == 1
-    assert temporal.values["clip_temp"] == [clip_temp(seen)]
-    assert temporal.values["background_consistency"] == [consistency(seen)]
-    assert "subject_consistency" not in temporal.values
-
-
 @pytest.mark.parametrize(
     "call",
     [lambda: motion(pan(1, 1)), lambda: motion_smoothness(pan(1, 2)), lambda: clip_temp(angles(0)),
-     lambda: consistency(angles(0)), lambda: Temporal().update([pan(1, 2)])],
-    ids=["motion", "motion_smoothness", "clip_temp", "consistency", "Temporal"],
+     lambda: consistency(angles(0))],
+    ids=["motion", "motion_smoothness", "clip_temp", "consistency"],
 )  # fmt: skip
 def test_too_few_frames_are_refused(call: Callable[[], object]) -> None:
     with pytest.raises(UsageError, match=r"at least \d frames, got \d"):

@@ -187,6 +187,27 @@ def report(kind: Literal["image", "video"] = "image", prompts: int = 30) -> Repo
     )  # fmt: skip
 
 
+def without_intervals(of: Report) -> Report:
+    """The same report as fewer than three prompts would give it: no intervals, no verdicts."""
+
+    def bare(interval: Any) -> Any:
+        return interval and interval.model_copy(update={"ci95": None})
+
+    short = of.model_copy(deep=True)
+    for model in short.models:
+        model.metrics = {
+            name: s.model_copy(update={"ci95": None, "reference": bare(s.reference), "difference": bare(s.difference),
+                                       "verdict": None})
+            for name, s in model.metrics.items()
+        }  # fmt: skip
+        if model.latent_sqnr_by_step:
+            model.latent_sqnr_by_step.ci95 = []
+    short.differences = [
+        d.model_copy(update={"difference": bare(d.difference), "verdict": None}) for d in of.differences
+    ]
+    return short
+
+
 def picture(seed: int, size: int = 64, shift: int = 0) -> Image.Image:
     """A face on white; ``shift`` moves it to the right."""
     rng = np.random.default_rng(seed)

@@ -102,3 +102,15 @@ def assert_harmless(body: str) -> None:
     assert not re.search(r"(?<!\\)<script", prose)
     assert not re.search(r"^# d", prose, re.MULTILINE)
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 7 for line in prose.splitlines() if line.startswith("|"))
+
+
+def test_too_few_pairs_and_a_quantized_reference_are_named() -> None:
+    report = made_up.without_intervals(made_up.report(prompts=1))
+    report.reference.nominal_bits = {"weights": 8, "activations": 8}
+    text = card(report, report.models[1])
+    assert "1 prompt, seeds 0, same noise" in text
+    assert "paired difference to W8A8" in text
+    assert "| metric | better | W8A8 |" in text
+    assert "(interval not available)" in text
+    assert "no verdict from fewer than 3 pairs" in text
+    assert "no measurable difference |" not in text

@@ -141,3 +141,16 @@ def test_ticks_cover_the_range_in_round_steps(low: float, high: float) -> None:
     found = charts.ticks(low, high)
     assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9
     assert 2 <= len(found) <= 9
+
+
+def test_without_intervals_points_and_curves_remain() -> None:
+    report = made_up.without_intervals(made_up.report())
+    plot = charts.pareto(report.models, report.reference, "psnr_db", "PSNR", "dB")
+    assert plot is not None
+    assert "interval not available" in plot
+    lines = charts.curves(report.models, "Latent SQNR", "dB")
+    assert lines is not None
+    assert 'class="band"' not in lines
+    assert lines.count('class="curve"') == len(report.models)
+    score = report.models[0].metrics["psnr_db"]
+    assert "nan" not in charts.whisker(score, [score], None, 0)

@@ -93,6 +93,25 @@ def test_everything_that_was_measured_is_there(report: Report, page: Page) -> No
         assert expected in page.words, expected
 
 
+def test_too_few_pairs_have_neither_intervals_nor_verdicts(report: Report) -> None:
+    page = small(made_up.without_intervals(report), summary=[])
+    assert "interval not available" in page.words
+    assert "no verdict from fewer than 3 pairs" in page.words
+    for word in ("measurably best", "measurably worse", "no measurable difference in", "28.8 to 30.1", "nan", "None"):
+        assert word not in page.words, word
+
+
+def test_a_quantized_reference_is_called_by_its_bits_everywhere(report: Report) -> None:
+    reference = report.reference.model_copy(update={"nominal_bits": {"weights": 8, "activations": 8}})
+    infos = [info.model_copy(update={"about": ""}) for info in report.metrics]
+    models = [model.model_copy(update={"layers": []}) for model in report.models]
+    page = small(report, reference=reference, metrics=infos, models=models, summary=[])
+    assert "0.32 of W8A8" in page.words
+    assert "slower than W8A8" in page.words
+    assert page.words.count("16 bit") == 1  # layers kept in 16 bit
+    assert not [a for _, a in page.elements if "16 bit" in " ".join(filter(None, a.values()))]
+
+
 def test_best_is_marked_once_and_only_where_it_is_measurable(page: Page) -> None:
     assert page.words.count("measurably best") == 1
 

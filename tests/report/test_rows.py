@@ -70,3 +70,20 @@ def test_differences_of_a_row_name_both_sides() -> None:
         ("viditq-w8a8 minus viditq-w4a8", "same"),
     ]
     assert [name for name, *_ in found["psnr_db"].differences] == ["viditq-w8a8 minus viditq-w4a8"]
+
+
+def test_a_quantized_reference_is_called_by_its_bits() -> None:
+    report = made_up.report()
+    report.reference.nominal_bits = {"weights": 8, "activations": 8}
+    found = rows(report)
+    assert "Fidelity to the W8A8 model, same prompt and seed" in found
+    assert "Fidelity to the 16-bit model, same prompt and seed" in rows(made_up.report())
+    recall = next(row for members in found.values() for row in members if row.info.name == "recall")
+    assert recall.differences[0][0] == "viditq-w8a8 minus W8A8"
+
+
+def test_differences_without_an_interval_crown_nobody() -> None:
+    report = made_up.without_intervals(made_up.report())
+    assert all(row.best is None for members in rows(report).values() for row in members)
+    psnr = next(row for members in rows(report).values() for row in members if row.info.name == "psnr_db")
+    assert [verdict for *_, verdict in psnr.differences] == [None]

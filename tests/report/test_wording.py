@@ -3,6 +3,7 @@
 import pytest
 
 from ditq.metrics.score import Interval
+from ditq.plan import TensorFormat
 from ditq.report import wording
 
 
@@ -54,3 +55,25 @@ def test_seeds() -> None:
 def test_settings_leave_out_what_is_not_set() -> None:
     values = {"guidance_scale": 0.0, "steps": None, "recipe": "", "versions": {"torch": "2.13", "ditq": "0.1"}}
     assert wording.settings(values) == [("guidance scale", "0.0"), ("versions", "torch 2.13, ditq 0.1")]
+
+
+def test_counted() -> None:
+    assert [wording.counted(n, "prompt") for n in (0, 1, 2)] == ["0 prompts", "1 prompt", "2 prompts"]
+
+
+@pytest.mark.parametrize(
+    ("mean", "text"), [(29.4213, "29.4"), (0.00199, "0.00199"), (0.0, "0.00"), (1834.2, "1834.2")]
+)
+def test_without_intervals_about_three_digits_are_shown(mean: float, text: str) -> None:
+    alone = Interval(mean=mean, ci95=None, n=1)
+    assert wording.number(mean, wording.digits([alone])) == text
+    assert wording.interval(alone, 1) == "interval not available"
+
+
+def test_formats_in_short_words() -> None:
+    weights = TensorFormat(bits=4, symmetric=False, granularity="group", group_size=128)
+    assert wording.weights(weights) == "W4 group 128 asym"
+    assert wording.weights(TensorFormat(bits=8, granularity="channel")) == "W8 channel"
+    assert wording.inputs(TensorFormat(bits=8, granularity="token", dynamic=True)) == "A8 token dyn"
+    assert wording.inputs(TensorFormat(bits=6, granularity="tensor")) == "A6 tensor static"
+    assert wording.inputs(None) == "16 bit"

@@ -29,9 +29,7 @@ def path(name: str) -> Path:
     Raises:
         ValueError: no model has this name.
     """
-    if name not in names():
-        raise ValueError(f"no bundled model is named {name!r}; known: {', '.join(names()) or 'none'}")
-    return _ROOT / "models" / name
+    return _folder("model", name, names())
 
 
 def networks() -> list[str]:
@@ -45,9 +43,7 @@ def network(name: str) -> Path:
     Raises:
         ValueError: no network has this name.
     """
-    if name not in networks():
-        raise ValueError(f"no bundled network is named {name!r}; known: {', '.join(networks()) or 'none'}")
-    return _ROOT / "networks" / name
+    return _folder("network", name, networks())
 
 
 def prompts(name: str, split: str) -> list[str]:
@@ -62,3 +58,9 @@ def prompts(name: str, split: str) -> list[str]:
     if name not in known:
         raise ValueError(f"no {split} prompts are bundled for {name!r}; known: {', '.join(sorted(known)) or 'none'}")
     return known[name].read_text(encoding="utf-8").splitlines()
+
+
+def _folder(kind: str, name: str, known: list[str]) -> Path:
+    if name not in known:
+        raise ValueError(f"no bundled {kind} is named {name!r}; known: {', '.join(known) or 'none'}")
+    return _ROOT / f"{kind}s" / name

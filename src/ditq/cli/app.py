@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import pkgutil
+import re
 import sys
 import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from ditq import cli as package
 from ditq.errors import DitqError, UsageError
+from ditq.report.terminal import ERRORS, printable
 
 DESCRIPTION = "Post-training quantization for diffusion transformers. --debug on any verb shows tracebacks."
+SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 # What typer makes of Ctrl-C.
 _INTERRUPTED = 130
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"ditq {metadata.version('ditq')}")
+        raise typer.Exit
+
+
 def build() -> typer.Typer:
     """The application: every module of ``ditq.cli`` that has ``VERB`` is one."""
-    app = typer.Typer(help=DESCRIPTION, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
+    app = typer.Typer(help=DESCRIPTION, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                      context_settings=SETTINGS)  # fmt: skip
+    app.callback()(_options)
+    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = importlib.import_module(f"{__package__}.{info.name}")
         if hasattr(module, "VERB"):
             app.command(info.name.rstrip("_"))(module.VERB)
     return app
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What stands before the verb."""
 
 
 def run(arguments: list[str]) -> int:
@@ -36,6 +58,9 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
         warnings.filterwarnings("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ERRORS)  # a character that the terminal lacks is no reason to die
     try:
         build()(args=arguments, standalone_mode=True)
     except SystemExit as done:
@@ -64,5 +89,7 @@ def _fail(error: BaseException, debug: bool, status: int, hint: str = "") -> int
         traceback.print_exception(error)
     else:
         kind = "" if isinstance(error, DitqError) else f"{type(error).__name__}: "
-        print(f"error: {kind}{error}{hint}", file=sys.stderr)
+        # One paragraph, whatever it quotes.
+        text = re.sub(r"\s*\n\s*", " ", f"{kind}{error}{hint}")
+        print(f"error: {printable(text)}", file=sys.stderr)
     return status

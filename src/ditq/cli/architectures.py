@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+# Columns that fit a terminal, with their headings; --json and --markdown have the others.
+FAMILY = {"architecture": "architecture", "class": "class", "tested": "tested"}
+SIZE = {"checkpoint": "checkpoint", "parameters": "weights", "16 bit": "16 bit", "W8A8": "W8A8", "W4A8": "W4A8"}
+
 GUIDANCE = {
     ("batch", "conditional"): "one batch, conditional half first",
     ("batch", "unconditional"): "one batch, unconditional half first",
@@ -39,30 +43,37 @@ and memory is what the plans of `rtn-w8a8` and `rtn-w4a8` say: packed weights, s
 
 
 def architectures(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
     sizes: Annotated[bool, typer.Option("--sizes", help="Memory of public checkpoints.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/architectures.md.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the model families, their roles, and what is tested.
+    """List the model families and what is tested, or show one with its roles.
 
-    Example: ditq architectures --sizes
+    Example: ditq architectures pixart
     """
-    from rich.table import Table
-
     from ditq import architectures as module
+    from ditq.report.terminal import table
 
-    known = [module.load(name) for name in module.names()]
+    known = [module.load(n) for n in ([name] if name else module.names())]
     if markdown:
         print(page(known), end="")
         return
     rows = checkpoints(known) if sizes else families(known)
     if as_json:
         print_json(rows)
-        return
-    table = Table(*rows[0], pad_edge=False)
-    for row in rows:
-        table.add_row(*map(in_words, row.values()))
-    out.print(table)
+    elif name and not sizes:
+        made = table("architecture", name)
+        for key, value in list(rows[0].items())[1:]:
+            made.add_row(key, in_words(value))
+        out.print(made)
+    else:
+        columns = SIZE if sizes else FAMILY
+        made = table(*columns.values(), caption=None if sizes else "`ditq architectures NAME` shows roles and folds.")
+        made.columns[0].no_wrap = made.columns[1].no_wrap = True
+        for row in rows:
+            made.add_row(*(in_words(row[key]) for key in columns))
+        out.print(made)
 
 
 def families(known: list[Architecture]) -> list[Row]:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ditq.errors import UsageError
+from ditq.report.terminal import Terminal, table
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
     from ditq.architectures import Architecture
     from ditq.comparison import Comparison
@@ -46,8 +47,8 @@ ArchitectureOption = Annotated[
     str | None, typer.Option("--architecture", help="Name or YAML file, for a transformer class ditq does not know.")
 ]
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Terminal()
+err = Terminal(stderr=True)
 
 
 def print_json(data: Any) -> None:
@@ -173,8 +174,8 @@ def progress_bars(quiet: bool) -> Iterator[Callable[..., None] | None]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     bars: dict[str, Any] = {}
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.fields[note]}"))  # fmt: skip
+    columns = (TextColumn("{task.description:<12}", markup=False), BarColumn(), MofNCompleteColumn(),
+               TimeElapsedColumn(), TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
     with Progress(*columns, console=err) as progress:
 
         def show(stage: str, done: int, total: int, note: str = "") -> None:
@@ -185,72 +186,78 @@ def progress_bars(quiet: bool) -> Iterator[Callable[..., None] | None]:
         yield show
 
 
-def metrics_table(title: str, rows: Sequence[tuple[str, Mapping[str, Interval], str]]) -> Any:
+def metrics_table(title: str, rows: Sequence[tuple[str, Mapping[str, Interval], str]]) -> Table:
     """Rows of (model, metrics by name, size) as a table of means with 95 % intervals."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("model", no_wrap=True)
+    made = table("model", title=title)
     for column in ("PSNR dB", "SSIM", "latent SQNR", "transformer"):
-        table.add_column(column, justify="right", no_wrap=True)
+        made.add_column(column, justify="right", no_wrap=True)
     for name, metrics, size in rows:
-        cells = [
-            _plus_minus(metrics[key], digits)
-            for key, digits in (("psnr_db", 1), ("ssim", 3), ("latent_sqnr_db", 1))
-        ]  # fmt: skip
-        table.add_row(name, *cells, size)
-    return table
+        values = [(metrics[key], digits) for key, digits in (("psnr_db", 1), ("ssim", 3), ("latent_sqnr_db", 1))]
+        made.add_row(name, *(_plus_minus(value, digits) for value, digits in values), size)
+    return made
 
 
-def comparison_table(title: str, comparison: Comparison) -> Any:
-    """One row a metric, one column a model; what is not measurably different from 16 bit says so."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def comparison_table(title: str, comparison: Comparison) -> Table:
+    """One row a metric, one column a model; what is not measurably different from the reference says so."""
+    from ditq.metrics.interval import FEWEST
 
     names = list(comparison.models)
     skipped = comparison.measurement.skipped
-    caption = "= no measurable difference to 16 bit, - worse, + better (paired, 95 %)"
+    plan = comparison.reference.plan
+    label = f"W{plan.nominal_weight_bits}A{plan.nominal_activation_bits}" if plan else "16 bit"
+    caption = f"= no measurable difference to {label}, - worse, + better (paired, 95 %)"
+    if len(comparison.reference.samples.images) < FEWEST:
+        caption = f"n/a: no intervals and no verdicts from fewer than {FEWEST} pairs"
     if skipped:
         caption += f"\nnot measured, see the report for why: {', '.join(skipped)}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), caption=caption,
-                  caption_justify="left")  # fmt: skip
-    table.add_column("metric")
-    for name in ("16 bit", *names):
-        table.add_column(name, justify="right", overflow="fold")
+    made = table("metric", title=title, caption=caption)
+    for name in (label, *names):
+        made.add_column(name, justify="right", overflow="fold")
     signs = {"same": " =", "worse": " -", "better": " +", None: "  "}
     for entry in comparison.measurement.descriptions:
         scores = [comparison.measurement.scores[name][entry.name] for name in names]
         own = scores[0].reference
         arrow = "↑" if entry.higher_is_better else "↓"
         unit = f" {entry.unit}" if entry.unit else ""
-        table.add_row(
+        made.add_row(
             f"{entry.title}{unit} {arrow}",
             _plus_minus(own, _digits(own)) if own else "",
             *(_plus_minus(score, _digits(score)) + signs[score.verdict] for score in scores),
         )
-    subjects = list(comparison.models.values())
+    for row in _costs(comparison):
+        made.add_row(*row)
+    return made
+
+
+def _costs(comparison: Comparison) -> list[list[str]]:
+    """Memory and time of the transformers, as far as they are known."""
+    subjects, rows = list(comparison.models.values()), []
     full = comparison.reference.transformer_bytes
     if full:
         sizes = [f"{s.transformer_bytes / 1e6:.1f} ({s.transformer_bytes / full:.2f})  " for s in subjects]
-        table.add_row("transformer MB", f"{full / 1e6:.1f}", *sizes)
-    if all(s.step_time for s in subjects):
-        times = [
-            f"{s.step_time.ms_median:.0f} ({s.step_time.ratio_to_reference:.2f} x)  " for s in subjects if s.step_time
-        ]
+        rows.append(["transformer MB", f"{full / 1e6:.1f}", *sizes])
+    times = [s.step_time for s in subjects if s.step_time]
+    if len(times) == len(subjects):
         base = comparison.reference.step_time
-        table.add_row("transformer call ms", f"{base.ms_median:.0f}" if base else "", *times)
-    return table
+        ratios = [f"{time.ms_median:.0f} ({time.ratio_to_reference:.2f} x)  " for time in times]
+        rows.append(["transformer call ms", f"{base.ms_median:.0f}" if base else "", *ratios])
+    return rows
 
 
 def _digits(a: Interval) -> int:
-    """Digits that an interval of this width leaves meaningful."""
+    """Digits that an interval of this width leaves meaningful; three where there is none."""
     import math
 
+    from ditq.report.wording import three_digits
+
+    if a.ci95 is None:
+        return three_digits(abs(a.mean))
     width = a.ci95[1] - a.ci95[0]
     return 1 if width == 0 else min(5, max(1, 1 - math.floor(math.log10(width))))
 
 
 def _plus_minus(a: Interval, digits: int) -> str:
     """A mean and the longer arm of its 95 % interval; the JSON has both ends."""
+    if a.ci95 is None:
+        return f"{a.mean:.{digits}f} ± n/a"
     return f"{a.mean:.{digits}f} ± {max(a.ci95[1] - a.mean, a.mean - a.ci95[0]):.{digits}f}"

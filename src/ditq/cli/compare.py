@@ -84,6 +84,7 @@ def compare(
     from ditq.metrics.measure import BASIC
     from ditq.report import attach, html
     from ditq.report.video import overview, save_side_by_side
+    from ditq.report.wording import counted
     from ditq.sampling import PictureCache, size_arguments
 
     if out_dir is not None:
@@ -132,7 +133,7 @@ def compare(
     if as_json:
         print_json(data)
     elif not quiet:
-        out.print(comparison_table(f"{len(chosen)} prompts, seed {seed}, mean and 95 % interval", result))
+        out.print(comparison_table(f"{counted(len(chosen), 'prompt')}, seed {seed}, mean and 95 % interval", result))
         for line in (*notes, *([f"report: {out_dir / 'report.html'}"] if out_dir else [])):
             out.print(line, markup=False)
 

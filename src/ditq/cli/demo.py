@@ -57,6 +57,7 @@ def demo(
     from ditq.recipe import Calibration
     from ditq.report import html
     from ditq.report.video import overview, save_side_by_side
+    from ditq.report.wording import counted
     from ditq.sampling import draws_videos
 
     begin = time.perf_counter()
@@ -108,7 +109,7 @@ def demo(
         (folder / "demo.json").write_text(json.dumps(result.as_dict(), indent=1))
     seconds = time.perf_counter() - begin
     if not quiet:
-        title = f"{model}, {len(prompts)} held-out prompts, seed {seed}: closeness to 16 bit (± 95 %)"
+        title = f"{model}, {counted(len(prompts), 'held-out prompt')}, seed {seed}: closeness to 16 bit (± 95 %)"
         if video:
             out.print(comparison_table(title, result))
         else:

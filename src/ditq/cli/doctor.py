@@ -2,62 +2,87 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 from ditq.cli.common import AsJson, out, print_json
 
+PACKAGES = ("ditq", "torch", "diffusers", "transformers", "accelerate", "safetensors", "peft")
+
 
 def doctor(as_json: AsJson = False) -> None:
-    """Show versions, devices, engines and extras.
+    """Show versions, devices, engines, runtimes and extras.
 
     Example: ditq doctor
     """
-    import importlib.metadata as metadata
-    import importlib.util
     import platform
 
     import torch
-    from rich.table import Table
 
     from ditq.engines import engines
+    from ditq.openvino import runtime
+    from ditq.report.terminal import table
 
-    versions = {"python": platform.python_version()}
-    for package in ("ditq", "torch", "diffusers", "transformers", "accelerate", "safetensors", "peft"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    listed: list[dict[str, Any]] = []
-    for engine in engines().values():
-        reason = engine.why_unavailable()
-        listed.append({"name": engine.name, "available": reason is None, "reason": reason or engine.note or "ready"})
-    extras = {
-        extra: importlib.util.find_spec(module) is not None
-        for extra, module in {
-            "demo": "ditq_bundled", "openvino": "openvino", "triton": "triton", "report": "jinja2", "metrics": "cv2",
-            "ray": "ray",
-        }.items()
-    }  # fmt: skip
+    versions = {"python": platform.python_version(), **{name: _version(name) or "not installed" for name in PACKAGES}}
+    engine_rows = [_state(e.name, e.why_unavailable(), e.note) for e in engines().values()]
+    runtime_rows = [_state(runtime.NAME, runtime.why_unavailable(), runtime.NOTE)]
+    missing = missing_packages(metadata.requires("ditq") or []) if _version("ditq") else {}
     devices = [f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
-    data = {"versions": versions, "devices": devices, "engines": listed, "extras": extras}
     if as_json:
-        print_json(data)
+        extras = {extra: not packages for extra, packages in missing.items()}
+        print_json({"versions": versions, "devices": devices, "engines": engine_rows, "runtimes": runtime_rows,
+                    "extras": extras})  # fmt: skip
         return
-    table = Table("what", "state", "detail", title="ditq doctor", title_justify="left")
+    made = table("what", "state", "detail", title="ditq doctor")
     for package, version in versions.items():
-        table.add_row(package, version, "")
+        made.add_row(package, version, "")
     for device in devices:
-        table.add_row("device", "present", device)
-    for engine_row in listed:
-        table.add_row(
-            f"engine {engine_row['name']}", "ready" if engine_row["available"] else "absent", engine_row["reason"]
-        )
-    for extra, present in extras.items():
-        table.add_row(
-            f"extra {extra}", "installed" if present else "absent", "" if present else f"pip install 'ditq[{extra}]'"
-        )
-    out.print(table, markup=False)
+        made.add_row("device", "present", device)
+    for kind, rows in (("engine", engine_rows), ("runtime", runtime_rows)):
+        for row in rows:
+            made.add_row(f"{kind} {row['name']}", "ready" if row["available"] else "absent", row["reason"])
+    for extra, packages in missing.items():
+        hint = f"pip install 'ditq[{extra}]' (missing: {', '.join(packages)})" if packages else ""
+        made.add_row(f"extra {extra}", "absent" if packages else "installed", hint)
+    out.print(made)
+
+
+def missing_packages(requirements: list[str]) -> dict[str, list[str]]:
+    """Which packages of each extra are not installed, by extra; of other platforms none is missed.
+
+    Args:
+        requirements: as in the metadata of a package, e.g. ``"optuna>=5; extra == 'search'"``.
+    """
+    from packaging.requirements import Requirement
+
+    parsed = [Requirement(text) for text in requirements]
+    named = sorted({extra for requirement in parsed if (extra := _extra(str(requirement.marker or "")))})
+    return {
+        extra: [
+            r.name
+            for r in parsed
+            if _extra(str(r.marker or "")) == extra and r.marker and r.marker.evaluate({"extra": extra})
+            and _version(r.name) is None
+        ]
+        for extra in named
+    }  # fmt: skip
+
+
+def _extra(marker: str) -> str:
+    """``search`` of ``extra == "search"``; empty for a requirement of every installation."""
+    return marker.partition('extra == "')[2].partition('"')[0]
+
+
+def _state(name: str, reason: str | None, note: str) -> dict[str, Any]:
+    return {"name": name, "available": reason is None, "reason": reason or note or "ready"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 VERB = doctor

@@ -65,6 +65,7 @@ def generate(
     Example: ditq generate emoji-w4a8 --prompt "a noto style emoji of a red apple" --out pictures
     """
     from ditq.files import new_folder
+    from ditq.report.wording import counted
     from ditq.sampling import Sampling, draws_videos, sample, size_arguments
 
     pipe = open_pipeline(pipeline, device, dtype)
@@ -91,8 +92,9 @@ def generate(
             _sheet_of_frames(drawn.images, chosen, folder / "sheet.png")
         (folder / "prompts.txt").write_text("\n".join(map(str, chosen)) + "\n")
     if not quiet:
-        what = f"videos of {len(drawn.images[0])} frames" if video else "pictures"
-        out.print(f"{len(chosen)} {what} in {out_dir}", markup=False)
+        things = counted(len(chosen), "video" if video else "image")
+        length = f" of {counted(len(drawn.images[0]), 'frame')}" if video else ""
+        out.print(f"{things}{length} in {out_dir}")
 
 
 def pick_formats(asked: str | None, video: bool, pipeline: str) -> tuple[str, ...]:

@@ -12,10 +12,11 @@ from ditq.cli.common import AsJson, Pipeline, out, print_json
 def inspect(
     pipeline: Pipeline,
     as_json: AsJson = False,
-    roles: Annotated[bool, typer.Option("--roles", help="One row for each role instead of each layer.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", "--full", help="One row for each layer.")] = False,
+    roles: Annotated[bool, typer.Option("--roles", help="One row for each role.")] = False,
     verify: Annotated[bool, typer.Option(help="Check every tensor against the plan and its checksum.")] = True,
 ) -> None:
-    """Show the plan of a quantized pipeline: formats, balance, bits, bytes.
+    """Show the plan of a quantized pipeline: formats, balance, bits, bytes. Equal blocks are shown once.
 
     Example: ditq inspect emoji-w4a8 --json
     """
@@ -24,6 +25,7 @@ def inspect(
     from ditq.checkpoint.folder import read_plan, resolve
     from ditq.checkpoint.verify import verify as verify_files
     from ditq.errors import UsageError
+    from ditq.report.grouping import By
     from ditq.report.tables import plan_json, plan_summary, plan_table
 
     folder = resolve(pipeline)
@@ -39,8 +41,9 @@ def inspect(
     if as_json:
         print_json(plan_json(plan, size))
         return
-    out.print(plan_table(plan, full=not roles))
-    out.print(plan_summary(plan, size), markup=False)
+    by: By = "layers" if layers else "roles" if roles else "blocks"
+    out.print(plan_table(plan, by=by, width=out.width))
+    out.print(plan_summary(plan, size))
 
 
 VERB = inspect

@@ -97,7 +97,7 @@ def quantize(
         print_json({"out": str(out_dir), **first, **({"transformer_2": more[0]} if more else {})})
     elif not quiet:
         for component, result in results.items():
-            out.print(plan_table(result.plan, full=False))
+            out.print(plan_table(result.plan, width=out.width))
             out.print(plan_summary(result.plan, sizes[component]), markup=False)
             out.print(f"engine: {result.engine}", markup=False)
         out.print(f"saved to {out_dir}", markup=False)

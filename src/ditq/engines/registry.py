@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ditq import engines as package
 from ditq.engines import proofs
 from ditq.engines.base import Engine, FusingEngine
 from ditq.errors import DitqError, unknown
@@ -26,9 +26,9 @@ _fusion: ContextVar[bool] = ContextVar("ditq_fusion", default=True)
 def engines() -> dict[str, Engine]:
     """All engines by name, the preferred ones first. Importing one must not import its heavy libraries."""
     found = []
-    for info in pkgutil.iter_modules(package.__path__):
+    for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if info.ispkg:
-            found.append(importlib.import_module(f"{package.__name__}.{info.name}").ENGINE)
+            found.append(importlib.import_module(f"{__package__}.{info.name}").ENGINE)
     return {engine.name: engine for engine in sorted(found, key=lambda e: -e.priority)}
 
 

@@ -1,7 +1,7 @@
 """How well a picture or a video shows what its prompt says: CLIPScore, or what a classifier of concepts sees.
 
 Every function takes one picture or video as what a network saw in its frames, one row a frame (a picture has one), and
-averages over frames. `Alignment` looks through the network, and streams.
+averages over frames.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ditq.errors import UsageError
-from ditq.metrics.interval import Interval, aggregate
 from ditq.metrics.metric import Description
-from ditq.metrics.networks.base import Extractor, MissingWeights
+from ditq.metrics.networks.base import MissingWeights
 
 CLIP = "openai/clip-vit-base-patch32"  # the one of CLIPScore and of CLIPSIM
 BETWEEN_WORDS = re.compile(r"[\W_]+")
@@ -129,48 +128,3 @@ def concept_score(probabilities: Tensor, concept: int) -> float:
 def concept_accuracy(probabilities: Tensor, concept: int) -> float:
     """Share of frames whose first class is ``concept``; ``probabilities``: [frames, classes]."""
     return (probabilities.argmax(1) == concept).float().mean().item()
-
-
-class Alignment:
-    """CLIPScore, or score and accuracy of a classifier, one value a picture or video, coming in batches of any size.
-
-    Args:
-        network: CLIP, or a network with named classes.
-
-    Raises:
-        UsageError: the network has no named classes.
-    """
-
-    def __init__(self, network: Clip | Extractor) -> None:
-        if isinstance(network, Extractor) and not network.labels:
-            raise UsageError(f"The feature network {network.name!r} has no named classes to compare prompts with.")
-        self.network = network
-        self.values: dict[str, list[float]] = {}
-
-    def update(self, items: Sequence[Image.Image | Sequence[Image.Image]], prompts: Sequence[str]) -> None:
-        """Adds pictures, or videos as sequences of frames, one prompt each. Each frame is looked at once.
-
-        Raises:
-            UsageError: a prompt names no class of the network.
-        """
-        frames = [[x] if isinstance(x, Image.Image) else list(x) for x in items]
-        flat = [frame for x in frames for frame in x]
-        sizes = [len(x) for x in frames]
-        if isinstance(self.network, Clip):
-            seen = self.network.images(flat).split(sizes)
-            texts = [self.network.text(prompt) for prompt in prompts]
-            self._add("clip_score", [clip_score(x, text) for x, text in zip(seen, texts, strict=True)])
-        else:
-            named = [concept(prompt, self.network.labels) for prompt in prompts]
-            probabilities = self.network(flat).probabilities
-            assert probabilities is not None  # where there are labels
-            pairs = list(zip(probabilities.split(sizes), named, strict=True))
-            self._add("concept_score", [concept_score(p, c) for p, c in pairs])
-            self._add("concept_accuracy", [concept_accuracy(p, c) for p, c in pairs])
-
-    def _add(self, name: str, values: list[float]) -> None:
-        self.values.setdefault(name, []).extend(values)
-
-    def compute(self) -> dict[str, Interval]:
-        """The mean over items of every metric, with its 95 % interval."""
-        return {name: aggregate(values) for name, values in self.values.items()}

@@ -19,13 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ditq.errors import UsageError
 from ditq.metrics.interval import Interval
 from ditq.metrics.metric import Description
-from ditq.metrics.networks.base import Extractor, Features
+from ditq.metrics.networks.base import Features
 
 RESAMPLES = 1000  # of KID's bootstrap
 GROUPS = 10  # of the jackknife
@@ -247,39 +246,6 @@ def estimates(real: Features, fake: Features, seed: int = 0) -> tuple[dict[str, 
         except UsageError as e:
             refused[name] = str(e)
     return {metric.name: found[metric.name] for metric in DISTRIBUTION if metric.name in found}, refused
-
-
-class Distribution:
-    """All distribution metrics of one model, pictures coming in batches of any size.
-
-    Only features are kept. Pictures of two models that are to be compared come in the same order.
-    """
-
-    def __init__(self, extractor: Extractor) -> None:
-        self.extractor = extractor
-        self._seen: dict[bool, list[Features]] = {True: [], False: []}
-
-    def update(self, images: Sequence[Image.Image], real: bool) -> None:
-        """Adds real or generated pictures (at least one)."""
-        self._seen[real].append(self.extractor(images))
-
-    def estimates(self, seed: int = 0) -> tuple[dict[str, Estimate], dict[str, str]]:
-        """As the function `estimates`, for paired differences and the reasons of what is left out.
-
-        Raises:
-            UsageError: fewer than 20 real or generated pictures came.
-        """
-        if not all(self._seen.values()):
-            raise UsageError("distribution metrics need both real and generated pictures: call update() with both")
-        return estimates(Features.cat(self._seen[True]), Features.cat(self._seen[False]), seed)
-
-    def compute(self, seed: int = 0) -> dict[str, Interval]:
-        """Every metric that these sets allow, by name, with its 95 % interval.
-
-        Raises:
-            UsageError: fewer than 20 real or generated pictures came.
-        """
-        return {name: estimate.interval() for name, estimate in self.estimates(seed)[0].items()}
 
 
 def _check(x: Tensor, y: Tensor) -> None:

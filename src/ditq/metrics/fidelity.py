@@ -1,28 +1,26 @@
 """Fidelity to the 16-bit model, picture by picture, same prompt and seed: PSNR, SSIM, MS-SSIM, LPIPS, latent SQNR.
 
 Every function takes one pair and gives one number, so that means, intervals and paired differences come from
-`ditq.metrics.aggregate` over the pairs; `Fidelity` does that for pictures as they come.
+`ditq.metrics.aggregate` over the pairs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ditq.errors import UsageError
-from ditq.metrics.interval import Interval, aggregate
 from ditq.metrics.metric import Description
 from ditq.metrics.networks.base import Extractor, MissingWeights
+from ditq.metrics.picture import pair
 
 # Identical pictures have no finite PSNR; means need one. 8-bit pictures that differ in a single
 # value stay far below.
@@ -65,25 +63,13 @@ FIDELITY = (
 )  # fmt: skip
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """A picture as float32 [3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-
-
-def _pair(reference: Image.Image, other: Image.Image) -> tuple[Tensor, Tensor]:
-    """Both as [1, 3, H, W]."""
-    if reference.size != other.size:
-        raise UsageError(f"two pictures of one size are compared, got {reference.size} and {other.size}")
-    return to_tensor(reference)[None], to_tensor(other)[None]
-
-
 def psnr_db(reference: Image.Image, other: Image.Image) -> float:
     """Peak signal-to-noise ratio in dB over all channels of 8-bit pictures; identical ones give 100.
 
     Raises:
         UsageError: the pictures differ in size (so do all functions here).
     """
-    a, b = _pair(reference, other)
+    a, b = pair(reference, other)
     error = (a - b).square().mean().item()
     return MAX_DB if error == 0 else min(MAX_DB, -10 * math.log10(error))
 
@@ -92,7 +78,7 @@ def ssim(reference: Image.Image, other: Image.Image) -> float:
     """Structural similarity (Wang et al. 2004; Gaussian window, sigma 1.5), data range 1."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    a, b = _pair(reference, other)
+    a, b = pair(reference, other)
     return float(structural_similarity_index_measure(b, a, data_range=1.0))
 
 
@@ -108,7 +94,7 @@ def ms_ssim(reference: Image.Image, other: Image.Image) -> float:
     """
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-    a, b = _pair(reference, other)
+    a, b = pair(reference, other)
     scales = sum(min(reference.size) >= side for side in MS_SSIM_SIDES)
     if not scales:
         raise UsageError(f"MS-SSIM needs pictures of at least {MS_SSIM_SIDES[0]} pixels a side, got {reference.size}")
@@ -117,7 +103,7 @@ def ms_ssim(reference: Image.Image, other: Image.Image) -> float:
     return float(multiscale_structural_similarity_index_measure(b, a, data_range=1.0, betas=betas))
 
 
-def feature_distance(reference: Image.Image, other: Image.Image, extractor: Extractor) -> float:
+def feature_distance(reference: Image.Image, other: Image.Image, network: Extractor) -> float:
     """LPIPS without its learned weights (Zhang et al. 2018, equation 1 with w = 1), through any network.
 
     At every place of every stage of the network, features are scaled to length 1 over channels; the squared distance
@@ -125,7 +111,7 @@ def feature_distance(reference: Image.Image, other: Image.Image, extractor: Extr
     do not compare.
     """
     with torch.no_grad():
-        stages = extractor.stages(torch.cat(_pair(reference, other)))
+        stages = network.stages(torch.cat(pair(reference, other)))
     distances = [(a - b).square().sum(0).mean() for a, b in (normalize(maps, dim=1) for maps in stages)]
     return float(torch.stack(distances).mean())
 
@@ -136,7 +122,7 @@ def lpips(reference: Image.Image, other: Image.Image) -> float:
     Raises:
         MissingWeights: torchvision or AlexNet's weights are not on this machine. Nothing is downloaded.
     """
-    a, b = _pair(reference, other)
+    a, b = pair(reference, other)
     with torch.no_grad():
         return float(_lpips_network()(a, b, normalize=True))
 
@@ -174,30 +160,3 @@ def latent_sqnr_by_step(reference: Tensor, other: Tensor) -> Tensor:
     z, error = reference.double(), reference.double() - other.double()
     signal, noise = z.square().flatten(2).sum(2), error.square().flatten(2).sum(2)
     return torch.where(noise == 0, MAX_DB, 10 * torch.log10(signal / noise)).clamp(max=MAX_DB)
-
-
-class Fidelity:
-    """PSNR, SSIM and MS-SSIM of pictures as they come; feature distance too where a network is given."""
-
-    def __init__(self, extractor: Extractor | None = None) -> None:
-        functions: dict[str, Callable[[Image.Image, Image.Image], float]] = {
-            "psnr_db": psnr_db, "ssim": ssim, "ms_ssim": ms_ssim
-        }  # fmt: skip
-        if extractor is not None:
-            functions["feature_distance"] = partial(feature_distance, extractor=extractor)
-        self._functions = functions
-        self.values: dict[str, list[float]] = {name: [] for name in functions}
-
-    def update(self, reference: Sequence[Image.Image], other: Sequence[Image.Image]) -> None:
-        """Adds pairs. ``values`` holds the number of each, for paired differences of two models."""
-        for a, b in zip(reference, other, strict=True):
-            for name, function in self._functions.items():
-                self.values[name].append(function(a, b))
-
-    def compute(self) -> dict[str, Interval]:
-        """Mean, 95 % interval and n of each metric.
-
-        Raises:
-            ValueError: no pictures came.
-        """
-        return {name: aggregate(values) for name, values in self.values.items()}

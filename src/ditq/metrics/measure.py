@@ -286,7 +286,7 @@ def _curve(reference: Samples, samples: Samples) -> Curve:
     return Curve(
         timesteps=reference.timesteps,
         mean=[i.mean for i in intervals],
-        ci95=[i.ci95 for i in intervals],
+        ci95=[i.ci95 for i in intervals if i.ci95],
         n=len(steps),
     )
 

@@ -61,13 +61,8 @@ def from_folder(folder: Path, size: tuple[int, int]) -> Real:
     Raises:
         UsageError: there is no such folder, it has fewer than two pictures, or a file is no picture.
     """
-    if not folder.is_dir():
-        raise UsageError(f"There is no folder of real pictures {folder}.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if len(paths) < 2:
-        raise UsageError(f"The folder of real pictures {folder} has {len(paths)} pictures ({', '.join(SUFFIXES)}).")
     images = []
-    for path in paths:
+    for path in _files(folder, "picture", SUFFIXES):
         try:
             with Image.open(path) as image:
                 images.append(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS))
@@ -83,18 +78,30 @@ def videos_from_folder(folder: Path, size: tuple[int, int]) -> Real:
         UsageError: there is no such folder, it has fewer than two videos, or one has no frames that can be read.
         MissingWeights: there is an MP4 file, and no OpenCV.
     """
-    if not folder.is_dir():
-        raise UsageError(f"There is no folder of real videos {folder}.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
-    if len(paths) < 2:
-        raise UsageError(f"The folder of real videos {folder} has {len(paths)} videos ({', '.join(VIDEO_SUFFIXES)}).")
     videos = []
-    for path in paths:
+    for path in _files(folder, "video", VIDEO_SUFFIXES):
         frames = _gif(path) if path.suffix.lower() == ".gif" else _mp4(path)
         if not frames:
             raise UsageError(f"{path} is no video that can be read.")
         videos.append([ImageOps.fit(frame, size, Image.Resampling.LANCZOS) for frame in frames])
     return Real(folder.name, videos=videos)
+
+
+def _files(folder: Path, thing: str, suffixes: Sequence[str]) -> list[Path]:
+    """Those of a folder that have one of the suffixes, sorted.
+
+    Raises:
+        UsageError: there is no such folder, or it has fewer than two.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"There is no folder of real {thing}s {folder}.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    if len(paths) < 2:
+        count = f"{len(paths)} {thing}{'' if len(paths) == 1 else 's'}"
+        raise UsageError(
+            f"The folder of real {thing}s {folder} must have at least 2 ({', '.join(suffixes)}), it has {count}."
+        )
+    return paths
 
 
 def _gif(path: Path) -> list[Image.Image]:

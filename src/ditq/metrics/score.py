@@ -21,7 +21,8 @@ class Score(Interval):
         reference: the 16-bit model's own value, where the metric has one (alignment, distribution, temporal).
         difference: quantized minus 16-bit, paired by prompt and seed, where the metric has one.
         verdict: of ``difference``: "same" where its interval holds zero (no measurable difference);
-            None for fidelity metrics, which compare with the 16-bit model by themselves.
+            None for fidelity metrics, which compare with the 16-bit model by themselves, and from fewer than three
+            pairs.
     """
 
     higher_is_better: bool
@@ -32,7 +33,7 @@ class Score(Interval):
 
 
 class PairDifference(BaseModel):
-    """Two quantized models on one metric: a minus b, paired; the verdict is on a."""
+    """Two quantized models on one metric: a minus b, paired; the verdict, if there are enough pairs, is on a."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -40,11 +41,11 @@ class PairDifference(BaseModel):
     a: str
     b: str
     difference: Interval
-    verdict: Verdict
+    verdict: Verdict | None
 
 
 class Curve(BaseModel):
-    """A quantity along the sampling trajectory; ``ci95`` has one (low, high) a step."""
+    """A quantity along the sampling trajectory; ``ci95`` has one (low, high) a step, or is empty (too few values)."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -54,8 +55,10 @@ class Curve(BaseModel):
     n: int
 
 
-def verdict(difference: Interval, higher_is_better: bool) -> Verdict:
-    """Whether a difference is measurable, and to which side."""
+def verdict(difference: Interval, higher_is_better: bool) -> Verdict | None:
+    """Whether a difference is measurable, and to which side; None where it has no interval."""
+    if difference.ci95 is None:
+        return None
     low, high = difference.ci95
     if low <= 0 <= high:
         return "same"

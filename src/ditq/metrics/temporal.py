@@ -1,7 +1,7 @@
 """Motion and its faults in a video: flow, flicker, consistency, FVD.
 
 Every function takes one video as what was computed of its frames once: the frames themselves, their `Motion`, or what
-a feature network saw in them (``Features.pooled``, one row a frame). `Temporal` computes these and streams.
+a feature network saw in them (``Features.pooled``, one row a frame).
 
 The numbers of papers look through other networks: RAFT for flow, AMT for smoothness, DINO for subjects, I3D for FVD.
 Ours see the same faults and order models alike, but do not compare with published values; the network's name stands
@@ -21,13 +21,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from ditq.errors import UsageError
-from ditq.metrics.alignment import Clip, concept
 from ditq.metrics.distribution import Estimate, fid, kid
-from ditq.metrics.fidelity import to_tensor
 from ditq.metrics.flow import Flow, flow, occluded, warp
-from ditq.metrics.interval import Interval, aggregate
 from ditq.metrics.metric import Description
-from ditq.metrics.networks.base import Extractor, Features
+from ditq.metrics.networks.base import Features
+from ditq.metrics.picture import to_tensor
 
 Video = Sequence[Image.Image]
 
@@ -218,53 +216,6 @@ def kvd(real: Sequence[Features], fake: Sequence[Features], seed: int = 0) -> Es
         UsageError: fewer than 20 real or generated videos.
     """
     return kid(video_features(real), video_features(fake), seed)
-
-
-class Temporal:
-    """Every metric of single videos, one value a video, videos coming in batches of any size.
-
-    Args:
-        network: sees subjects; scenes too where it has classes with names and videos have prompts.
-        clip: for CLIP-temp and background consistency.
-    """
-
-    def __init__(self, network: Extractor | None = None, clip: Clip | None = None) -> None:
-        self.network, self.clip = network, clip
-        self.values: dict[str, list[float]] = {}
-
-    def update(self, videos: Sequence[Video], prompts: Sequence[str] | None = None) -> None:
-        """Adds videos of at least three frames.
-
-        Raises:
-            UsageError: too few or too small frames, or a prompt that names no class of the network.
-            MissingWeights: OpenCV is not installed.
-        """
-        for i, frames in enumerate(videos):
-            for name, value in self._measure(frames, prompts[i] if prompts else None).items():
-                self.values.setdefault(name, []).append(value)
-
-    def _measure(self, frames: Video, prompt: str | None) -> dict[str, float]:
-        moves = motion(frames)
-        out = {
-            "flow_score": flow_score(moves),
-            "dynamic_degree": dynamic_degree(moves),
-            "warping_error": warping_error(frames, moves),
-            "motion_smoothness": motion_smoothness(frames),
-        }
-        if self.clip is not None:
-            seen = self.clip.images(frames)
-            out |= {"clip_temp": clip_temp(seen), "background_consistency": consistency(seen)}
-        if self.network is not None:
-            features = self.network(frames)
-            out["subject_consistency"] = consistency(features.pooled)
-            if prompt is not None and features.probabilities is not None and self.network.labels:
-                named = concept(prompt, self.network.labels)
-                out["scene_consistency"] = scene_consistency(features.probabilities, named)
-        return out
-
-    def compute(self) -> dict[str, Interval]:
-        """The mean over videos of every metric, with its 95 % interval."""
-        return {name: aggregate(values) for name, values in self.values.items()}
 
 
 def _check(frames: Sized, least: int) -> None:

@@ -49,8 +49,8 @@ def card(report: Report, model: ModelReport) -> str:
         f"{what}.",
         "\n\n".join(_text(sentence) for sentence in about or report.summary),
         "## Measured",
-        f"{len(report.prompts)} prompts, seeds {wording.seeds(report.seeds)}, same noise for both models. Mean and "
-        "95 % bootstrap interval; the verdict is that of the paired difference to 16 bit.",
+        f"{_sampled(report)}, same noise for both models. Mean and 95 % bootstrap interval; the verdict is that of "
+        f"the paired difference to {wording.reference(report.reference)}.",
         _table(report, model),
     ]
     if report.skipped:
@@ -93,9 +93,13 @@ def _front_matter(report: Report, model: ModelReport) -> dict[str, Any]:
     }
 
 
+def _sampled(report: Report) -> str:
+    return f"{wording.counted(len(report.prompts), 'prompt')}, seeds {wording.seeds(report.seeds)}"
+
+
 def _dataset(report: Report) -> str:
     real = f", real pictures: {report.real['name']}" if report.real else ""
-    return f"{len(report.prompts)} prompts, seeds {wording.seeds(report.seeds)}{real}"
+    return _sampled(report) + real
 
 
 def _metric(info: MetricInfo, score: Score) -> str:
@@ -104,7 +108,8 @@ def _metric(info: MetricInfo, score: Score) -> str:
 
 
 def _table(report: Report, model: ModelReport) -> str:
-    lines = ["| metric | better | 16 bit | this model | verdict | n |", "| --- | --- | --- | --- | --- | --- |"]
+    base = wording.reference(report.reference)
+    lines = [f"| metric | better | {base} | this model | verdict | n |", "| --- | --- | --- | --- | --- | --- |"]
     for members in rows(report).values():
         for row in members:
             score = model.metrics.get(row.info.name)
@@ -116,7 +121,7 @@ def _table(report: Report, model: ModelReport) -> str:
                 else "is the reference"
                 for i in (score, row.reference)
             )
-            words = wording.VERDICTS[score.verdict] if score.verdict else ""
+            words = wording.verdict(score.verdict) if score.difference else ""
             better = "higher" if row.info.higher_is_better else "lower"
             lines.append(
                 f"| {_text(_metric(row.info, score))} | {better} | {reference} | {own} | {words} | {score.n} |"
@@ -125,7 +130,7 @@ def _table(report: Report, model: ModelReport) -> str:
 
 
 def _settings(report: Report, model: ModelReport) -> str:
-    identity = {"fingerprint": model.fingerprint, "16-bit fingerprint": report.reference.fingerprint,
+    identity = {"fingerprint": model.fingerprint, "reference fingerprint": report.reference.fingerprint,
                 "plan hash": model.plan_hash}  # fmt: skip
     pairs = wording.settings({**report.sampler, **report.environment, **identity})
     return "\n".join(f"- {_text(name)}: {_code(value)}" for name, value in pairs)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from ditq.metrics.score import Interval
 from ditq.report.document import ModelReport
-from ditq.report.wording import megabytes, number
+from ditq.report.wording import interval, megabytes, number
+from ditq.report.wording import reference as label
 
 NAMED = 6  # so many models have their names beside their points; more need a legend
 
@@ -79,20 +80,19 @@ def pareto(models: Sequence[ModelReport], reference: ModelReport, metric: str, t
     if not points:
         return None
     described = "; ".join(
-        f"{m.name}: {megabytes(m.transformer_bytes)}, {number(s.mean, 1)} {unit}, {number(s.ci95[0], 1)} to "
-        f"{number(s.ci95[1], 1)}"
+        f"{m.name}: {megabytes(m.transformer_bytes)}, {number(s.mean, 1)} {unit}, {interval(s, 1)}"
         for _, m, s in points
     )
     root = picture(WIDTH, HEIGHT, f"{title} against memory of the transformer", described)
     scale = 1e9 if reference.transformer_bytes >= 1e9 else 1e6
     xs = ticks(0, max(reference.transformer_bytes, *(m.transformer_bytes for _, m, _ in points)) / scale)
-    ys = ticks(min(s.ci95[0] for *_, s in points), max(s.ci95[1] for *_, s in points))
+    ys = ticks(min(_ends(s)[0] for *_, s in points), max(_ends(s)[1] for *_, s in points))
     x = _axis(xs[0], xs[-1], LEFT, RIGHT)
     y = _axis(ys[0], ys[-1], BOTTOM, TOP)
     _grid(root, x, y, xs, ys, f"transformer memory, {'GB' if scale == 1e9 else 'MB'}", f"{title}, {unit}")
     at = x(reference.transformer_bytes / scale)
     element(root, "line", class_="limit", x1=at, x2=at, y1=float(TOP), y2=float(BOTTOM))
-    element(root, "text", "16 bit", class_="label m-ref", x=at - 5, y=TOP + 10.0, text_anchor="end")
+    element(root, "text", label(reference), class_="label m-ref", x=at - 5, y=TOP + 10.0, text_anchor="end")
     better = sorted(points, key=lambda p: (p[1].transformer_bytes, -p[2].mean))
     front: list[tuple[float, float]] = []
     for _, m, s in better:
@@ -106,7 +106,7 @@ def pareto(models: Sequence[ModelReport], reference: ModelReport, metric: str, t
     for i, m, s, px, py in placed:
         group = element(root, "g", class_=_colour(i))
         element(group, "title", f"{m.name}: {number(s.mean, 1)} {unit} at {megabytes(m.transformer_bytes)}")
-        low, high = y(s.ci95[0]), y(s.ci95[1])
+        low, high = map(y, _ends(s))
         element(group, "path", class_="whisker", d=f"M{px:.2f} {low:.2f}V{high:.2f}M{px - 4:.2f} {low:.2f}h8"
                                                    f"M{px - 4:.2f} {high:.2f}h8")  # fmt: skip
         _mark(group, i, px, py)
@@ -129,7 +129,8 @@ def curves(models: Sequence[ModelReport], title: str, unit: str) -> str | None:
     root = picture(WIDTH, HEIGHT, f"{title} by step", described)
     steps = max(len(c.mean) for *_, c in drawn)
     xs = [t for t in ticks(1, steps) if 1 <= t <= steps and t == int(t)]
-    ys = ticks(min(low for *_, c in drawn for low, _ in c.ci95), max(high for *_, c in drawn for _, high in c.ci95))
+    ends = [value for *_, c in drawn for value in (*c.mean, *(end for pair in c.ci95 for end in pair))]
+    ys = ticks(min(ends), max(ends))
     x = _axis(1, max(2, steps), LEFT, RIGHT)
     y = _axis(ys[0], ys[-1], BOTTOM, TOP)
     _grid(root, x, y, xs, ys, "sampling step (the last one gives the picture)", f"{title}, {unit}")
@@ -138,7 +139,8 @@ def curves(models: Sequence[ModelReport], title: str, unit: str) -> str | None:
         group = element(root, "g", class_=_colour(i))
         upper = [(x(k + 1), y(high)) for k, (_, high) in enumerate(c.ci95)]
         lower = [(x(k + 1), y(low)) for k, (low, _) in enumerate(c.ci95)]
-        element(group, "polygon", class_="band", points=_points(upper + lower[::-1]))
+        if c.ci95:
+            element(group, "polygon", class_="band", points=_points(upper + lower[::-1]))
         element(group, "polyline", class_="curve", points=_points([(x(k + 1), y(v)) for k, v in enumerate(c.mean)]))
         for k, value in enumerate(c.mean):
             point = _mark(group, i, x(k + 1), y(value), small=True)
@@ -163,15 +165,21 @@ def bar(share: float, full: float, index: int, mark: float | None = None) -> str
 def whisker(value: Interval, row: Sequence[Interval], reference: Interval | None, index: int) -> str:
     """Mean and interval on the scale that all cells of a table row share; a tick is the 16-bit model's mean."""
     everything = [*row, *([reference] if reference else [])]
-    low, high = min(i.ci95[0] for i in everything), max(i.ci95[1] for i in everything)
+    low, high = min(_ends(i)[0] for i in everything), max(_ends(i)[1] for i in everything)
     x = _axis(low, high if high > low else low + 1, 5, 95)
     root = element(None, "svg", class_=f"whiskers {_colour(index)}", viewBox="0 0 100 12", aria_hidden="true")
     element(root, "line", class_="rail", x1=0, x2=100, y1=6, y2=6)
     if reference:
         element(root, "line", class_="limit", x1=x(reference.mean), x2=x(reference.mean), y1=0, y2=12)
-    element(root, "line", class_="whisker", x1=x(value.ci95[0]), x2=x(value.ci95[1]), y1=6, y2=6)
+    first, last = map(x, _ends(value))
+    element(root, "line", class_="whisker", x1=first, x2=last, y1=6, y2=6)
     element(root, "circle", class_="mark", cx=x(value.mean), cy=6, r=3)
     return svg(root)
+
+
+def _ends(i: Interval) -> tuple[float, float]:
+    """Those of the interval; the mean twice where there is none."""
+    return i.ci95 or (i.mean, i.mean)
 
 
 class _Labels:

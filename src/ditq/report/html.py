@@ -58,6 +58,7 @@ def render(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:
         tally={model.name: tally(model) for model in report.models},
         range=heatmap.shared_range(maps) if maps else None,
         data={
+            "reference": wording.reference(report.reference),
             "frames_per_second": report.sampler.get("fps") or FRAMES_PER_SECOND,
             "errors": [model.layer_errors.model_dump() if model.layer_errors else None for model in models],
         },

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ditq.metrics.score import Interval, Score, Verdict
+from ditq.report import wording
 from ditq.report.document import MetricInfo, Report
-from ditq.report.wording import digits
 
 FAMILIES = {
-    "fidelity": "Fidelity to the 16-bit model, same prompt and seed",
+    "fidelity": "Fidelity to the {reference} model, same prompt and seed",
     "alignment": "Alignment with the prompt",
     "distribution": "Distribution, against real pictures",
     "temporal": "Motion, from frame to frame",
@@ -25,7 +25,8 @@ class Row:
         reference: the 16-bit model's own value; None for fidelity, which compares with that model.
         best: name of the model that is measurably better than every other one, if there is one.
         places: decimal places that all cells of the row share.
-        differences: what was paired: a sentence's subject ("a minus b"), the difference, the verdict on a.
+        differences: what was paired: a sentence's subject ("a minus b"), the difference, the verdict on a
+            (None from too few pairs).
     """
 
     info: MetricInfo
@@ -33,7 +34,7 @@ class Row:
     reference: Interval | None
     best: str | None
     places: int
-    differences: list[tuple[str, Interval, Verdict]]
+    differences: list[tuple[str, Interval, Verdict | None]]
 
     @property
     def measured(self) -> list[Score]:
@@ -55,24 +56,27 @@ class Row:
 def rows(report: Report) -> dict[str, list[Row]]:
     """The rows of each family that has any, in the order of :data:`FAMILIES`. Keys are the families' titles."""
     found: dict[str, list[Row]] = {}
-    for family, title in FAMILIES.items():
+    base = wording.reference(report.reference)
+    for family, template in FAMILIES.items():
+        title = template.format(reference=base.replace(" ", "-"))
         for info in report.metrics:
             scores = [model.metrics.get(info.name) for model in report.models]
             measured = [score for score in scores if score is not None]
             if info.family != family or not measured:
                 continue
             reference = next((score.reference for score in measured if score.reference), None)
-            places = digits([*measured, *([reference] if reference else [])])
+            places = wording.digits([*measured, *([reference] if reference else [])])
             found.setdefault(title, []).append(
                 Row(info, scores, reference, measurably_best(report, info.name), places, _paired(report, info.name))
             )
     return found
 
 
-def _paired(report: Report, metric: str) -> list[tuple[str, Interval, Verdict]]:
+def _paired(report: Report, metric: str) -> list[tuple[str, Interval, Verdict | None]]:
+    base = wording.reference(report.reference)
     own = [(model.name, model.metrics[metric]) for model in report.models if metric in model.metrics]
     return [
-        *((f"{name} minus 16 bit", s.difference, s.verdict) for name, s in own if s.difference and s.verdict),
+        *((f"{name} minus {base}", s.difference, s.verdict) for name, s in own if s.difference),
         *((f"{p.a} minus {p.b}", p.difference, p.verdict) for p in report.differences if p.metric == metric),
     ]
 
@@ -81,7 +85,7 @@ def measurably_best(report: Report, metric: str) -> str | None:
     """The model whose paired difference to every other model that has this metric is measurable, in its favour."""
     beats = {model.name: set[str]() for model in report.models if metric in model.metrics}
     for pair in report.differences:
-        if pair.metric == metric and pair.verdict != "same":
+        if pair.metric == metric and pair.verdict in ("better", "worse"):
             winner, loser = (pair.a, pair.b) if pair.verdict == "better" else (pair.b, pair.a)
             beats[winner].add(loser)
     return next((name for name, lost in beats.items() if lost and lost == beats.keys() - {name}), None)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from ditq.metrics.interval import Interval
 from ditq.report.document import MetricInfo, ModelReport, Report
+from ditq.report.wording import NO_VERDICT, counted
 
 
 def summary(report: Report) -> list[str]:
     """One sentence over all models, then one for each."""
     n = len(report.prompts)
-    kind = "videos" if report.kind == "video" else "pictures"
+    prompts, kind = counted(n, "prompt"), "videos" if report.kind == "video" else "pictures"
     ranked = sorted((m for m in report.models if "psnr_db" in m.metrics), key=lambda m: -m.metrics["psnr_db"].mean)
     if not ranked:
-        return [f"{len(report.models)} models against {report.reference.name} on {n} prompts."]
+        return [f"{counted(len(report.models), 'model')} against {report.reference.name} on {prompts}."]
     best = ranked[0]
-    first = f"{best.name} draws {_closeness(best)} the {kind} of {report.reference.name} ({_mean(best)}, {n} prompts)"
+    first = f"{best.name} draws {_closeness(best)} the {kind} of {report.reference.name} ({_mean(best)}, {prompts})"
     if best.transformer_bytes:
         first += f" in {_share(best, report)} of its transformer's memory"
     if len(ranked) > 1:
@@ -43,6 +44,9 @@ def _one(model: ModelReport, report: Report) -> str:
     same = [info.title for info, score in judged if score.verdict == "same"]
     if same:
         words.append(f"no measurable difference in {', '.join(same)}")
+    if any(model.metrics[info.name].difference and model.metrics[info.name].verdict is None for info in report.metrics
+           if info.name in model.metrics):  # fmt: skip
+        words.append(NO_VERDICT)
     if model.step_time is not None:
         ratio = model.step_time.ratio_to_reference
         speed = f"{ratio:.2f} times as fast" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
@@ -63,7 +67,8 @@ def _mean(model: ModelReport) -> str:
 
 def _db(model: ModelReport) -> str:
     score = model.metrics["psnr_db"]
-    return f"PSNR {score.mean:.1f} dB [{score.ci95[0]:.1f}, {score.ci95[1]:.1f}]"
+    interval = f" [{score.ci95[0]:.1f}, {score.ci95[1]:.1f}]" if score.ci95 else ""
+    return f"PSNR {score.mean:.1f} dB{interval}"
 
 
 def _share(model: ModelReport, report: Report) -> str:
@@ -71,6 +76,6 @@ def _share(model: ModelReport, report: Report) -> str:
 
 
 def _gap(info: MetricInfo, difference: Interval | None) -> str:
-    assert difference is not None
+    assert difference is not None and difference.ci95 is not None  # there is a verdict
     unit = f" {info.unit}" if info.unit else ""
     return f"{difference.mean:+.3g}{unit} [{difference.ci95[0]:+.3g}, {difference.ci95[1]:+.3g}]"

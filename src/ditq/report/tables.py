@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import io
+import re
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ditq.plan import LayerPlan, Plan
+from ditq.report import wording as words
+from ditq.report.grouping import By, Row, ranges, sections
+from ditq.report.terminal import Terminal, table
+
+# Longer ones stand below the table.
+LONGEST_REASON = 20
+
+# Columns of a terminal for the last column of the table of layers and for what separates the four.
+REST = 14 + 3 * 2
 
 
 def plan_json(plan: Plan, transformer_bytes: int) -> dict[str, Any]:
@@ -50,57 +61,95 @@ def layer_json(layer: LayerPlan) -> dict[str, Any]:
     }
 
 
-def plan_table(plan: Plan, *, full: bool = True) -> Table:
-    """One row a layer; ``full=False`` merges the blocks and shows one row for each role."""
-    table = Table(title=f"{plan.recipe} on {plan.architecture}", title_justify="left")
-    for column in ("layer" if full else "role", "weights", "activations", "balance", "incoherence of W, X", "reason"):
-        table.add_column(column, overflow="fold")
-    if full:
-        for layer in plan:
-            table.add_row(layer.name, *_cells(layer))
-        return table
-    by_role: dict[str, list[LayerPlan]] = {}
-    for layer in plan:
-        by_role.setdefault(layer.role, []).append(layer)
-    for role, layers in by_role.items():
-        balances = [x.balance.split(" ")[0] + ("+rotate" if x.smooth and x.rotate else "") for x in layers]
-        counts = ", ".join(f"{balances.count(b)} {b}" for b in dict.fromkeys(balances)) if layers[0].weight else ""
-        weights, activations = (_counted([_cells(layer)[i] for layer in layers]) for i in (0, 1))
-        reason = _cells(layers[0])[4]
-        table.add_row(f"{role} ({len(layers)})", weights, activations, counts, _mean_incoherence(layers), reason)
-    return table
+def plan_table(plan: Plan, *, by: By = "blocks", width: int = 80) -> Table:
+    """What is done to which layer.
+
+    Args:
+        by: ``blocks`` shows equal layers of equal blocks once, ``layers`` every layer, ``roles`` every role.
+        width: columns of the terminal; names are broken at dots to leave room for the formats.
+    """
+    made = table("role" if by == "roles" else "layer", "weights", "inputs", "balance, rounding",
+                 title=f"{plan.recipe} on {plan.architecture}")  # fmt: skip
+    for column in made.columns[:3]:
+        column.no_wrap = True
+    notes: dict[str, str] = {}
+    rows = [
+        (section.title, row, _cells(row.layers, by, notes)) for section in sections(plan, by) for row in section.rows
+    ]
+    formats = sum(max((len(cells[i]) for *_, cells in rows), default=0) for i in (0, 1))
+    room = max(20, min(width * 7 // 20, width - formats - REST))
+    title = label = ""
+    for section, row, cells in rows:
+        indent = "  " if section else ""
+        if section and section != title:
+            made.add_row(folded(section, room))
+        name = "" if (section, row.label) == (title, label) else row.label
+        title, label = section, row.label
+        placed = textwrap.indent(_placed(name, _where(row, by, room - 4), room - len(indent)), indent)
+        made.add_row(placed, *cells)
+    made.caption = "\n".join(f"{mark} {reason}" for reason, mark in notes.items()) or None
+    return made
 
 
-def _counted(texts: list[str]) -> str:
-    """One text if all are equal, else each with how often it is there."""
-    distinct = sorted(set(texts))
-    return distinct[0] if len(distinct) == 1 else "\n".join(f"{texts.count(text)} {text}" for text in distinct)
-
-
-def _cells(layer: LayerPlan) -> tuple[str, str, str, str, str]:
-    if layer.weight is None:
-        return "16 bit", "16 bit", "", "", layer.reason
-    return (
-        str(layer.weight).removesuffix(", static") + (", GPTQ" if layer.rounding == "gptq" else ""),
-        str(layer.activation or "16 bit"),
-        layer.balance,
-        _mean_incoherence([layer]),
-        layer.reason,
-    )
-
-
-def _mean_incoherence(layers: list[LayerPlan]) -> str:
-    found = [x.incoherence for x in layers if x.incoherence]
-    if not found:
+def _where(row: Row, by: By, room: int) -> str:
+    """The blocks, if not all of a stack's, or the number of layers of a role."""
+    if by == "roles":
+        return f"{len(row.layers)} layers" if len(row.layers) > 1 else ""
+    if len(row.blocks) == row.total:
         return ""
+    listed = f"in {', '.join(ranges(row.blocks))}"
+    return listed if len(listed) <= room else f"in {len(row.blocks)} of {row.total}"
 
-    def mean(field: str) -> float | None:
-        values = [value for x in found if (value := getattr(x, field)) is not None]
-        return sum(values) / len(values) if values else None
 
-    text = f"{mean('weight_before'):.1f}→{mean('weight_after'):.1f}"
-    before, after = mean("input_before"), mean("input_after")
-    return text if before is None else f"{text}, {before:.1f}→{after:.1f}"
+def _placed(name: str, where: str, room: int) -> str:
+    """A name and its blocks, on one line if they fit; without a name the blocks stand below the one before."""
+    if not where:
+        return folded(name, room)
+    if name and len(name) + 1 + len(where) <= room:
+        return f"{name} {where}"
+    return "\n".join([*([folded(name, room)] if name else []), f"  {where}"])
+
+
+def folded(name: str, room: int) -> str:
+    """A name in lines of at most ``room`` characters: broken at dots, a longer part at underscores, else not."""
+    lines = [""]
+    for part in re.findall(r"[^.]*\.|[^.]+", name):
+        for piece in re.findall(r"[^_]*_|[^_]+", part) if len(part) > room else [part]:
+            if lines[-1].strip() and len(lines[-1] + piece) > room:
+                lines.append(" ")
+            lines[-1] += piece
+    return "\n".join(lines)
+
+
+def _cells(layers: Sequence[LayerPlan], by: By, notes: dict[str, str]) -> tuple[str, str, str]:
+    """Weights, inputs, and what else is done to layers that differ in smoothing strength only.
+
+    Args:
+        notes: marks of long reasons, which stand below the table; a new one is added.
+    """
+    first = layers[0]
+    reason = first.reason.removesuffix(" is kept in 16 bit")
+    if len(reason) > LONGEST_REASON:
+        reason = notes.setdefault(reason, f"({len(notes) + 1})")
+    if first.weight is None:
+        return "16 bit", "16 bit", reason
+    how = [
+        words.balance(layers),
+        f"{len(first.timesteps)} timestep ranges" if first.timesteps else "",
+        "GPTQ" if first.rounding == "gptq" else "",
+        _incoherence(first) if by == "layers" else "",
+        reason,
+    ]
+    return words.weights(first.weight), words.inputs(first.activation), ", ".join(text for text in how if text)
+
+
+def _incoherence(layer: LayerPlan) -> str:
+    """Incoherence of the weight's rows, and of the inputs, before and after balancing."""
+    mu = layer.incoherence
+    if mu is None:
+        return ""
+    text = f"mu W {mu.weight_before:.1f}->{mu.weight_after:.1f}"
+    return text if mu.input_before is None else f"{text}, X {mu.input_before:.1f}->{mu.input_after:.1f}"
 
 
 def plan_summary(plan: Plan, transformer_bytes: int | None = None) -> str:
@@ -116,12 +165,12 @@ def plan_summary(plan: Plan, transformer_bytes: int | None = None) -> str:
     )
 
 
-def plan_text(plan: Plan, *, engine: str = "", full: bool = False, width: int = 140) -> str:
+def plan_text(plan: Plan, *, engine: str = "", width: int = 80) -> str:
     """Table and summary as plain text."""
     out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=False)
-    console.print(plan_table(plan, full=full))
-    console.print(plan_summary(plan), highlight=False, markup=False)
+    terminal = Terminal(file=out, width=width, force_terminal=False)
+    terminal.print(plan_table(plan, width=width))
+    terminal.print(plan_summary(plan))
     if engine:
-        console.print(f"engine: {engine}", highlight=False, markup=False)
-    return out.getvalue()
+        terminal.print(f"engine: {engine}")
+    return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())

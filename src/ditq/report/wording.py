@@ -5,23 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from ditq.metrics.interval import FEWEST
 from ditq.metrics.score import Interval, Verdict
+from ditq.plan import LayerPlan, TensorFormat
 from ditq.report.document import ModelReport
 
+NO_INTERVAL = "interval not available"
+NO_VERDICT = f"no verdict from fewer than {FEWEST} pairs"
 VERDICTS: dict[Verdict, str] = {"same": "no measurable difference", "better": "better", "worse": "worse"}
 
 
 def digits(intervals: Iterable[Interval]) -> int:
     """Decimal places that keep one digit of the narrowest interval and about three of the largest mean, at most 5."""
     known = list(intervals)
-    halves = [half for i in known if (half := (i.ci95[1] - i.ci95[0]) / 2) > 0]
+    halves = [half for i in known if i.ci95 and (half := (i.ci95[1] - i.ci95[0]) / 2) > 0]
     if not halves:
-        return 2
+        return 2 if all(i.ci95 for i in known) else three_digits(max(abs(i.mean) for i in known))
     places = -math.floor(math.log10(min(halves)))
     largest = max(abs(i.mean) for i in known)
     if largest > 0 and places + math.floor(math.log10(largest)) + 1 < 3:
         places += 1
     return min(5, max(0, places))
+
+
+def three_digits(value: float) -> int:
+    """Decimal places that keep about three digits, from 1 to 5; 2 for zero."""
+    return 2 if value == 0 else min(5, max(1, 2 - math.floor(math.log10(value))))
 
 
 def number(value: float, places: int, sign: bool = False) -> str:
@@ -34,7 +43,17 @@ def number(value: float, places: int, sign: bool = False) -> str:
 
 def interval(i: Interval, places: int, sign: bool = False) -> str:
     """The interval alone: ``28.8 to 30.1``; negative numbers make a dash hard to read."""
-    return f"{number(i.ci95[0], places, sign)} to {number(i.ci95[1], places, sign)}"
+    return NO_INTERVAL if i.ci95 is None else f"{number(i.ci95[0], places, sign)} to {number(i.ci95[1], places, sign)}"
+
+
+def counted(n: int, noun: str) -> str:
+    """``1 picture``, ``2 pictures``; ``noun`` is in the singular."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def verdict(value: Verdict | None) -> str:
+    """Of a paired difference."""
+    return VERDICTS[value] if value else NO_VERDICT
 
 
 def megabytes(count: int) -> str:
@@ -43,14 +62,47 @@ def megabytes(count: int) -> str:
 
 
 def bits(model: ModelReport) -> str:
-    """``W4A8``; empty for the 16-bit reference."""
+    """``W4A8``; empty where nothing is quantized."""
     nominal = model.nominal_bits
     return f"W{nominal['weights']}A{nominal['activations']}" if nominal else ""
+
+
+def reference(model: ModelReport) -> str:
+    """What the others are compared with: ``16 bit``, or its bits if it is quantized itself."""
+    return bits(model) or "16 bit"
 
 
 def tensor(width: int, granularity: str | None) -> str:
     """A cell of the plan: ``int4 per channel``; what has no granularity is not quantized."""
     return f"int{width} per {granularity}" if granularity else "16 bit"
+
+
+def weights(fmt: TensorFormat) -> str:
+    """``W4 group 128 asym``."""
+    return " ".join(["W" + str(fmt.bits), *_granularity(fmt)])
+
+
+def inputs(fmt: TensorFormat | None) -> str:
+    """``A8 token dyn``; ``16 bit`` where they are left alone."""
+    return (
+        "16 bit"
+        if fmt is None
+        else " ".join(["A" + str(fmt.bits), *_granularity(fmt), "dyn" if fmt.dynamic else "static"])
+    )
+
+
+def _granularity(fmt: TensorFormat) -> list[str]:
+    size = [str(fmt.group_size)] if fmt.group_size else []
+    return [fmt.granularity, *size, *([] if fmt.symmetric else ["asym"])]
+
+
+def balance(layers: Sequence[LayerPlan]) -> str:
+    """``smooth 0.1-0.6 (norm) + hadamard 256`` of layers that differ in smoothing strength only; empty for none."""
+    alphas = sorted({layer.smooth.alpha for layer in layers if layer.smooth})
+    first = layers[0].balance
+    if len(alphas) < 2 or layers[0].smooth is None:
+        return "" if first == "none" else first
+    return first.replace(f"smooth {layers[0].smooth.alpha:g}", f"smooth {alphas[0]:g}-{alphas[-1]:g}", 1)
 
 
 def seeds(values: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Networks that metrics look through: one file each with ``EXTRACTOR``, found by name, loaded once a process."""
+"""Networks that metrics look through: one file each with ``NETWORK``, found by name, loaded once a process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def _networks() -> dict[str, type[Extractor]]:
     found: dict[str, type[Extractor]] = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
-        if (extractor := getattr(module, "EXTRACTOR", None)) is not None:
-            found[extractor.name] = extractor
+        if (network := getattr(module, "NETWORK", None)) is not None:
+            found[network.name] = network
     return found
 
 
 def names() -> list[str]:
-    """Names of all extractors, whether their weights are on this machine or not."""
+    """Names of all feature networks, whether their weights are on this machine or not."""
     return sorted(_networks())
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ditq.errors import DitqError
+from ditq.metrics.picture import to_tensor
 
 
 class MissingWeights(DitqError):  # noqa: N818
@@ -79,8 +80,6 @@ class Extractor(ABC):
 
     def __call__(self, images: Sequence[Image.Image], batch_size: int = 64) -> Features:
         """Features of any number of pictures of one size, batch by batch, without gradients."""
-        from ditq.metrics.fidelity import to_tensor
-
         with torch.no_grad():
             return Features.cat([
                 self.features(torch.stack([to_tensor(image) for image in images[i : i + batch_size]]))

@@ -61,4 +61,4 @@ class EfficientNetLite0(Extractor):
         return [maps[i] for i in LAST_BLOCKS]
 
 
-EXTRACTOR = EfficientNetLite0
+NETWORK = EfficientNetLite0

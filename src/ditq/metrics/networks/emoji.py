@@ -61,4 +61,4 @@ class EmojiClassifier(Extractor):
         return list(self.network.resnet(pixels, output_hidden_states=True).hidden_states[1:])
 
 
-EXTRACTOR = EmojiClassifier
+NETWORK = EmojiClassifier

@@ -78,4 +78,4 @@ class InceptionV3(Extractor):
             return network((images * 255).round().byte()), maps
 
 
-EXTRACTOR = InceptionV3
+NETWORK = InceptionV3

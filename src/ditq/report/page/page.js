@@ -29,7 +29,7 @@ const viewer = one(".viewer");
 const stage = one(".stage");
 const layers = [one("#before"), one("#after")];
 const frameInput = one("#frame");
-let strips = []; // the two <img> that the canvases show: 16 bit and the chosen model
+let strips = []; // the two <img> that the canvases show: the reference and the chosen model
 
 async function showPair() {
   const chosen = one(".thumb:has(:checked)");
@@ -69,7 +69,7 @@ function drawFrame(frame) {
 const split = one("#split");
 split.addEventListener("input", () => {
   stage.style.setProperty("--at", `${split.value}%`);
-  split.setAttribute("aria-valuetext", `16 bit on the left ${split.value} %`);
+  split.setAttribute("aria-valuetext", `${data.reference} on the left ${split.value} %`);
 });
 for (const input of all('input[name="view"]')) {
   input.addEventListener("change", () => { viewer.dataset.view = input.value; });
