@@ -149,16 +149,11 @@ def search(
     model: nn.Module = getattr(pipe, component)
     candidate = recipe if rounding == "recipe" else recipe.model_copy(update={"rounding": "nearest"})
     if statistics is None and (candidate.needs_calibration or strategy == "program"):
-        if not calibration:
-            raise UsageError("This search needs calibration: give prompts, or finished statistics.")
-        statistics = calibrate(
-            pipe, architecture, calibration, recipe.calibration, component=component, seed=seed, resume=True,
-            progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
-        )  # fmt: skip
+        statistics = _calibrated(pipe, component, architecture, recipe, calibration, seed, progress)
     layers = plan_layers(model, architecture, candidate, statistics, seed=seed, progress=progress)
     in_stacks = {linear.name for group in architecture.groups(model) for linear in group.linears}
     searched = [layer for layer in layers if layer.weight is not None and layer.name in in_stacks]
-    asked = {x.name: {"rounding": x.rounding, "gptq": x.gptq} for x in draft(model, architecture, recipe)}
+    asked = draft(model, architecture, recipe)
     whole = fingerprint(pipe, code=CODE)
     noise = sampling.shifted(NOISE_OFFSET)
     rows, score = _scorer(pipe, component, architecture, conditions, noise, searched, fitness, moments)
@@ -200,13 +195,42 @@ def search(
     if not math.isfinite(value):
         raise DitqError(f"All {len(trials_done.scored)} candidates draw NaN or Inf; take more bits or another recipe.")
     candidates.put(genome)
-    chosen = {layer.name: layer for layer in space.planned(genome)}
-    best = [chosen.get(layer.name, layer).model_copy(update=asked[layer.name]) for layer in layers]
-    plan = candidates.plan.model_copy(update={"folds": (), "layers": tuple(best)})
+    plan = _plan(candidates.plan, layers, space.planned(genome), asked)
     return SearchResult(
         plan, candidates.plan, genome, value, fitness.name, name, space.cost(genome), space.budget,
         scale_overhead_bits(plan), trials_done.scored, trials_done.evaluated, component,
     )  # fmt: skip
+
+
+def _calibrated(
+    pipe: Any,
+    component: str,
+    architecture: Architecture,
+    recipe: Recipe,
+    conditions: Sequence[str] | None,
+    seed: int,
+    progress: Progress | None,
+) -> Statistics:
+    if not conditions:
+        raise UsageError("This search needs calibration: give prompts, or finished statistics.")
+    return calibrate(
+        pipe, architecture, conditions, recipe.calibration, component=component, seed=seed, resume=True,
+        progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
+    )  # fmt: skip
+
+
+def _plan(
+    candidate: Plan, layers: Sequence[LayerPlan], chosen: Sequence[LayerPlan], asked: Sequence[LayerPlan]
+) -> Plan:
+    """The best candidate with the rounding that the recipe asks for, ready for a fresh pipeline."""
+    best, roundings = {layer.name: layer for layer in chosen}, {x.name: x for x in asked}
+    final = [
+        best.get(layer.name, layer).model_copy(
+            update={"rounding": roundings[layer.name].rounding, "gptq": roundings[layer.name].gptq}
+        )
+        for layer in layers
+    ]
+    return candidate.model_copy(update={"folds": (), "layers": tuple(final)})
 
 
 def _settings(
