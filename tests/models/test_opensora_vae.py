@@ -117,7 +117,11 @@ def test_a_file_of_published_names_is_the_same_model(tmp_path: Path) -> None:
         ("temporal_vae.decoder.conv_blocks.1.conv.bias", None, "lacks tensor 'temporal_vae.decoder.conv_blocks.1"),
         ("temporal_vae.encoder.conv_in.conv.weight", torch.zeros(8, 4, 1, 3, 3), r"is \(8, 4, 1, 3, 3\); the model's"),
         ("spatial_vae.module.quant_conv.weight", None, "lacks tensor 'spatial_vae.module.quant_conv.weight'"),
-        ("temporal_vae.decoder.conv_blocks.0.conv.bias", torch.zeros(8), "holds tensor .*which OpenSoraVAE does not have"),
+        (
+            "temporal_vae.decoder.conv_blocks.0.conv.bias",
+            torch.zeros(8),
+            "holds tensor .*which OpenSoraVAE does not have",
+        ),
     ],
     ids=["missing", "misshaped", "missing-spatial", "surplus"],
 )
