@@ -1,7 +1,7 @@
-"""Whether quantization still computes what it computed: one SHA-256 over all tensors of a checkpoint, for every recipe.
+"""Whether quantization still computes what it did: one SHA-256 over all tensors of a checkpoint, for every recipe.
 
-``python benchmarks/quality/checkpoint_hashes.py`` quantizes ``bundled:emoji-t2i`` by every measured recipe, and the two
-other bundled models by one of each family, with few prompts and steps (seed 0, one thread). It compares each with
+``python benchmarks/quality/checkpoint_hashes.py`` quantizes ``bundled:emoji-t2i`` by every measured recipe, and the
+two other bundled models by one of each family, with few prompts and steps (seed 0, one thread). It compares each with
 ``benchmarks/results/checkpoint_hashes.json``, which ditq 0.1 wrote, and ends with status 1 if any differs; ``--write``
 writes the file anew. Float sums depend on the processor, so compare on the kind that the file names.
 """
@@ -76,9 +76,8 @@ def main() -> None:
     for model, recipe in jobs():
         key = f"{model}/{recipe}"
         found[key] = digest(model, recipe)
-        print(
-            f"{key:40} {found[key][:16]} {'' if args.write else 'equal' if known.get(key) == found[key] else 'DIFFERS'}"
-        )
+        verdict = "" if args.write else "equal" if known.get(key) == found[key] else "DIFFERS"
+        print(f"{key:40} {found[key][:16]} {verdict}")
     if args.write:
         print(write(FILE, {**environment(), "sha256": found}))
     elif found != known:
