@@ -41,7 +41,7 @@ from ditq.sampling import PictureCache, Samples, Sampling, sample
 METRICS = ("fid", "kid", "inception_score", "precision", "concept_accuracy", "psnr_db", "latent_sqnr_db")
 GROUPS = ("weights.granularity=group", "weights.group_size=128", "activations.granularity=group",
           "activations.group_size=128")  # fmt: skip
-NEAREST = ("method=rtn", "rounding=nearest")
+NEAREST = ("rounding=nearest",)
 STATIC = ("activations.dynamic=false", "activations.symmetric=true")
 # Each row is the one before and one change; all start from qdit-*, so the layers kept in 16 bit are the same.
 LADDER: dict[str, tuple[str, ...]] = {
