@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pydoc
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,11 @@ def left_over(folder: Path) -> list[str]:
 
 def test_front_door_is_a_table_of_contents() -> None:
     document = str(ditq.__doc__)
-    for name in ditq.__all__:
+    for name in dir(ditq):
         assert getattr(ditq, name) is not None
         if name not in ("__version__", "TensorFormat"):  # the latter is an older name of Grid
             assert name in document.partition("Verbs:")[2], name
-    assert set(dir(ditq)) == set(ditq.__all__)
+    assert len(pydoc.render_doc(ditq).splitlines()) < 120
 
 
 # ------------------------------------------------------------------------------------------ quantize

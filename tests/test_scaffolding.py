@@ -28,7 +28,7 @@ FLOORS = [
     {"openvino"},
     {"checkpoint"},
     {"metrics", "report"},
-    {"api"},
+    {"api", "requests"},
     {"comparison"},
     {"cli", "__main__"},
     {"__init__"},

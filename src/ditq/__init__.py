@@ -34,14 +34,24 @@ from typing import TYPE_CHECKING, Any
 from ditq.checkpoint.registration import register as _register
 
 if TYPE_CHECKING:
-    from ditq.api import Result, export, load, quantize, save, search
-    from ditq.checkpoint.backend import DitqConfig
-    from ditq.comparison import Comparison, compare
-    from ditq.engines import use_engine
-    from ditq.errors import CheckpointError, DitqError, UsageError
-    from ditq.numerics import Grid
-    from ditq.plan import LayerPlan, Plan, TensorFormat
-    from ditq.recipe import Recipe
+    from ditq.api import Result as Result
+    from ditq.api import export as export
+    from ditq.api import load as load
+    from ditq.api import quantize as quantize
+    from ditq.api import save as save
+    from ditq.api import search as search
+    from ditq.checkpoint.backend import DitqConfig as DitqConfig
+    from ditq.comparison import Comparison as Comparison
+    from ditq.comparison import compare as compare
+    from ditq.engines import use_engine as use_engine
+    from ditq.errors import CheckpointError as CheckpointError
+    from ditq.errors import DitqError as DitqError
+    from ditq.errors import UsageError as UsageError
+    from ditq.numerics import Grid as Grid
+    from ditq.plan import LayerPlan as LayerPlan
+    from ditq.plan import Plan as Plan
+    from ditq.plan import TensorFormat as TensorFormat
+    from ditq.recipe import Recipe as Recipe
 
 __version__ = "0.1.0"
 
@@ -66,28 +76,6 @@ _HOME = {
     "Recipe": "ditq.recipe",
 }
 
-__all__ = [
-    "CheckpointError",
-    "Comparison",
-    "DitqConfig",
-    "DitqError",
-    "Grid",
-    "LayerPlan",
-    "Plan",
-    "Recipe",
-    "Result",
-    "TensorFormat",
-    "UsageError",
-    "__version__",
-    "compare",
-    "export",
-    "load",
-    "quantize",
-    "save",
-    "search",
-    "use_engine",
-]
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
@@ -96,7 +84,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    # There is no __all__: with one, help(ditq) prints every class in full below the table of contents.
+    return [*_HOME, "__version__"]
 
 
 _register()

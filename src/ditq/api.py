@@ -12,18 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq import allocation, architectures, engines
+from ditq import allocation, architectures, engines, requests
 from ditq.allocation import SearchResult
 from ditq.architectures import Architecture
-from ditq.calibration import Statistics, calibrate
-from ditq.calibration.capture import Capture
+from ditq.calibration import Statistics, calibrate, watch
 from ditq.checkpoint.backend import attach
-from ditq.checkpoint.folder import load_pipeline, read_plans, resolve, save_pipeline
+from ditq.checkpoint.folder import keep_labels, load_pipeline, read_plans, resolve, save_pipeline
 from ditq.components import transformer_names
-from ditq.conversion import convert, draft, quantize_model
-from ditq.errors import DitqError, UsageError, unknown
+from ditq.conversion import carry_out, draft
+from ditq.errors import UsageError
 from ditq.files import new_folder
-from ditq.openvino.options import ATTENTIONS, SHAPES
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
@@ -92,14 +90,23 @@ def quantize(
         UsageError: an unknown recipe or architecture, no prompts where calibration is needed, a
             transformer that is quantized already, or an argument that would have no effect.
         DitqError: NaN or Inf in weights or activations; nothing to quantize.
+
+    Example:
+        >>> import ditq
+        >>> pipe = ditq.load("bundled:emoji-t2i")
+        >>> result = ditq.quantize(pipe, "rtn-w4a8", overrides=["clip=mse"])
+        >>> round(result.plan.average_bits, 2), len(result.plan.quantized)
+        (4.96, 80)
     """
-    model = _transformer(pipe, component)
-    job = _job(recipe, overrides)
-    seed = _seed(job, seed)
+    model = requests.float_transformer(pipe, component)
+    job = requests.job_of(recipe, overrides)
+    seed = requests.seed_of(job, seed)
     calibrating = statistics is None and job.needs_calibration
-    _check_arguments(pipe is model, job, calibrating, prompts, calibrate_with, statistics, calibration, cache, resume)
+    requests.check_quantize(
+        pipe is model, job, calibrating, prompts, calibrate_with, statistics, calibration, cache, resume
+    )
     arch = architectures.load(architecture) if architecture else architectures.match(model)
-    check_weights(model)
+    requests.check_weights(model)
     if isinstance(job, Recipe):
         draft(model, arch, job)  # refuses formats that do not fit the layers before calibration takes its time
     seconds: dict[str, float] = {}
@@ -112,7 +119,7 @@ def quantize(
             if not job.needs_calls:
                 settings = settings.model_copy(update={"calls": 0})
             if calibrate_with is not None:
-                statistics = _watch(model, arch, calibrate_with, settings.calls, seed)
+                statistics = watch(model, arch, calibrate_with, settings.calls, seed)
             else:
                 statistics = calibrate(
                     pipe, arch, prompts or (), settings, component=component or "transformer", seed=seed, cache=cache,
@@ -121,132 +128,14 @@ def quantize(
                 )  # fmt: skip
             seconds["calibrate"] = time.perf_counter() - begin
         begin = time.perf_counter()
-        plan = _carry_out(model, arch, job, statistics, seed, progress)
+        plan = carry_out(model, arch, job, statistics, seed=seed, progress=progress)
         seconds["quantize"] = time.perf_counter() - begin
     except BaseException:
         model.train(training)
         raise
     attach(model, plan)
-    _keep_labels(pipe)
-    return Result(model, plan, seconds, engine_of(model, plan))
-
-
-def _transformer(pipe: Any, component: str | None) -> nn.Module:
-    """The 16-bit transformer that ``quantize`` is asked to change."""
-    if isinstance(pipe, nn.Module) and component is not None:
-        raise UsageError(
-            f"component={component!r} chooses a transformer of a pipeline; got the transformer itself, a "
-            f"{type(pipe).__name__}. Leave component out."
-        )
-    name = component or "transformer"
-    model: Any = pipe if isinstance(pipe, nn.Module) else getattr(pipe, name, None)
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"quantize() takes a diffusers pipeline with a {name}, or a transformer; got {type(pipe).__name__}."
-        )
-    if getattr(model, "is_quantized", False):
-        raise UsageError(f"This {type(model).__name__} is quantized already; load the 16-bit model.")
-    return model
-
-
-def _job(recipe: str | Path | Recipe | Plan, overrides: str | Sequence[str]) -> Recipe | Plan:
-    """What to carry out: a plan as it is, or a recipe with its overrides."""
-    assignments = [overrides] if isinstance(overrides, str) else list(overrides)
-    if isinstance(recipe, Plan):
-        if assignments:
-            raise UsageError("A Plan is explicit; overrides change recipes only.")
-        return recipe
-    loaded = load_recipe(recipe)
-    return loaded.override(assignments) if assignments else loaded
-
-
-def _seed(job: Recipe | Plan, seed: int | None) -> int:
-    if isinstance(job, Recipe):
-        return seed or 0
-    if seed is not None:
-        raise UsageError(f"A Plan carries its own seed ({job.seed}); leave out seed={seed}.")
-    return job.seed
-
-
-def _check_arguments(
-    bare: bool,
-    job: Recipe | Plan,
-    calibrating: bool,
-    prompts: Sequence[str] | None,
-    calibrate_with: Callable[[nn.Module], None] | None,
-    statistics: Statistics | None,
-    calibration: Calibration | None,
-    cache: Path | None,
-    resume: bool,
-) -> None:
-    """Refuses arguments of ``quantize`` that would have no effect, and those that are missing.
-
-    Args:
-        bare: whether a transformer was given instead of a pipeline.
-        calibrating: whether statistics are needed and not there.
-    """
-    check_prompts(prompts)
-    if isinstance(job, Recipe) and calibration is not None:
-        raise UsageError(
-            "calibration= goes with a Plan; a recipe says itself how to calibrate. Change that with overrides, e.g. "
-            "overrides=['calibration.steps=4']."
-        )
-    if statistics is not None and (prompts is not None or calibrate_with is not None or calibration is not None):
-        raise UsageError(
-            "statistics= are the outcome of a calibration: pass them alone, without prompts, calibrate_with or "
-            "calibration."
-        )
-    if calibrate_with is not None and not bare:
-        raise UsageError("calibrate_with= is for a bare transformer; a pipeline is calibrated with prompts=[...].")
-    if prompts is not None and bare:
-        raise UsageError(
-            "prompts= need a pipeline that draws them; calibrate a bare transformer with calibrate_with=function."
-        )
-    if (cache is not None or resume) and not (calibrating and prompts is not None):
-        raise UsageError(
-            "cache= and resume= keep and find batches of calibration prompts; nothing is calibrated by prompts here. "
-            "Leave them out."
-        )
-    if not calibrating:
-        return
-    if prompts is not None and not [p for p in prompts if str(p).strip()]:
-        raise UsageError("There are no calibration prompts: the list is empty.")
-    if prompts is None and calibrate_with is None:
-        raise UsageError(
-            f"{'Recipe ' + repr(job.name) if isinstance(job, Recipe) else 'This plan'} needs calibration: pass "
-            "prompts=[...]" + (", or for a bare transformer calibrate_with=function." if bare else ".")
-        )
-
-
-def check_prompts(prompts: Sequence[str] | None) -> None:
-    """Refuses a single string, which would be taken for a list of characters."""
-    if isinstance(prompts, str):
-        raise UsageError(f"prompts must be a list of strings, got the string {prompts!r}: pass prompts=[{prompts!r}].")
-
-
-@torch.no_grad()
-def _watch(
-    model: nn.Module, arch: Architecture, run: Callable[[nn.Module], None], calls: int, seed: int
-) -> Statistics:
-    """Statistics of what a bare transformer sees while ``run`` calls it."""
-    capture = Capture(arch, arch.groups(model), rows=64, seed=seed, calls=calls)
-    with capture.watching(model):
-        run(model)
-    return capture.statistics()
-
-
-def _carry_out(
-    model: nn.Module,
-    arch: Architecture,
-    job: Recipe | Plan,
-    statistics: Statistics | None,
-    seed: int,
-    progress: Progress | None,
-) -> Plan:
-    if isinstance(job, Recipe):
-        return quantize_model(model, arch, job, statistics, seed=seed, progress=progress)
-    on_layer = None if progress is None else lambda done, total: progress("quantize", done, total)
-    return convert(model, arch, job, statistics, progress=on_layer)
+    keep_labels(pipe)
+    return Result(model, plan, seconds, engines.describe(plan, next(model.parameters()).device))
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
@@ -259,6 +148,11 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -
     Raises:
         UsageError: the folder is no diffusers pipeline, or has no transformer; no such bundled model.
         CheckpointError: its files are damaged, or do not fit their plan.
+
+    Example:
+        >>> import ditq
+        >>> type(ditq.load("bundled:emoji-t2i")).__name__
+        'PixArtAlphaPipeline'
     """
     pipe = load_pipeline(resolve(path), dtype, **kwargs)
     if getattr(pipe, "transformer", None) is None:
@@ -276,6 +170,14 @@ def save(pipe: Any, out: str | Path, *, source: str | Path | None = None, overwr
     Raises:
         UsageError: the folder exists.
         DitqError: it cannot be written (read-only, full disk); nothing is left behind.
+
+    Example:
+        >>> import ditq
+        >>> pipe = ditq.load("bundled:emoji-t2i")
+        >>> plan = ditq.quantize(pipe, "rtn-w8a8").plan
+        >>> folder = ditq.save(pipe, "emoji-w8a8", source="bundled:emoji-t2i")
+        >>> ditq.load(folder).transformer.config.quantization_config.plan == plan
+        True
     """
     save_pipeline(pipe, out, source, overwrite)
     return Path(out)
@@ -324,12 +226,19 @@ def export(
         UsageError: an unknown engine or option, a source that is not a folder quantized by ditq, or an existing
             ``out``; prompts or a seed that attention of this kind has no use for.
         DitqError: the runtime is not available, or would execute a quantized layer in floats.
+
+    Example:
+        >>> import ditq
+        >>> pipe = ditq.load("bundled:emoji-t2i")
+        >>> result = ditq.quantize(pipe, "rtn-w8a8")
+        >>> folder = ditq.save(pipe, "emoji-w8a8-to-export")
+        >>> print(ditq.export(folder, "emoji-w8a8-cpu"))  # doctest: +SKIP
     """
     from ditq.engines import use_engine
     from ditq.openvino.pipeline import export_pipeline
     from ditq.openvino.properties import check_properties
 
-    _check_export(engine, shapes, attention, prompts, seed)
+    requests.check_export(engine, shapes, attention, prompts, seed)
     folder = resolve(source)
     plans = read_plans(folder) if isinstance(folder, Path) else {}
     if not isinstance(folder, Path) or not plans:
@@ -345,24 +254,6 @@ def export(
             pipe, arch, temporary, settings, quantized=list(plans), condition=condition, prompts=prompts,
             whole_pipeline=whole_pipeline, allow_float=allow_float, seed=seed or 0, progress=progress,
         )  # fmt: skip
-
-
-def _check_export(engine: str, shapes: str, attention: str, prompts: Sequence[str] | None, seed: int | None) -> None:
-    """Refuses what cannot be exported, and arguments of ``export`` that would have no effect."""
-    if engine != "openvino":
-        raise unknown("engine to export to", engine, ["openvino"])
-    if shapes not in SHAPES:
-        raise unknown("kind of shapes", shapes, SHAPES)
-    if attention not in ATTENTIONS:
-        raise unknown("precision of attention", attention, ATTENTIONS)
-    if attention == "bf16" and shapes == "dynamic":
-        raise UsageError("attention='bf16' needs shapes='static': graphs for all sizes compute it in float32.")
-    check_prompts(prompts)
-    if attention != "int8" and (prompts is not None or seed is not None):
-        name = "prompts" if prompts is not None else "seed"
-        raise UsageError(
-            f"{name} has no effect with attention={attention!r}: only attention='int8' is calibrated. Leave it out."
-        )
 
 
 def search(
@@ -393,49 +284,27 @@ def search(
 
     Raises:
         UsageError, DitqError: see :func:`ditq.allocation.search`.
+
+    Example:
+        >>> import ditq
+        >>> pipe = ditq.load("bundled:emoji-class")
+        >>> found = ditq.search(pipe, "rtn-w4a8", ["0", "1"], sizes=[64, 128, 256], trials=2, steps=2)
+        >>> found.strategy, len(found.scored)
+        ('evolution', 2)
     """
-    components = transformer_names(pipe) if component is None else [component]
-    if len(components) > 1 and options.get("statistics") is not None:
+    models = requests.float_transformers(pipe, component)
+    if len(models) > 1 and options.get("statistics") is not None:
         raise UsageError("Statistics are those of one transformer: say of which by component='transformer'.")
-    for name in components:
-        model = getattr(pipe, name, None)
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"{type(pipe).__name__} has no {name}; it has {', '.join(transformer_names(pipe))}.")
-        if getattr(model, "is_quantized", False):
-            raise UsageError("This pipeline is quantized already; load the 16-bit one.")
-        check_weights(model)
-        model.eval()
     sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
     loaded = load_recipe(recipe).override(list(overrides))
     results = []
-    for name in components:
-        model = getattr(pipe, name)
+    for name, model in models.items():
+        model.eval()
         arch = architectures.load(architecture) if architecture else architectures.match(model)
         results.append(allocation.search(pipe, arch, loaded, prompts, sampling, component=name, **options))
         attach(model, results[-1].candidate)
     return replace(results[0], others=tuple(results[1:]))
 
 
-def _keep_labels(pipe: Any) -> None:
-    """Class names would be lost on saving: DiTPipeline reads them from its index, but does not write them."""
-    labels: dict[str, int] = getattr(pipe, "labels", None) or {}
-    if labels and "id2label" not in pipe.config:
-        names: dict[int, list[str]] = {}
-        for name, i in labels.items():
-            names.setdefault(i, []).append(name)
-        pipe.register_to_config(id2label={str(i): ", ".join(n) for i, n in sorted(names.items())})
-
-
-def check_weights(model: nn.Module) -> None:
-    """Refuses a model with NaN or Inf in any parameter, by name."""
-    for name, p in model.named_parameters():
-        if p.is_floating_point() and not bool(torch.isfinite(p).all()):
-            raise DitqError(f"Weight {name!r} of {type(model).__name__} contains NaN or Inf; nothing was quantized.")
-
-
-def engine_of(model: nn.Module, plan: Plan) -> str:
-    """Which engine runs which formats on the model's device, in words."""
-    device = next(model.parameters()).device
-    pairs = dict.fromkeys((x.weight, x.activation) for x in plan.quantized if x.weight and x.activation)
-    chosen = {engines.choose(w, a, device).name for w, a in pairs}
-    return f"{' and '.join(sorted(chosen)) or 'dequantized weights, 16-bit products'} on {device}"
+transformers = transformer_names
+"""Its name in ditq 0.1."""

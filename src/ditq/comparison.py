@@ -199,6 +199,15 @@ def compare(
     Raises:
         UsageError: no prompts or an empty one, two models of one name, or see :func:`ditq.metrics.measure.measure`.
         DitqError: a model draws NaN or Inf.
+
+    Example:
+        >>> import ditq
+        >>> pipe = ditq.load("bundled:emoji-t2i")
+        >>> plan = ditq.quantize(pipe, "rtn-w8a8").plan
+        >>> prompts = [f"a noto style emoji of a {thing}" for thing in ("dog", "red apple", "house")]
+        >>> found = ditq.compare("bundled:emoji-t2i", {"W8A8": pipe}, prompts, steps=2)
+        >>> found.metrics["psnr_db"].mean > 30, found.metrics["psnr_db"].n
+        (True, 3)
     """
     named = _named(quantized)
     sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ditq.architectures import Architecture, InputGroup
@@ -136,3 +137,12 @@ def _folder(root: Path, key: str) -> Path:
             "cache=PATH (--cache PATH), or set DITQ_CACHE."
         ) from error
     return folder
+
+
+@torch.no_grad()
+def watch(model: nn.Module, arch: Architecture, run: Callable[[nn.Module], None], calls: int, seed: int) -> Statistics:
+    """Statistics of what a bare transformer sees while ``run`` calls it."""
+    capture = Capture(arch, arch.groups(model), rows=64, seed=seed, calls=calls)
+    with capture.watching(model):
+        run(model)
+    return capture.statistics()

@@ -124,3 +124,13 @@ def save_pipeline(pipe: Any, out: str | Path, source: str | Path | None = None, 
             if component.is_dir() and component.name not in transformer_names(pipe) and copy.is_dir():
                 shutil.rmtree(copy)
                 shutil.copytree(component, copy)
+
+
+def keep_labels(pipe: Any) -> None:
+    """Keeps class names for saving: DiTPipeline reads them from its index, but does not write them."""
+    labels: dict[str, int] = getattr(pipe, "labels", None) or {}
+    if labels and "id2label" not in pipe.config:
+        names: dict[int, list[str]] = {}
+        for name, i in labels.items():
+            names.setdefault(i, []).append(name)
+        pipe.register_to_config(id2label={str(i): ", ".join(n) for i, n in sorted(names.items())})

@@ -64,3 +64,19 @@ def quantize_model(
     plan = estimate(model, architecture, recipe).model_copy(update={"layers": tuple(layers), "seed": seed})
     on_layer = None if progress is None else lambda done, total: progress("quantize", done, total)
     return convert(model, architecture, plan, statistics, progress=on_layer)
+
+
+def carry_out(
+    model: nn.Module,
+    architecture: Architecture,
+    job: Recipe | Plan,
+    statistics: Statistics | None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Plan:
+    """Quantizes ``model`` in place by a recipe or a plan, and returns the completed plan."""
+    if isinstance(job, Recipe):
+        return quantize_model(model, architecture, job, statistics, seed=seed, progress=progress)
+    on_layer = None if progress is None else lambda done, total: progress("quantize", done, total)
+    return convert(model, architecture, job, statistics, progress=on_layer)

@@ -17,6 +17,7 @@ from ditq.engines import proofs
 from ditq.engines.base import Engine, FusingEngine
 from ditq.errors import DitqError, unknown
 from ditq.numerics import Grid
+from ditq.plan import Plan
 
 _forced: ContextVar[str | None] = ContextVar("ditq_engine", default=None)
 _fusion: ContextVar[bool] = ContextVar("ditq_fusion", default=True)
@@ -162,3 +163,10 @@ def forget() -> None:
     """Forgets choices, proofs and warnings, so that engines are chosen and proved anew."""
     _choose.cache_clear()
     proofs.forget()
+
+
+def describe(plan: Plan, device: torch.device) -> str:
+    """Which engines run the formats of a plan on a device, in words."""
+    pairs = dict.fromkeys((x.weight, x.activation) for x in plan.quantized if x.weight and x.activation)
+    chosen = {choose(w, a, device).name for w, a in pairs}
+    return f"{' and '.join(sorted(chosen)) or 'dequantized weights, 16-bit products'} on {device}"

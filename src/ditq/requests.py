@@ -1,0 +1,156 @@
+"""What the callers of a verb ask for, checked: arguments that are wrong, missing, or would have no effect raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditq.calibration import Statistics
+from ditq.components import transformer_names
+from ditq.errors import DitqError, UsageError, unknown
+from ditq.openvino.options import ATTENTIONS, SHAPES
+from ditq.plan import Plan
+from ditq.recipe import Calibration, Recipe
+from ditq.recipe import load as load_recipe
+
+
+def float_transformer(pipe: Any, component: str | None) -> nn.Module:
+    """The 16-bit transformer that ``quantize`` shall change."""
+    if isinstance(pipe, nn.Module) and component is not None:
+        raise UsageError(
+            f"component={component!r} chooses a transformer of a pipeline; got the transformer itself, a "
+            f"{type(pipe).__name__}. Leave component out."
+        )
+    name = component or "transformer"
+    model: Any = pipe if isinstance(pipe, nn.Module) else getattr(pipe, name, None)
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"quantize() takes a diffusers pipeline with a {name}, or a transformer; got {type(pipe).__name__}."
+        )
+    if getattr(model, "is_quantized", False):
+        raise UsageError(f"This {type(model).__name__} is quantized already; load the 16-bit model.")
+    return model
+
+
+def float_transformers(pipe: Any, component: str | None) -> dict[str, nn.Module]:
+    """The 16-bit transformers of a pipeline by name, or the one of this name.
+
+    Raises:
+        UsageError: it has none of this name, or one is quantized already.
+        DitqError: NaN or Inf in weights.
+    """
+    models = {}
+    for name in transformer_names(pipe) if component is None else [component]:
+        model = getattr(pipe, name, None)
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"{type(pipe).__name__} has no {name}; it has {', '.join(transformer_names(pipe))}.")
+        if getattr(model, "is_quantized", False):
+            raise UsageError("This pipeline is quantized already; load the 16-bit one.")
+        check_weights(model)
+        models[name] = model
+    return models
+
+
+def job_of(recipe: str | Path | Recipe | Plan, overrides: str | Sequence[str]) -> Recipe | Plan:
+    """What to carry out: a plan as it is, or a recipe with its overrides."""
+    assignments = [overrides] if isinstance(overrides, str) else list(overrides)
+    if isinstance(recipe, Plan):
+        if assignments:
+            raise UsageError("A Plan is explicit; overrides change recipes only.")
+        return recipe
+    loaded = load_recipe(recipe)
+    return loaded.override(assignments) if assignments else loaded
+
+
+def seed_of(job: Recipe | Plan, seed: int | None) -> int:
+    """The seed that counts: a plan carries its own."""
+    if isinstance(job, Recipe):
+        return seed or 0
+    if seed is not None:
+        raise UsageError(f"A Plan carries its own seed ({job.seed}); leave out seed={seed}.")
+    return job.seed
+
+
+def check_quantize(
+    bare: bool,
+    job: Recipe | Plan,
+    calibrating: bool,
+    prompts: Sequence[str] | None,
+    calibrate_with: Callable[[nn.Module], None] | None,
+    statistics: Statistics | None,
+    calibration: Calibration | None,
+    cache: Path | None,
+    resume: bool,
+) -> None:
+    """Refuses arguments of ``quantize`` that would have no effect, and those that are missing.
+
+    Args:
+        bare: whether a transformer was given instead of a pipeline.
+        calibrating: whether statistics are needed and not there.
+    """
+    check_prompts(prompts)
+    if isinstance(job, Recipe) and calibration is not None:
+        raise UsageError(
+            "calibration= goes with a Plan; a recipe says itself how to calibrate. Change that with overrides, e.g. "
+            "overrides=['calibration.steps=4']."
+        )
+    if statistics is not None and (prompts is not None or calibrate_with is not None or calibration is not None):
+        raise UsageError(
+            "statistics= are the outcome of a calibration: pass them alone, without prompts, calibrate_with or "
+            "calibration."
+        )
+    if calibrate_with is not None and not bare:
+        raise UsageError("calibrate_with= is for a bare transformer; a pipeline is calibrated with prompts=[...].")
+    if prompts is not None and bare:
+        raise UsageError(
+            "prompts= need a pipeline that draws them; calibrate a bare transformer with calibrate_with=function."
+        )
+    if (cache is not None or resume) and not (calibrating and prompts is not None):
+        raise UsageError(
+            "cache= and resume= keep and find batches of calibration prompts; nothing is calibrated by prompts here. "
+            "Leave them out."
+        )
+    if not calibrating:
+        return
+    if prompts is not None and not [p for p in prompts if str(p).strip()]:
+        raise UsageError("There are no calibration prompts: the list is empty.")
+    if prompts is None and calibrate_with is None:
+        raise UsageError(
+            f"{'Recipe ' + repr(job.name) if isinstance(job, Recipe) else 'This plan'} needs calibration: pass "
+            "prompts=[...]" + (", or for a bare transformer calibrate_with=function." if bare else ".")
+        )
+
+
+def check_prompts(prompts: Sequence[str] | None) -> None:
+    """Refuses a single string, which would be taken for a list of characters."""
+    if isinstance(prompts, str):
+        raise UsageError(f"prompts must be a list of strings, got the string {prompts!r}: pass prompts=[{prompts!r}].")
+
+
+def check_export(engine: str, shapes: str, attention: str, prompts: Sequence[str] | None, seed: int | None) -> None:
+    """Refuses what cannot be exported, and arguments of ``export`` that would have no effect."""
+    if engine != "openvino":
+        raise unknown("engine to export to", engine, ["openvino"])
+    if shapes not in SHAPES:
+        raise unknown("kind of shapes", shapes, SHAPES)
+    if attention not in ATTENTIONS:
+        raise unknown("precision of attention", attention, ATTENTIONS)
+    if attention == "bf16" and shapes == "dynamic":
+        raise UsageError("attention='bf16' needs shapes='static': graphs for all sizes compute it in float32.")
+    check_prompts(prompts)
+    if attention != "int8" and (prompts is not None or seed is not None):
+        name = "prompts" if prompts is not None else "seed"
+        raise UsageError(
+            f"{name} has no effect with attention={attention!r}: only attention='int8' is calibrated. Leave it out."
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuses a model with NaN or Inf in any parameter, by name."""
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not bool(torch.isfinite(p).all()):
+            raise DitqError(f"Weight {name!r} of {type(model).__name__} contains NaN or Inf; nothing was quantized.")
