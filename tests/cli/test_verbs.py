@@ -22,6 +22,8 @@ from PIL import Image
 from ditq.cli import common
 from ditq.cli.app import run
 from ditq.cli.doctor import missing_packages
+from ditq.engines import registry
+from ditq.engines.torch import TorchEngine
 from ditq.openvino.runtime import why_unavailable
 from ditq.recipe import families, load
 
@@ -241,6 +243,18 @@ def test_doctor_names_engines_with_reasons(capsys: pytest.CaptureFixture[str]) -
     rows = {row["name"]: row for row in json.loads(out)["engines"]}
     assert rows["torch"]["available"] is True
     assert all(row["reason"] for row in rows.values())
+
+
+def test_doctor_says_what_was_proved(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TorchEngine, "prove", lambda self, device: "1 code of 64 differs")
+    registry.forget()
+    try:
+        data = json.loads(ditq(capsys, "doctor", "--json")[1])
+        [row] = [row for row in data["engines"] if row["name"] == "torch"]
+        assert (row["available"], row["proved"], row["device"]) == (False, False, "cpu")
+        assert "1 code of 64 differs" in row["reason"]
+    finally:
+        registry.forget()
 
 
 def test_doctor_names_runtimes_and_the_extras_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,13 +19,18 @@ def doctor(as_json: AsJson = False) -> None:
 
     import torch
 
-    from ditq.engines import engines
+    from ditq.engines import registry
     from ditq.openvino import runtime
     from ditq.report.terminal import table
 
     versions = {"python": platform.python_version(), **{name: _version(name) or "not installed" for name in PACKAGES}}
-    engine_rows = [_state(e.name, e.why_unavailable(), e.note) for e in engines().values()]
-    runtime_rows = [_state(runtime.NAME, runtime.why_unavailable(), runtime.NOTE)]
+    # On a GPU the engines prove their kernels now, if nothing has done so before: that may take half a minute.
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine_rows: list[dict[str, Any]] = [{**row._asdict(), "device": str(where)} for row in registry.report(where)]
+    reason = runtime.why_unavailable()
+    runtime_rows: list[dict[str, Any]] = [
+        {"name": runtime.NAME, "available": reason is None, "reason": reason or runtime.NOTE}
+    ]
     missing = missing_packages(metadata.requires("ditq") or []) if _version("ditq") else {}
     devices = [f"cpu ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
@@ -72,10 +77,6 @@ def missing_packages(requirements: list[str]) -> dict[str, list[str]]:
 def _extra(marker: str) -> str:
     """``search`` of ``extra == "search"``; empty for a requirement of every installation."""
     return marker.partition('extra == "')[2].partition('"')[0]
-
-
-def _state(name: str, reason: str | None, note: str) -> dict[str, Any]:
-    return {"name": name, "available": reason is None, "reason": reason or note or "ready"}
 
 
 def _version(package: str) -> str | None:

@@ -28,7 +28,7 @@ class Fp8Engine(TorchEngine):
 
     name = "fp8"
     priority = -20  # nobody gets it who has not asked
-    note = "ready for those who ask: use_engine('fp8'); on a CPU by products of floats, for tests"
+    note = "opt-in: use_engine('fp8'); on a CPU it multiplies floats, for tests"
 
     def why_unavailable(self) -> str | None:
         if not hasattr(torch, "_scaled_mm"):
