@@ -151,7 +151,7 @@ def tiny_text_encoder(width: int = 64) -> Any:
 
 
 def tiny_pixart(seed: int = 0) -> diffusers.PixArtAlphaPipeline:
-    """A complete PixArtAlphaPipeline that draws 16 x 16 pictures."""
+    """A complete PixArtAlphaPipeline that draws 16 x 16 images."""
     pipe = diffusers.PixArtAlphaPipeline(
         tokenizer=tiny_tokenizer(),
         text_encoder=tiny_text_encoder(),
@@ -182,7 +182,7 @@ QUICK = ("calibration.steps=2", "calibration.prompts=2", "calibration.batch_size
 
 @torch.no_grad()
 def draw(pipe: Any, condition: str | None = None, steps: int = 2, guidance_scale: float = 3.0) -> Tensor:
-    """One picture of a tiny pipeline as an array, from fixed noise."""
+    """One image of a tiny pipeline as an array, from fixed noise."""
     generator = torch.Generator().manual_seed(5)
     kwargs: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "generator": generator}
     if isinstance(pipe, diffusers.DiTPipeline):

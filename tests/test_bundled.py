@@ -31,7 +31,7 @@ def test_the_models_are_here() -> None:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_stock_pipeline_draws_something(name: str) -> None:
-    """Pictures of a trained model: white corners, and ink in the middle."""
+    """Images of a trained model: white corners, and ink in the middle."""
     pipe = api.load(f"bundled:{name}")
     assert type(pipe).__module__.startswith("diffusers.")
     drawn = sample(pipe, architectures.match(pipe.transformer), few(name), Sampling(steps=8))
@@ -42,7 +42,7 @@ def test_stock_pipeline_draws_something(name: str) -> None:
 
 
 def listed(drawn: list) -> list:
-    """Pictures, or the frames of all videos."""
+    """Images, or the frames of all videos."""
     return [frame for video in drawn for frame in (video if isinstance(video, list) else [video])]
 
 

@@ -31,7 +31,7 @@ def reference() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def named() -> list[str]:
-    """``style/concept`` of every reference picture."""
+    """``style/concept`` of every reference image."""
     with safe_open(FOLDER / "reference.safetensors", "pt") as file:
         return json.loads(file.metadata()["pictures"])
 
@@ -83,7 +83,7 @@ def test_reference_pictures_are_seen_as_what_they_are(
 
 @pytest.mark.parametrize("model", ["emoji-class", "emoji-t2i"])
 def test_drawn_pictures_are_seen_as_what_was_asked_for(network: EmojiClassifier, model: str) -> None:
-    """The 32 pictures on the model's card, eight to a row of 100-pixel cells, named in the text below them."""
+    """The 32 images on the model's card, eight to a row of 100-pixel cells, named in the text below them."""
     card = (ditq_bundled.path(model) / "README.md").read_text()
     listed = re.search(r"not selected: (.*)\.", card)[1].split(", ")
     asked = [re.sub(r".* emoji of an? ", "", text).replace("-", " ") for text in listed]
@@ -93,6 +93,6 @@ def test_drawn_pictures_are_seen_as_what_was_asked_for(network: EmojiClassifier,
     seen = network(pictures).probabilities
     assert seen is not None
     rows = [network.labels.index(concept) for concept in asked]
-    probability = seen[:, rows]  # [picture, asked concept]
+    probability = seen[:, rows]  # [image, asked concept]
     assert probability.diagonal().mean() > 0.6
     assert probability.diagonal().mean() > 100 * probability.roll(1, 1).diagonal().mean()

@@ -116,7 +116,7 @@ def complaint(words: list[str], verbs: dict[str, Any]) -> str:
 def _complaint_of_verb(words: list[str], verbs: dict[str, Any]) -> str:
     if not words or words[0] not in verbs:
         return f"no such verb: {words[:1]}"
-    if words[-1] == "..." or len(words) == 1:  # `ditq compare`, in a sentence
+    if words[-1] in ("...", "--help") or len(words) == 1:  # `ditq compare`, in a sentence
         return ""
     try:
         parameters = verbs[words[0]].make_context(words[0], words[1:]).params

@@ -188,9 +188,9 @@ def compare(
         quantized: one model, a list (named by their folders) or a mapping of names.
         arguments: of the pipelines' calls, e.g. ``{"height": 256, "width": 256, "num_frames": 17}``.
         metrics, network: see :func:`ditq.metrics.measure.measure`.
-        real: real pictures or videos, or a folder of them. A ``bundled:`` reference of pictures brings its own, with
+        real: real images or videos, or a folder of them. A ``bundled:`` reference of images brings its own, with
             its own network.
-        cache: where pictures are kept; None keeps none.
+        cache: where images are kept; None keeps none.
         explain: prompts on which the error of every layer and the time of a transformer call are measured
             (0: neither), where both sides are models. Of two transformers (Wan 2.2) each layer of both.
         device, dtype: of pipelines that are loaded here.

@@ -66,7 +66,7 @@ def test_prediction_error_is_measured_on_the_inputs_of_the_16_bit_model() -> Non
         for args, kwargs, wanted in calls:
             for a, b in zip(wanted.double(), fresh.transformer(*args, **kwargs)[0].double(), strict=True):
                 errors.append(10 * math.log10((b - a).square().sum() / a.square().sum()))
-    assert len(errors) == 2 * 2 * 2  # steps, pictures, halves of the guidance
+    assert len(errors) == 2 * 2 * 2  # steps, images, halves of the guidance
     assert result.fitness == pytest.approx(sum(errors) / len(errors), abs=1e-6)
 
 
@@ -126,8 +126,8 @@ def test_moments_of_every_picture(moments: int) -> None:
         return 0.0
 
     search(fitness=Fitness("count", count, "outputs"), moments=moments, steps=3, trials=1, batch_size=1)
-    assert sum(seen[0]) == 2 * moments * 2  # pictures, moments, halves of the guidance
-    assert len(seen[0]) <= 3  # pictures of one timestep side by side
+    assert sum(seen[0]) == 2 * moments * 2  # images, moments, halves of the guidance
+    assert len(seen[0]) <= 3  # images of one timestep side by side
 
 
 def test_a_text_model_with_balance() -> None:

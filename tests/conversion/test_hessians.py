@@ -319,7 +319,7 @@ def test_bare_transformer_is_calibrated_by_a_function(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["pixart", "stdit3", "mochi", "hunyuanvideo"])
 def test_what_padded_text_holds_changes_no_weight(family: str) -> None:
-    """It never reaches a picture, so neither maxima nor Hessians count it, in streams of text and of both kinds."""
+    """It never reaches an image, so neither maxima nor Hessians count it, in streams of text and of both kinds."""
     forward = architectures.load(family).forward
     assert forward.text and forward.text_mask
     weights = []

@@ -1,7 +1,7 @@
-"""Makes ``artwork.png``: 256 real pictures that the bundled models learned, 16 x 16 of them, 64 x 64 pixels each.
+"""Makes ``artwork.png``: 256 real images that the bundled models learned, 16 x 16 of them, 64 x 64 pixels each.
 
 ``python tests/data/make_artwork.py --work DIR`` (fetches the artwork, see ``bundled/training/artwork.py``). Every
-picture is of another concept; ``artwork.json`` names them, row by row, as [style, concept]. Styles ``noto`` and
+image is of another concept; ``artwork.json`` names them, row by row, as [style, concept]. Styles ``noto`` and
 ``classic`` are Noto Emoji (Apache-2.0), ``fluent`` is Fluent Emoji (MIT).
 """
 

@@ -166,7 +166,7 @@ LABELS = ["red-square", "green-square", "blue-square"]
 
 
 def probabilities(image: Image.Image) -> Tensor:
-    """Of a classifier that tells red, green and blue pictures apart by their mean colour: [1, 3]."""
+    """Of a classifier that tells red, green and blue images apart by their mean colour: [1, 3]."""
     return (to_tensor(image)[None].mean((2, 3)) * 8).softmax(1)
 
 

@@ -119,7 +119,7 @@ def test_fid_needs_twice_as_many_pictures_as_features() -> None:
     assert apart(2 * d) < 0.5 < apart(d)
     few, enough = (drawn(n, d).pooled for n in (2 * d - 1, 2 * d))
     assert frechet(enough, enough).value == pytest.approx(0, abs=1e-9)
-    with pytest.raises(UsageError, match="16 features needs at least 32 pictures in each set, got 31"):
+    with pytest.raises(UsageError, match="16 features needs at least 32 images in each set, got 31"):
         frechet(few, few)
 
 
@@ -143,7 +143,7 @@ def test_precision_and_recall_against_numpy(k: int) -> None:
     real, fake = drawn(60, d=3, seed=1), drawn(60, d=3, shift=0.5, scale=0.6, seed=2)
     x, y = real.pooled.double().numpy(), fake.pooled.double().numpy()
     distance = lambda a, b: np.linalg.norm(a[:, None] - b, axis=-1)  # noqa: E731
-    wide, narrow = (np.sort(distance(z, z), 1)[:, k] for z in (x, y))  # column 0 is the picture itself
+    wide, narrow = (np.sort(distance(z, z), 1)[:, k] for z in (x, y))  # column 0 is the image itself
     precision, recall = precision_recall(real, fake, k)
     assert precision.value == np.mean([(d <= wide).any() for d in distance(y, x)])
     assert recall.value == np.mean([(d <= narrow).any() for d in distance(x, y)])
@@ -157,7 +157,7 @@ DRAWS = 40
 
 @pytest.fixture(scope="module")
 def repeated() -> list[tuple[dict[str, Estimate], dict[str, Estimate]]]:
-    """All metrics of two models that draw nearly the same pictures, again and again."""
+    """All metrics of two models that draw nearly the same images, again and again."""
     found = []
     for draw in range(DRAWS):
         real, fake = drawn(64, seed=3 * draw), drawn(64, shift=0.4, scale=0.9, seed=3 * draw + 1)
@@ -245,7 +245,7 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 def test_differences_need_equally_many_pictures() -> None:
     real = drawn(40)
-    with pytest.raises(UsageError, match="equally many pictures, got 30 and 31"):
+    with pytest.raises(UsageError, match="equally many images, got 30 and 31"):
         kid(real, drawn(30)) - kid(real, drawn(31))
 
 
@@ -285,27 +285,27 @@ def test_what_a_set_does_not_allow_is_left_out_with_its_reason() -> None:
     found, refused = estimates(small, small)
     assert list(found) == ["kid", "sfid", "inception_score", "precision", "recall"]
     assert list(refused) == ["fid"]
-    assert "12 features needs at least 24 pictures in each set, got 20" in refused["fid"]
+    assert "12 features needs at least 24 images in each set, got 20" in refused["fid"]
     without = Features(small.pooled, small.spatial, None)
     assert "a network with classes" in estimates(without, without)[1]["inception_score"]
 
 
 def test_too_few_pictures_and_two_networks_are_refused() -> None:
     for function in (kid, fid, sfid, precision_recall, estimates):
-        with pytest.raises(UsageError, match="at least 20 pictures in each set, got 50 real and 19|got 19"):
+        with pytest.raises(UsageError, match="at least 20 images in each set, got 50 real and 19|got 19"):
             function(drawn(50), drawn(19))
-    with pytest.raises(UsageError, match="k must be from 1 to 9 for 20 pictures, got 10"):
+    with pytest.raises(UsageError, match="k must be from 1 to 9 for 20 images, got 10"):
         precision_recall(drawn(20), drawn(20), k=10)
     assert precision_recall(drawn(20), drawn(20), k=9)[0].value == 1
     with pytest.raises(UsageError, match="one network"):
         kid(drawn(50, d=8), drawn(50, d=9))
 
 
-# ------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------ images
 
 
 def shapes(n: int, seed: int) -> list[Image.Image]:
-    """Pictures of a disc and a bar in random colours on plain ground, 64 px."""
+    """Images of a disc and a bar in random colours on plain ground, 64 px."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:64, :64]
     pictures = []

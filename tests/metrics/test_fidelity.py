@@ -149,7 +149,7 @@ def test_ms_ssim_refuses_what_no_window_fits_into() -> None:
 
 
 class Edges(Extractor):
-    """A network of two stages that can be computed by hand: the picture, and its 4 x 4 means."""
+    """A network of two stages that can be computed by hand: the image, and its 4 x 4 means."""
 
     name = "edges"
 

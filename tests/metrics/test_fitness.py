@@ -1,4 +1,4 @@
-"""Distances to real pictures as a fitness."""
+"""Distances to real images as a fitness."""
 
 from __future__ import annotations
 

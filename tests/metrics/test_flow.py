@@ -1,4 +1,4 @@
-"""Optical flow of pictures moved by known amounts; warping against scipy; occlusion of known flows."""
+"""Optical flow of images moved by known amounts; warping against scipy; occlusion of known flows."""
 
 import sys
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Place = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def texture(x: np.ndarray, y: np.ndarray, shortest: float, longest: float) -> np.ndarray:
-    """A picture that is defined between the pixels too: 24 waves of these lengths in pixels."""
+    """An image that is defined between the pixels too: 24 waves of these lengths in pixels."""
     rng = np.random.default_rng(0)
     total = np.zeros_like(x)
     for wave, angle, phase in rng.uniform((shortest, 0, 0), (longest, 2 * np.pi, 2 * np.pi), (24, 3)):

@@ -23,7 +23,7 @@ N = 48
 
 
 class Colours(Extractor):
-    """A stand-in network that knows three concepts, by the mean colour of a picture."""
+    """A stand-in network that knows three concepts, by the mean colour of an image."""
 
     name = "colours"
     labels = WORDS
@@ -241,7 +241,7 @@ def test_videos_are_compared_with_real_ones_and_motion_counts() -> None:
     assert found.scores["jumping"]["kvd"].network == "colours"
     with pytest.raises(UsageError, match="no real videos"):
         measure(drawn(2), {"calm": drawn(2)}, **options)
-    with pytest.raises(UsageError, match="real pictures, not videos"):
+    with pytest.raises(UsageError, match="real images, not videos"):
         measure(drawn(2), {"calm": drawn(2)}, real=real(), **options)
 
 
@@ -251,5 +251,5 @@ def test_media_and_numbers_of_frames_must_agree() -> None:
     shorter = Samples(**{**vars(clips), "images": [frames[:5] for frames in clips.images]})
     with pytest.raises(UsageError, match="q draws videos of 5 frames of 24 x 24 pixels, the reference videos of 8"):
         measure(clips, {"q": shorter})
-    with pytest.raises(UsageError, match="the reference pictures of 24 x 24 pixels"):
+    with pytest.raises(UsageError, match="the reference images of 24 x 24 pixels"):
         measure(base, {"q": clips})

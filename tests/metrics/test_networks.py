@@ -20,7 +20,7 @@ LABELS = ["red apple", "cat", "rain"]
 
 
 def pictures(n: int = 5, size: int = 64, seed: int = 0) -> torch.Tensor:
-    """Smooth random pictures [n, 3, size, size] in [0, 1]."""
+    """Smooth random images [n, 3, size, size] in [0, 1]."""
     coarse = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
 

@@ -1,4 +1,4 @@
-"""Pictures as numbers."""
+"""Images as numbers."""
 
 import numpy as np
 import pytest

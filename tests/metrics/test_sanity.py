@@ -1,4 +1,4 @@
-"""What the metrics must say of real pictures: artwork that the bundled models learned (see ``tests/data``)."""
+"""What the metrics must say of real images: artwork that the bundled models learned (see ``tests/data``)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def seen(network: str, change: Change | None = None) -> Features:
 def noise(level: float) -> Change:
     def change(image: Image.Image) -> Image.Image:
         x = np.asarray(image, dtype=np.float64)
-        rng = np.random.default_rng(int(x.sum()) % 2**32)  # another one for every picture
+        rng = np.random.default_rng(int(x.sum()) % 2**32)  # another one for every image
         return Image.fromarray((x + 255 * level * rng.standard_normal(x.shape)).clip(0, 255).astype(np.uint8))
 
     return change
@@ -89,7 +89,7 @@ def test_kid_of_two_halves_of_the_real_set_is_zero_within_its_interval(network: 
 
 @pytest.mark.parametrize("damage", LADDERS)
 def test_damage_orders_kid(damage: str) -> None:
-    """Against the other half of the real set, as a model's pictures are: paired differences grow, and measurably."""
+    """Against the other half of the real set, as a model's images are: paired differences grow, and measurably."""
     little, much = LADDERS[damage]
     network = "efficientnet-lite0"  # the emoji classifier was trained not to mind noise and posterizing
     real, clean = seen(network)[slice(0, 128)], seen(network)[slice(128, 256)]
@@ -107,7 +107,7 @@ def test_identity_and_another_set() -> None:
     damaged, refused = estimates(features, seen("emoji-classifier", blur(2.0)))
     assert damaged["kid"].value > same["kid"].value
     assert damaged["inception_score"].value < same["inception_score"].value
-    assert "512 pictures" in refused["fid"]
+    assert "512 images" in refused["fid"]
 
 
 def test_shuffled_captions_lower_the_alignment() -> None:
@@ -128,7 +128,7 @@ def test_shuffled_captions_lower_the_alignment() -> None:
 
 
 def clip(picture: Image.Image, step: float, order: Sequence[int] = range(8)) -> list[Image.Image]:
-    """The picture, cut out, walks ``step`` pixels a frame to the right before a ground that stands still."""
+    """The image, cut out, walks ``step`` pixels a frame to the right before a ground that stands still."""
     ground = Image.fromarray(
         np.broadcast_to(np.linspace(60, 200, 96), (64, 96)).astype(np.uint8)
         + np.arange(64, dtype=np.uint8)[:, None] // 2

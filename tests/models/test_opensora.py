@@ -455,5 +455,5 @@ def test_v12_draws_frames_of_any_length_and_names_a_score() -> None:
     assert told == [["a cat aesthetic score: 6.5.", "a cat aesthetic score: 4.0."]]
     pipe(prompts, num_frames=1, aesthetic_score=None, guidance_scale=1.0, output_type="latent", **size)
     assert told[1] == prompts
-    assert calls[1]["fps"].tolist() == [120.0] * 2  # of a picture
+    assert calls[1]["fps"].tolist() == [120.0] * 2  # of an image
     assert len(calls[1]["hidden_states"]) == 2

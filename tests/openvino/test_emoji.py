@@ -1,4 +1,4 @@
-"""The engine on a real model: every layer of the bundled text-to-image model multiplies integers, pictures agree."""
+"""The engine on a real model: every layer of the bundled text-to-image model multiplies integers, images agree."""
 
 from __future__ import annotations
 

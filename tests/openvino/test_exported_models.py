@@ -100,7 +100,7 @@ def sizes(name: str) -> list[dict[str, Any]]:
             call |= {"encoder_hidden_states": torch.randn(batch, text, 64), "encoder_attention_mask": mask}
         else:
             call["class_labels"] = torch.arange(batch)
-            width = height  # the class itself knows square pictures only
+            width = height  # the class itself knows square images only
         out.append({**call, "hidden_states": torch.randn(batch, 4, height, width)})
     return out
 
@@ -647,7 +647,7 @@ TOY = Architecture.model_validate({
 })  # fmt: skip
 
 
-# "Pictures" of one row: tokens and channels.
+# "Images" of one row: tokens and channels.
 TOY_CALLS = tuple({"sample": torch.randn(n, t, 32), "text": torch.randn(n, 4 + n, 32)} for n, t in ((2, 5), (3, 7)))
 
 

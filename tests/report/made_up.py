@@ -1,4 +1,4 @@
-"""A made-up comparison, the same every time: reports of two quantized models and pictures to go with them."""
+"""A made-up comparison, the same every time: reports of two quantized models and images to go with them."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ INFOS = {
     info.name: info
     for info in (
         MetricInfo(name="psnr_db", title="PSNR", unit="dB", higher_is_better=True, family="fidelity",
-                   about="Peak signal-to-noise ratio to the 16-bit picture of the same prompt and seed."),
+                   about="Peak signal-to-noise ratio to the 16-bit image of the same prompt and seed."),
         MetricInfo(name="ssim", title="SSIM", unit="", higher_is_better=True, family="fidelity",
-                   about="Structural similarity to the 16-bit picture (Wang et al. 2004)."),
+                   about="Structural similarity to the 16-bit image (Wang et al. 2004)."),
         MetricInfo(name="latent_sqnr_db", title="Latent SQNR", unit="dB", higher_is_better=True, family="fidelity",
                    about="Signal to quantization noise of the final latents."),
         MetricInfo(name="feature_distance", title="Feature distance", unit="", higher_is_better=False,
-                   family="fidelity", about="Distance of normalised feature maps to those of the 16-bit picture."),
+                   family="fidelity", about="Distance of normalised feature maps to those of the 16-bit image."),
         MetricInfo(name="alignment", title="Concept probability", unit="", higher_is_better=True, family="alignment",
                    about="Probability that a classifier gives to the concept that the prompt names."),
         MetricInfo(name="kid", title="KID", unit="", higher_is_better=False, family="distribution",
-                   about="Unbiased squared maximum mean discrepancy to real pictures (Bińkowski et al. 2018)."),
+                   about="Unbiased squared maximum mean discrepancy to real images (Bińkowski et al. 2018)."),
         MetricInfo(name="fid", title="FID", unit="", higher_is_better=False, family="distribution",
                    about="Fréchet distance of Gaussians fitted to features (Heusel et al. 2017)."),
         MetricInfo(name="recall", title="Recall", unit="", higher_is_better=True, family="distribution",
-                   about="Share of real pictures within the manifold of drawn ones (Kynkäänniemi et al. 2019)."),
+                   about="Share of real images within the manifold of drawn ones (Kynkäänniemi et al. 2019)."),
         MetricInfo(name="warping_error", title="Warping error", unit="", higher_is_better=False, family="temporal",
                    about="Difference of a frame to its predecessor, moved along the optical flow."),
         MetricInfo(name="motion_smoothness", title="Motion smoothness", unit="", higher_is_better=True,
@@ -160,7 +160,7 @@ def report(kind: Literal["image", "video"] = "image", prompts: int = 30) -> Repo
         date="2026-01-05",
         summary=[
             "viditq-w8a8 takes 0.55 of the memory and shows no measurable difference to the 16-bit model.",
-            "viditq-w4a8 takes 0.32 of the memory; its pictures are 29.4 dB from the 16-bit ones and measurably "
+            "viditq-w4a8 takes 0.32 of the memory; its images are 29.4 dB from the 16-bit ones and measurably "
             "worse in KID and FID.",
         ],
         kind=kind,
@@ -223,13 +223,13 @@ def picture(seed: int, size: int = 64, shift: int = 0) -> Image.Image:
 
 
 def quantized(image: Image.Image, bits: int, seed: int = 0) -> Image.Image:
-    """The picture with as much noise as so few bits leave."""
+    """The image with as much noise as so few bits leave."""
     noise = np.random.default_rng(seed).normal(0, {8: 1.0, 4: 9.0}[bits], (*image.size[::-1], 3))
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
 def pictures(of: Report, size: int = 64) -> dict[str, list[Any]]:
-    """One picture, or list of frames, for each model and prompt; the reference first."""
+    """One image, or list of frames, for each model and prompt; the reference first."""
     drawn: dict[str, list[Any]] = {model.name: [] for model in (of.reference, *of.models)}
     for seed in of.seeds:
         frames = [picture(seed, size, shift) for shift in range(FRAMES if of.kind == "video" else 1)]

@@ -34,7 +34,7 @@ def test_front_matter_is_what_the_hub_reads(report: Report) -> None:
     assert results["psnr_db"] == (29.42, "PSNR (dB)")
     assert results["kid"] == (0.0151, "KID (emoji-classifier)")
     assert set(results) == set(report.models[1].metrics)
-    assert data.eval_results[0].dataset_name == "30 prompts, seeds 0 to 29, real pictures: emoji artwork"
+    assert data.eval_results[0].dataset_name == "30 prompts, seeds 0 to 29, real images: emoji artwork"
 
 
 def test_table_stands_beside_the_reference(report: Report) -> None:

@@ -1,4 +1,4 @@
-"""Pictures in the page: exact where small, bounded where large."""
+"""Images in the page: exact where small, bounded where large."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Nothing is drawn twice, nothing stale or damaged is taken for a picture."""
+"""Nothing is drawn twice, nothing stale or damaged is taken for an image."""
 
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def test_damaged_files_are_drawn_again(cache: PictureCache) -> None:
     files[1].write_bytes(bytes(flipped))
     files[2].write_bytes(b"")
     second, calls = draw(tiny_dit(), cache)
-    assert calls == 2 * 2  # three pictures in two batches
+    assert calls == 2 * 2  # three images in two batches
     # Not bit for bit: a float product sums up in another order in a batch of another size, or with fewer threads.
     assert first.trajectory is not None
     assert second.trajectory is not None

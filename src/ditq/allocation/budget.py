@@ -37,7 +37,7 @@ def bit_operations(layer: LayerPlan, size: int, rows: float) -> float:
     M N: computing dynamic ranges, and the sums over rows that zero points need.
 
     Args:
-        rows: M, the tokens that the layer sees while one picture is drawn (all steps, both halves of a guided batch).
+        rows: M, the tokens that the layer sees while one image is drawn (all steps, both halves of a guided batch).
     """
     return rows * layer.parameters * (layer.weight_bits * layer.activation_bits + RESCALE / size)
 

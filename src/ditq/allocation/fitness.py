@@ -27,8 +27,8 @@ class Fitness:
         name: belongs to a study's identity, so it changes with everything that changes the number.
         score: of what the 16-bit model gave and what the candidate gave, for the same conditions and seeds.
         sees: what is given. ``outputs``: a list with the transformer's output for every kept call of the 16-bit
-            model's sampling, on the inputs that it had. ``latents``: :class:`ditq.sampling.Samples` without pictures.
-            ``pictures``: the same with pictures.
+            model's sampling, on the inputs that it had. ``latents``: :class:`ditq.sampling.Samples` without images.
+            ``pictures``: the same with images.
     """
 
     name: str
@@ -41,15 +41,15 @@ def prediction_error_db(reference: Sequence[Tensor], outputs: Sequence[Tensor]) 
 
     The mean of 10 log10(||e' - e||^2 / ||e||^2) over rows of the batch (both halves of the guidance) and steps.
     Errors do not travel from step to step here, where a trajectory amplifies them at random; so it takes far fewer
-    pictures than :func:`latent_error_db` to tell two candidates apart. Infinite where a candidate gives NaN or Inf.
+    images than :func:`latent_error_db` to tell two candidates apart. Infinite where a candidate gives NaN or Inf.
     """
     return _mean_db([_ratios(a, b) for a, b in zip(reference, outputs, strict=True)])
 
 
 def latent_error_db(reference: Samples, drawn: Samples) -> float:
-    """Error of the final latents in dB: the mean of 10 log10(||z' - z||^2 / ||z||^2) over pictures.
+    """Error of the final latents in dB: the mean of 10 log10(||z' - z||^2 / ||z||^2) over images.
 
-    The negative of the latent SQNR that ``ditq compare`` reports. The mean of logarithms, so that no single picture
+    The negative of the latent SQNR that ``ditq compare`` reports. The mean of logarithms, so that no single image
     whose trajectory ends elsewhere decides. Infinite where a candidate draws NaN or Inf.
     """
     return _mean_db([_ratios(reference.latents, drawn.latents)])

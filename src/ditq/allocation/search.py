@@ -51,7 +51,7 @@ class SearchResult:
         plan: the best allocation, with the rounding that the recipe asks for; carry it out on a fresh pipeline.
         candidate: the same as it is in the model now.
         fitness: of the best candidate; smaller is better.
-        bit_operations, budget: of the plan and at most, for one picture.
+        bit_operations, budget: of the plan and at most, for one image.
         scale_overhead_bits: bits of scales and zero points for each quantized weight.
         scored: all individuals with their fitness.
         evaluated: how many of them this process evaluated.
@@ -91,7 +91,7 @@ class SearchResult:
             f"{self.strategy}: {self.fitness_name} {self.fitness:.4g}, the best of {len(self.scored)} allocations "
             f"({self.evaluated} evaluated by this process)\n"
             f"group sizes: {groups} layers\n"
-            f"{self.bit_operations:.4g} BitOps a picture of at most {self.budget:.4g}; "
+            f"{self.bit_operations:.4g} BitOps an image of at most {self.budget:.4g}; "
             f"scales take {self.scale_overhead_bits:.3f} bits a weight"
         )
 
@@ -130,8 +130,8 @@ def search(
         strategy: a name of ``STRATEGIES``, or an :class:`Evolution` with other numbers than the paper's.
         trials: candidates that are evaluated at most; ``program`` and ``uniform`` have few.
         sizes, budget: see :meth:`Space.of`.
-        moments: random timesteps of each picture that a fitness of outputs looks at. Many pictures and few moments
-            of each tell more of other pictures, at one cost, than few pictures and all their moments.
+        moments: random timesteps of each image that a fitness of outputs looks at. Many images and few moments
+            of each tell more of other images, at one cost, than few images and all their moments.
         rounding: of the candidates. "recipe" does it as the recipe asks; where that is GPTQ, each layer is rounded
             once at each size, on inputs of the 16-bit model. "nearest" is the paper's.
         calibration: conditions to calibrate with, where the recipe or ``program`` needs it.
@@ -253,7 +253,7 @@ def _check(strategy: str | Evolution, rounding: str, moments: int, trials: int) 
     if rounding not in ROUNDINGS:
         raise unknown("rounding of candidates", rounding, ROUNDINGS)
     if moments < 1:
-        raise UsageError(f"A fitness of outputs looks at 1 timestep of each picture at least, got moments={moments}.")
+        raise UsageError(f"A fitness of outputs looks at 1 timestep of each image at least, got moments={moments}.")
     if trials < 1:
         raise UsageError(f"A search needs at least 1 trial, got {trials}.")
 
@@ -320,7 +320,7 @@ def _moments(
     moments: int,
     sampling: Sampling,
 ) -> list[Call]:
-    """Kept calls along the trajectories of all pictures, those of one timestep side by side."""
+    """Kept calls along the trajectories of all images, those of one timestep side by side."""
     calls: list[Call] = []
     done = 0
     for numbers in batches(pipe, conditions, sampling.batch_size):

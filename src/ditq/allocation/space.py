@@ -46,9 +46,9 @@ class Space:
         """The space of the quantized ones among ``layers``.
 
         Args:
-            rows: tokens that each layer sees while one picture is drawn, by name.
+            rows: tokens that each layer sees while one image is drawn, by name.
             sizes: S; each layer takes those that divide its input channels. None: those of ``SIZES`` that divide any.
-            budget: BitOps for a picture, or ``uniform:G``: those of group size G in every layer.
+            budget: BitOps for an image, or ``uniform:G``: those of group size G in every layer.
 
         Raises:
             UsageError: a size divides no layer, or none divides some layer; activations are static; no genome is
@@ -91,7 +91,7 @@ class Space:
         return [genome for size in sizes if self.legal(genome := (size,) * len(self.layers))]
 
     def cost(self, genome: Genome) -> float:
-        """BitOps of a genome, for one picture."""
+        """BitOps of a genome, for one image."""
         return sum(costs[size] for costs, size in zip(self.costs, genome, strict=True))
 
     def legal(self, genome: Genome) -> bool:
@@ -128,7 +128,7 @@ class Space:
         least = self.cost(self.coarsest)
         if not self.legal(self.coarsest):
             raise UsageError(
-                f"No allocation meets the budget of {self.budget:.6g} BitOps a picture: the largest group sizes take "
+                f"No allocation meets the budget of {self.budget:.6g} BitOps an image: the largest group sizes take "
                 f"{least:.6g}. Raise the budget, or add larger group sizes."
             )
         finer = [costs[possible[-2]] - costs[possible[-1]] for costs, possible in zip(self.costs, self.choices,
@@ -137,7 +137,7 @@ class Space:
             widths = sorted({layer.in_features for layer in self.layers})
             raise UsageError(
                 f"There is nothing to search: the only allocation within the budget of {self.budget:.6g} BitOps a "
-                f"picture has the largest group size in every layer. Raise the budget, or add larger group sizes: "
+                f"image has the largest group size in every layer. Raise the budget, or add larger group sizes: "
                 f"inputs have {_words(widths)} channels."
             )
 
@@ -172,7 +172,7 @@ def _budget(budget: float | str, layers: Sequence[LayerPlan], rows: Mapping[str,
         return float(budget)
     except ValueError:
         raise UsageError(
-            f"A budget is a number of BitOps a picture, or uniform:G for those of group size G (at least "
+            f"A budget is a number of BitOps an image, or uniform:G for those of group size G (at least "
             f"{MIN_GROUP_SIZE}) in every layer; got {budget!r}."
         ) from None
 

@@ -19,7 +19,7 @@ from ditq.trace.hooks import Before, all_hooked, hooked
 
 # Rows of each linear's input that kept calls give for each of its channels, if the trajectories have as many: a
 # Hessian of K channels from R rows is off by about sqrt(K / R). The papers have more (Q-DiT on DiT-XL/2 28 rows a
-# channel, from 256 pictures of 256 tokens), a bundled model's 64 pictures of 16 tokens only 2 with one call each.
+# channel, from 256 images of 256 tokens), a bundled model's 64 images of 16 tokens only 2 with one call each.
 ROWS_PER_INPUT = 16
 
 CONDITIONS: tuple[Condition, ...] = ("conditional", "unconditional")

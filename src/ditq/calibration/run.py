@@ -89,7 +89,7 @@ def calibrate(
 
 
 def _batch_size(pipe: Any, settings: Calibration) -> int:
-    """As asked; else 8 pictures, or by ``auto`` as many as have 2^16 latent numbers, from 8 to 32: small batches leave
+    """As asked; else 8 images, or by ``auto`` as many as have 2^16 latent numbers, from 8 to 32: small batches leave
     a processor waiting. Of videos as many as have 2^17, up to 8, and one where their size is not the transformer's.
     """
     if isinstance(settings.batch_size, int):

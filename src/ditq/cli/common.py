@@ -39,7 +39,7 @@ Width = Annotated[int | None, typer.Option(help="Pixels; default: what the model
 FramesPerSecond = Annotated[
     float | None, typer.Option("--fps", help="Frames a second that videos play at; default: 8.", min=0.1)
 ]
-BatchSize = Annotated[int, typer.Option(help="Pictures drawn at once.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Images drawn at once.", min=1)]
 PromptFile = Annotated[
     Path | None, typer.Option("--prompts", help="Text file, one prompt (or class name, or class number) a line.")
 ]
@@ -114,13 +114,13 @@ def pick_fps(fps: float | None, pipe: Any) -> float:
     """Frames a second of ``--fps``.
 
     Raises:
-        UsageError: the pipeline draws pictures.
+        UsageError: the pipeline draws images.
     """
     from ditq.report.video import FRAMES_PER_SECOND
     from ditq.sampling import draws_videos
 
     if fps is not None and not draws_videos(pipe):
-        raise UsageError(f"{type(pipe).__name__} draws pictures; --fps is for pipelines of videos.")
+        raise UsageError(f"{type(pipe).__name__} draws images; --fps is for pipelines of videos.")
     return fps or FRAMES_PER_SECOND
 
 

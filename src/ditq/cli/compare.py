@@ -51,7 +51,7 @@ def compare(
     ] = "auto",
     real: Annotated[
         Path | None,
-        typer.Option(help="Folder of real pictures for KID, FID, precision and recall, or of videos for KVD, FVD."),
+        typer.Option(help="Folder of real images for KID, FID, precision and recall, or of videos for KVD, FVD."),
     ] = None,
     explain: Annotated[
         int, typer.Option(help="Prompts for the error of every layer and the speed of a call; 0: neither.", min=0)
@@ -59,7 +59,7 @@ def compare(
     card: Annotated[
         bool, typer.Option(help="Write a model card and the report into every quantized folder too.")
     ] = True,
-    cached: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep pictures, and use those kept.")] = True,
+    cached: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep images, and use those kept.")] = True,
     steps: Steps = None,
     guidance: Guidance = None,
     frames: Frames = None,

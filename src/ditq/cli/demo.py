@@ -1,4 +1,4 @@
-"""``ditq demo``: a trained model, quantized several ways, beside its 16-bit self: numbers, pictures and a page."""
+"""``ditq demo``: a trained model, quantized several ways, beside its 16-bit self: numbers, images and a page."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ KEPT = "viditq-w4a8"  # its checkpoint stays in the output folder
 PICTURES, VIDEOS = "bundled:emoji-t2i", "bundled:emoji-video"
 # As the card of emoji-video says: LattePipeline's own 50 steps at 7.5 are those of a model a hundred times its size.
 VIDEO_SAMPLER: dict[str, Any] = {"steps": 20, "guidance_scale": 4.0}
-VIDEO_CALIBRATION = 16  # prompts: half of a recipe's, since a video takes as long as eight pictures
+VIDEO_CALIBRATION = 16  # prompts: half of a recipe's, since a video takes as long as eight images
 
 
 def demo(
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Folder for pictures, numbers and a checkpoint.", show_default=False)
+        Path | None, typer.Option("--out", help="Folder for images, numbers and a checkpoint.", show_default=False)
     ] = None,
     model: Annotated[
         str | None, typer.Option(help=f"A bundled model; default: {PICTURES}, with --video {VIDEOS}.")
@@ -43,7 +43,7 @@ def demo(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a bundled trained model to W8A8, W4A8 and (pictures) W4A4, draw held-out prompts, compare.
+    """Quantize a bundled trained model to W8A8, W4A8 and (images) W4A4, draw held-out prompts, compare.
 
     Example: ditq demo
     """
@@ -65,7 +65,7 @@ def demo(
     model = model or (VIDEOS if video else PICTURES)
     pipe = open_pipeline(model)
     if video and not draws_videos(pipe):
-        raise UsageError(f"{model} draws pictures; leave out --video, or show {VIDEOS}.")
+        raise UsageError(f"{model} draws images; leave out --video, or show {VIDEOS}.")
     video = draws_videos(pipe)
     out_dir = out_dir or Path("ditq-out/demo-video" if video else "ditq-out/demo")
     sampler = VIDEO_SAMPLER if video else {}

@@ -26,7 +26,8 @@ def doctor(as_json: AsJson = False) -> None:
     versions = {"python": platform.python_version(), **{name: _version(name) or "not installed" for name in PACKAGES}}
     # On a GPU the engines prove their kernels now, if nothing has done so before: that may take half a minute.
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine_rows: list[dict[str, Any]] = [{**row._asdict(), "device": str(where)} for row in registry.report(where)]
+    found = registry.report(where)
+    engine_rows: list[dict[str, Any]] = [{**row._asdict(), "device": str(where)} for row in found]
     reason = runtime.why_unavailable()
     runtime_rows: list[dict[str, Any]] = [
         {"name": runtime.NAME, "available": reason is None, "reason": reason or runtime.NOTE}

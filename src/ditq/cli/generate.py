@@ -1,4 +1,4 @@
-"""``ditq generate``: draw pictures or videos with a 16-bit or a quantized pipeline."""
+"""``ditq generate``: draw images or videos with a 16-bit or a quantized pipeline."""
 
 from __future__ import annotations
 
@@ -40,12 +40,10 @@ def generate(
     pipeline: Pipeline,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt, or a class; may be given many times.")] = None,
     prompts: PromptFile = None,
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the pictures; must not exist.")] = Path(
-        "pictures"
-    ),
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the images; must not exist.")] = Path("pictures"),
     file_format: Annotated[
         str | None,
-        typer.Option("--format", help=f"Of pictures: {', '.join(PICTURES)}; of videos: gif, mp4 (default: gif,mp4)."),
+        typer.Option("--format", help=f"Of images: {', '.join(PICTURES)}; of videos: gif, mp4 (default: gif,mp4)."),
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -60,9 +58,9 @@ def generate(
     dtype: Dtype = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Draw a picture or a video for each prompt; number i starts from the noise of seed + i.
+    """Draw an image or a video for each prompt; number i starts from the noise of seed + i.
 
-    Example: ditq generate emoji-w4a8 --prompt "a noto style emoji of a red apple" --out pictures
+    Example: ditq generate emoji-w4a8 --prompt "a noto style emoji of a red apple" --out images
     """
     from ditq.files import new_folder
     from ditq.report.wording import counted
@@ -111,7 +109,7 @@ def pick_formats(asked: str | None, video: bool, pipeline: str) -> tuple[str, ..
     formats = tuple(dict.fromkeys(x.strip() for x in asked.split(","))) if asked else known if video else known[:1]
     if wrong := [x for x in formats if x not in known]:
         what = "videos" if video else "pictures"
-        hint = " Frames as pictures are in sheet.png, beside the videos." if video else ""
+        hint = " Frames as images are in sheet.png, beside the videos." if video else ""
         raise UsageError(
             f"{pipeline} draws {what}: --format takes {', '.join(known)}, with commas between, got {wrong[0]!r}.{hint}"
         )

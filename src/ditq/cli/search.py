@@ -49,26 +49,26 @@ def search(
         typer.Option(help="Group sizes, each layer takes those that divide it; default: of 32,64,128,192,288."),
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="BitOps a picture at most: a number, or uniform:G for group size G everywhere.")
+        str, typer.Option(help="BitOps an image at most: a number, or uniform:G for group size G everywhere.")
     ] = "uniform:128",
     fitness: Annotated[
         str,
         typer.Option(
             help="prediction (of the transformer along the 16-bit trajectory) or latent (where the trajectory ends): "
-            "errors against 16 bit; or fid, kid, sfid to real pictures."
+            "errors against 16 bit; or fid, kid, sfid to real images."
         ),
     ] = "prediction",
-    real: Annotated[Path | None, typer.Option(help="Folder of real pictures, for fid, kid and sfid.")] = None,
+    real: Annotated[Path | None, typer.Option(help="Folder of real images, for fid, kid and sfid.")] = None,
     network: Annotated[str, typer.Option(help="Feature network, for fid, kid and sfid.")] = "auto",
     prompts: PromptFile = None,
-    pictures: Annotated[int, typer.Option(help="Pictures that each allocation is judged by.", min=1)] = 128,
+    pictures: Annotated[int, typer.Option(help="Images that each allocation is judged by.", min=1)] = 128,
     moments: Annotated[
-        int, typer.Option(help="Random timesteps of each picture that --fitness prediction looks at.", min=1)
+        int, typer.Option(help="Random timesteps of each image that --fitness prediction looks at.", min=1)
     ] = 1,
     rounding: Annotated[
         str, typer.Option(help="Of the candidates: recipe (GPTQ once for each layer and size), or nearest (Q-DiT's).")
     ] = "recipe",
-    steps: Annotated[int | None, typer.Option(help="Sampling steps of each picture.", min=1)] = 10,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps of each image.", min=1)] = 10,
     guidance_scale: Guidance = None,
     frames: Frames = None,
     height: Height = None,
@@ -191,7 +191,7 @@ def _fitness(name: str, pipeline: str, real: Path | None, network: str) -> Fitne
     if pictures is None and pipeline.startswith("bundled:"):
         network, pictures = BUNDLED_NETWORK, bundled_real()
     if pictures is None:
-        raise UsageError(f"--fitness {name} compares with real pictures: --real FOLDER names some.")
+        raise UsageError(f"--fitness {name} compares with real images: --real FOLDER names some.")
     return distance_to_real(name, pictures, feature_network(network)())
 
 

@@ -1,6 +1,6 @@
-"""How well a picture or a video shows what its prompt says: CLIPScore, or what a classifier of concepts sees.
+"""How well an image or a video shows what its prompt says: CLIPScore, or what a classifier of concepts sees.
 
-Every function takes one picture or video as what a network saw in its frames, one row a frame (a picture has one), and
+Every function takes one image or video as what a network saw in its frames, one row a frame (an image has one), and
 averages over frames.
 """
 
@@ -27,7 +27,7 @@ BETWEEN_WORDS = re.compile(r"[\W_]+")
 ALIGNMENT = (
     Description(
         "clip_score", "CLIPScore", "", True, "alignment",
-        "100 times the cosine of CLIP's embeddings of picture and prompt, without the factor 2.5 of Hessel et al. "
+        "100 times the cosine of CLIP's embeddings of image and prompt, without the factor 2.5 of Hessel et al. "
         "2021; for videos the mean over frames, 100 times CLIPSIM (Wu et al. 2021).",
     ),
     Description(
@@ -36,7 +36,7 @@ ALIGNMENT = (
     ),
     Description(
         "concept_accuracy", "Concept accuracy", "", True, "alignment",
-        "Share of pictures (or frames) whose first class is the concept that the prompt names.",
+        "Share of images (or frames) whose first class is the concept that the prompt names.",
     ),
 )  # fmt: skip
 
@@ -75,7 +75,7 @@ class Clip:
             ) from e
 
     def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
-        """Embeddings of pictures: [n, d], not normalised."""
+        """Embeddings of images: [n, d], not normalised."""
         rows = []
         for i in range(0, len(images), batch_size):
             batch = [image.convert("RGB") for image in images[i : i + batch_size]]

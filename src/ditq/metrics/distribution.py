@@ -1,12 +1,12 @@
-"""How near a set of pictures is to a set of real ones: KID, FID, sFID, Inception Score, precision and recall.
+"""How near a set of images is to a set of real ones: KID, FID, sFID, Inception Score, precision and recall.
 
 Every function takes what a network saw (`Features`) and returns an `Estimate`: the number, and what it becomes on
-resamples of the pictures, from which the 95 % interval follows. Resamples depend on the sizes of the sets and the seed
+resamples of the images, from which the 95 % interval follows. Resamples depend on the sizes of the sets and the seed
 alone, so two models that drew the same prompts with the same seeds are compared pair by pair by subtraction::
 
     kid(real, quantized) - kid(real, reference)
 
-The interval of that difference is far narrower than those of its terms, which share the real pictures and the prompts.
+The interval of that difference is far narrower than those of its terms, which share the real images and the prompts.
 Values of different networks, or of sets of different sizes, do not compare. KID is the one to read on small sets: its
 expectation does not depend on their size, while FID, sFID and the Inception Score are biased by it.
 """
@@ -29,21 +29,21 @@ from ditq.metrics.networks.base import Features
 RESAMPLES = 1000  # of KID's bootstrap
 GROUPS = 10  # of the jackknife
 HALVINGS = 50  # of precision and recall
-SMALLEST = 20  # pictures in a set: two in every group of the jackknife, and halves with more than k neighbours
+SMALLEST = 20  # images in a set: two in every group of the jackknife, and halves with more than k neighbours
 # Standard errors to half a 95 % interval: Student's t with GROUPS - 1 degrees of freedom. Halvings have more, but
-# come out up to a tenth too narrow on 64 pictures.
+# come out up to a tenth too narrow on 64 images.
 T_975 = 2.262
 BLOCK = 1024  # rows of a kernel or distance matrix held at once
 
 DISTRIBUTION = (
     Description(
         "kid", "KID", "", False, "distribution",
-        "Kernel distance to real pictures (Bińkowski et al. 2018), unbiased: near zero, and as often below, where the "
+        "Kernel distance to real images (Bińkowski et al. 2018), unbiased: near zero, and as often below, where the "
         "two sets cannot be told apart. The primary one on small sets.",
     ),
     Description(
         "fid", "FID", "", False, "distribution",
-        "Fréchet distance to real pictures (Heusel et al. 2017) of Gaussians fitted to features. Smaller sets give "
+        "Fréchet distance to real images (Heusel et al. 2017) of Gaussians fitted to features. Smaller sets give "
         "larger values: compare only sets of one size.",
     ),
     Description(
@@ -52,28 +52,28 @@ DISTRIBUTION = (
     ),
     Description(
         "inception_score", "IS", "", True, "distribution",
-        "Inception Score (Salimans et al. 2016): pictures of one clear class each, all classes alike. Knows no real "
+        "Inception Score (Salimans et al. 2016): images of one clear class each, all classes alike. Knows no real "
         "pictures.",
     ),
     Description(
         "precision", "Precision", "", True, "distribution",
-        "Share of pictures that lie among the real ones (Kynkäänniemi et al. 2019): quality.",
+        "Share of images that lie among the real ones (Kynkäänniemi et al. 2019): quality.",
     ),
     Description(
         "recall", "Recall", "", True, "distribution",
-        "Share of real pictures that lie among the generated ones (Kynkäänniemi et al. 2019): variety.",
+        "Share of real images that lie among the generated ones (Kynkäänniemi et al. 2019): variety.",
     ),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and what it becomes on resamples of the pictures it was measured on.
+    """A number, and what it becomes on resamples of the images it was measured on.
 
     Attributes:
         replicates: float64 [resamples]. The number itself on each resample of a bootstrap; or deviations, the root
             mean square of which is its standard error, where ``deviations`` is True.
-        n: generated pictures behind the number.
+        n: generated images behind the number.
         bounds: the values that it can have; no interval reaches beyond.
     """
 
@@ -84,7 +84,7 @@ class Estimate:
     bounds: tuple[float, float] = (-np.inf, np.inf)
 
     def interval(self) -> Interval:
-        """The 95 % interval: how far the number would move with other pictures of the same models.
+        """The 95 % interval: how far the number would move with other images of the same models.
 
         The bias of FID, sFID and the Inception Score on small sets is not in it; it is much the same for two models
         on sets of one size, and so leaves their difference.
@@ -101,10 +101,10 @@ class Estimate:
         """The paired difference of one metric of two models: same prompts and seeds in the same order.
 
         Raises:
-            UsageError: they were not measured on equally many pictures.
+            UsageError: they were not measured on equally many images.
         """
         if (self.n, self.deviations) != (other.n, other.deviations):
-            raise UsageError(f"pairs need one metric on equally many pictures, got {self.n} and {other.n} pictures")
+            raise UsageError(f"pairs need one metric on equally many images, got {self.n} and {other.n} images")
         bounds = (self.bounds[0] - other.bounds[1], self.bounds[1] - other.bounds[0])
         return Estimate(self.value - other.value, self.replicates - other.replicates, self.n, self.deviations, bounds)
 
@@ -114,12 +114,12 @@ def kid(real: Features, fake: Features, seed: int = 0) -> Estimate:
 
     Over all pairs at once, not averaged over subsets, so nothing is random in the value; the sets may differ in size
     (the helpers of torchmetrics assume one size; its kernel is used here). The bootstrap draws both sets anew. A
-    pair of draws of the same picture is left out, as pairs of a picture with itself are in the value: kept, they
+    pair of draws of the same image is left out, as pairs of an image with itself are in the value: kept, they
     would raise every replicate. Where both sets come from one distribution the interval is wider than it need be. A
-    set against itself gives less than zero: it is unbiased only for sets that share no picture.
+    set against itself gives less than zero: it is unbiased only for sets that share no image.
 
     Raises:
-        UsageError: a set has fewer than 20 pictures, or the two were seen by different networks.
+        UsageError: a set has fewer than 20 images, or the two were seen by different networks.
     """
     _check(real.pooled, fake.pooled)
     x, y = real.pooled.double(), fake.pooled.double()
@@ -133,7 +133,7 @@ def fid(real: Features, fake: Features, seed: int = 0) -> Estimate:
     """Fréchet distance of Gaussians fitted to pooled features (Heusel et al. 2017), on sets of one size.
 
     Raises:
-        UsageError: there are too few pictures for the network's feature size (see `frechet`).
+        UsageError: there are too few images for the network's feature size (see `frechet`).
     """
     real, fake = matched(real, fake, seed)
     return frechet(real.pooled, fake.pooled, seed)
@@ -143,7 +143,7 @@ def sfid(real: Features, fake: Features, seed: int = 0) -> Estimate:
     """FID of spatial features (Nash et al. 2021), on sets of one size.
 
     Raises:
-        UsageError: there are too few pictures for the network's feature size (see `frechet`).
+        UsageError: there are too few images for the network's feature size (see `frechet`).
     """
     real, fake = matched(real, fake, seed)
     return frechet(real.spatial, fake.spatial, seed)
@@ -153,7 +153,7 @@ def frechet(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
     """|m - m'|^2 + tr(S + S' - 2 (S S')^1/2) of the means and covariances of x [n, d] and y [n, d].
 
     Two sets of one Gaussian are not at zero: at n = d, more than half of its variance apart; at n = 2 d, less than
-    half. Below, covariances are singular and small changes of the pictures drown, or come out with the wrong sign.
+    half. Below, covariances are singular and small changes of the images drown, or come out with the wrong sign.
 
     Raises:
         UsageError: n < 2 d.
@@ -164,8 +164,8 @@ def frechet(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
     n, d = y.shape
     if n < 2 * d:
         raise UsageError(
-            f"a Fréchet distance of {d} features needs at least {2 * d} pictures in each set, got {n}: with fewer, it "
-            "measures the number of pictures more than the pictures. KID needs far fewer."
+            f"a Fréchet distance of {d} features needs at least {2 * d} images in each set, got {n}: with fewer, it "
+            "measures the number of images more than the images. KID needs far fewer."
         )
 
     def value(x: Tensor, y: Tensor) -> float:
@@ -175,12 +175,12 @@ def frechet(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
 
 
 def inception_score(fake: Features, seed: int = 0) -> Estimate:
-    """The exponential of the mean KL divergence between p(class | picture) and p(class) (Salimans et al. 2016).
+    """The exponential of the mean KL divergence between p(class | image) and p(class) (Salimans et al. 2016).
 
-    Over all pictures at once. Published values are means over ten parts of 5000, and smaller sets give smaller values.
+    Over all images at once. Published values are means over ten parts of 5000, and smaller sets give smaller values.
 
     Raises:
-        UsageError: the network has no classes, or there are fewer than 20 pictures.
+        UsageError: the network has no classes, or there are fewer than 20 images.
     """
     from torchmetrics.functional import kl_divergence
 
@@ -194,21 +194,21 @@ def inception_score(fake: Features, seed: int = 0) -> Estimate:
 def precision_recall(real: Features, fake: Features, k: int = 3, seed: int = 0) -> tuple[Estimate, Estimate]:
     """Improved precision and recall (Kynkäänniemi et al. 2019), on sets of one size.
 
-    A set's region is the union of balls around its pictures, each as wide as the distance to the k-th nearest other
-    one. Precision is the share of generated pictures in the real region, recall of real ones in the generated region.
+    A set's region is the union of balls around its images, each as wide as the distance to the k-th nearest other
+    one. Precision is the share of generated images in the real region, recall of real ones in the generated region.
 
     Standard errors come from halvings: half the difference of the values on two random halves. Neighbours change too
-    abruptly for the jackknife, whose intervals of differences came out twice as wide as need be. Where all pictures
+    abruptly for the jackknife, whose intervals of differences came out twice as wide as need be. Where all images
     lie inside (or none), the interval has no width.
 
     Raises:
-        UsageError: a set has fewer than 20 pictures or half a set no k neighbours, or the two were seen by different
+        UsageError: a set has fewer than 20 images or half a set no k neighbours, or the two were seen by different
             networks.
     """
     _check(real.pooled, fake.pooled)
     real, fake = matched(real, fake, seed)
     if not 1 <= k < len(fake) // 2:
-        raise UsageError(f"k must be from 1 to {len(fake) // 2 - 1} for {len(fake)} pictures, got {k}")
+        raise UsageError(f"k must be from 1 to {len(fake) // 2 - 1} for {len(fake)} images, got {k}")
     x, y = real.pooled.double(), fake.pooled.double()
     kept = _halves(len(x), seed)
     return _share_inside(y, x, kept, k), _share_inside(x, y, kept, k)
@@ -230,7 +230,7 @@ def estimates(real: Features, fake: Features, seed: int = 0) -> tuple[dict[str, 
     """All metrics of `DISTRIBUTION` by name, and the reasons for those that these sets do not allow.
 
     Raises:
-        UsageError: a set has fewer than 20 pictures, or the two were seen by different networks.
+        UsageError: a set has fewer than 20 images, or the two were seen by different networks.
     """
     found = {"kid": kid(real, fake, seed)}
     found["precision"], found["recall"] = precision_recall(real, fake, seed=seed)
@@ -251,16 +251,16 @@ def estimates(real: Features, fake: Features, seed: int = 0) -> tuple[dict[str, 
 def _check(x: Tensor, y: Tensor) -> None:
     if min(len(x), len(y)) < SMALLEST:
         raise UsageError(
-            f"distribution metrics need at least {SMALLEST} pictures in each set, got {len(x)} real and {len(y)}"
+            f"distribution metrics need at least {SMALLEST} images in each set, got {len(x)} real and {len(y)}"
         )
     if x.shape[1] != y.shape[1]:
         raise UsageError(
-            f"one network must see both sets at one size of pictures, got {x.shape[1]} and {y.shape[1]} features"
+            f"one network must see both sets at one size of images, got {x.shape[1]} and {y.shape[1]} features"
         )
 
 
 def _counts(n: int, seed: tuple[int, int]) -> Tensor:
-    """How often each of n pictures comes: once in column 0, as drawn in each resample after it: [n, 1 + resamples]."""
+    """How often each of n images comes: once in column 0, as drawn in each resample after it: [n, 1 + resamples]."""
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).T
     return torch.from_numpy(np.concatenate([np.ones((n, 1)), drawn], 1))
 
@@ -276,7 +276,7 @@ def _kernel_sums(x: Tensor, y: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 
 def _within(x: Tensor, c: Tensor) -> Tensor:
-    """Mean kernel of the pairs of different pictures of one set, for every resample: [r]."""
+    """Mean kernel of the pairs of different images of one set, for every resample: [r]."""
     diagonal = (x.square().mean(1) + 1) ** 3  # K(x[i], x[i])
     n = len(x)
     return (_kernel_sums(x, x, c, c) - diagonal @ c.square()) / (n * n - c.square().sum(0))
@@ -307,6 +307,6 @@ def _share_inside(x: Tensor, y: Tensor, kept: Sequence[Tensor], k: int) -> Estim
     shares = np.empty(len(kept))
     for i, rows in enumerate(kept):
         grid = rows[:, None], rows
-        radii = in_y[grid].topk(k + 1, largest=False).values[:, -1]  # the nearest is the picture itself
+        radii = in_y[grid].topk(k + 1, largest=False).values[:, -1]  # the nearest is the image itself
         shares[i] = (to_y[grid] <= radii).any(1).double().mean()
     return Estimate(float(shares[0]), (shares[1::2] - shares[2::2]) / 2, len(x), deviations=True, bounds=(0, 1))

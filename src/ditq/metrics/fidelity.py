@@ -1,4 +1,4 @@
-"""Fidelity to the 16-bit model, picture by picture, same prompt and seed: PSNR, SSIM, MS-SSIM, LPIPS, latent SQNR.
+"""Fidelity to the 16-bit model, image by image, same prompt and seed: PSNR, SSIM, MS-SSIM, LPIPS, latent SQNR.
 
 Every function takes one pair and gives one number, so that means, intervals and paired differences come from
 `ditq.metrics.aggregate` over the pairs.
@@ -22,7 +22,7 @@ from ditq.metrics.metric import Description
 from ditq.metrics.networks.base import Extractor, MissingWeights
 from ditq.metrics.picture import pair
 
-# Identical pictures have no finite PSNR; means need one. 8-bit pictures that differ in a single
+# Identical images have no finite PSNR; means need one. 8-bit images that differ in a single
 # value stay far below.
 MAX_DB = 100.0
 
@@ -36,12 +36,12 @@ ALEXNET = "alexnet-owt-7be5be79.pth"
 FIDELITY = (
     Description(
         "psnr_db", "PSNR", "dB", True, "fidelity",
-        "Peak signal-to-noise ratio of the quantized model's picture against the 16-bit model's. Every 6 dB halve the "
+        "Peak signal-to-noise ratio of the quantized model's image against the 16-bit model's. Every 6 dB halve the "
         "difference.",
     ),
     Description(
         "ssim", "SSIM", "", True, "fidelity",
-        "Structural similarity to the 16-bit model's picture (Wang et al. 2004): 1 is identical.",
+        "Structural similarity to the 16-bit model's image (Wang et al. 2004): 1 is identical.",
     ),
     Description(
         "ms_ssim", "MS-SSIM", "", True, "fidelity",
@@ -49,11 +49,11 @@ FIDELITY = (
     ),
     Description(
         "lpips", "LPIPS", "", False, "fidelity",
-        "Learned perceptual distance to the 16-bit model's picture through AlexNet (Zhang et al. 2018).",
+        "Learned perceptual distance to the 16-bit model's image through AlexNet (Zhang et al. 2018).",
     ),
     Description(
         "feature_distance", "Feature distance", "", False, "fidelity",
-        "Distance to the 16-bit model's picture in the feature maps of a network: as LPIPS, but without its learned "
+        "Distance to the 16-bit model's image in the feature maps of a network: as LPIPS, but without its learned "
         "weights of channels. 0 is identical.",
     ),
     Description(
@@ -64,10 +64,10 @@ FIDELITY = (
 
 
 def psnr_db(reference: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB over all channels of 8-bit pictures; identical ones give 100.
+    """Peak signal-to-noise ratio in dB over all channels of 8-bit images; identical ones give 100.
 
     Raises:
-        UsageError: the pictures differ in size (so do all functions here).
+        UsageError: the images differ in size (so do all functions here).
     """
     a, b = pair(reference, other)
     error = (a - b).square().mean().item()
@@ -97,7 +97,7 @@ def ms_ssim(reference: Image.Image, other: Image.Image) -> float:
     a, b = pair(reference, other)
     scales = sum(min(reference.size) >= side for side in MS_SSIM_SIDES)
     if not scales:
-        raise UsageError(f"MS-SSIM needs pictures of at least {MS_SSIM_SIDES[0]} pixels a side, got {reference.size}")
+        raise UsageError(f"MS-SSIM needs images of at least {MS_SSIM_SIDES[0]} pixels a side, got {reference.size}")
     weights = MS_SSIM_WEIGHTS[:scales]
     betas = tuple(weight / sum(weights) for weight in weights)
     return float(multiscale_structural_similarity_index_measure(b, a, data_range=1.0, betas=betas))
@@ -107,7 +107,7 @@ def feature_distance(reference: Image.Image, other: Image.Image, network: Extrac
     """LPIPS without its learned weights (Zhang et al. 2018, equation 1 with w = 1), through any network.
 
     At every place of every stage of the network, features are scaled to length 1 over channels; the squared distance
-    is averaged over places and over stages. 0 for identical pictures, at most 4. Values through different networks
+    is averaged over places and over stages. 0 for identical images, at most 4. Values through different networks
     do not compare.
     """
     with torch.no_grad():

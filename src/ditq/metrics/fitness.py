@@ -1,4 +1,4 @@
-"""Distances to real pictures as the fitness of a search, as in the paper of Q-DiT: FID, and KID for fewer pictures."""
+"""Distances to real images as the fitness of a search, as in the paper of Q-DiT: FID, and KID for fewer images."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ METRICS = ("fid", "kid", "sfid")
 
 
 def distance_to_real(metric: str, real: Real | Path, network: Extractor) -> Fitness:
-    """FID, sFID or KID of what a candidate draws; the 16-bit model's pictures play no part.
+    """FID, sFID or KID of what a candidate draws; the 16-bit model's images play no part.
 
     Args:
-        real: real pictures, or a folder of them, which are fitted to the size of the drawn ones.
+        real: real images, or a folder of them, which are fitted to the size of the drawn ones.
 
     Raises:
         UsageError: another metric; ``real`` has only features of other networks.

@@ -1,8 +1,8 @@
 """All metrics of any number of models at once, against one 16-bit reference, with intervals and verdicts.
 
-A metric is one of three kinds. *Paired*: a value for each prompt, of the quantized model's picture against the
+A metric is one of three kinds. *Paired*: a value for each prompt, of the quantized model's image against the
 16-bit model's (fidelity). *Own*: a value for each prompt, of either model by itself (alignment, temporal): the
-16-bit model has one too, and the difference is paired. *Set*: one value for all pictures against real ones
+16-bit model has one too, and the difference is paired. *Set*: one value for all images against real ones
 (distribution), paired through common resamples.
 """
 
@@ -27,7 +27,7 @@ from ditq.metrics.real import Real
 from ditq.metrics.score import Curve, PairDifference, Score, verdict
 from ditq.sampling import Samples
 
-# What is always measured: needs no network and no real pictures.
+# What is always measured: needs no network and no real images.
 BASIC = ("psnr_db", "ssim", "latent_sqnr_db")
 
 # Tried in this order where nobody says which network to look through.
@@ -36,7 +36,7 @@ NETWORKS = ("inception-v3", "efficientnet-lite0")
 
 @dataclass
 class View:
-    """One model's pictures, and what networks saw in them (each at most once)."""
+    """One model's images, and what networks saw in them (each at most once)."""
 
     samples: Samples
     network: Callable[[], Extractor]
@@ -45,24 +45,24 @@ class View:
 
     @cached_property
     def frames(self) -> list[list[Image.Image]]:
-        """Every picture as a list of frames: one for pictures."""
+        """Every image as a list of frames: one for images."""
         return [[x] if isinstance(x, Image.Image) else list(x) for x in self.samples.images]
 
     @property
     def flat(self) -> list[Image.Image]:
-        """All frames of all pictures."""
+        """All frames of all images."""
         return [frame for frames in self.frames for frame in frames]
 
     @cached_property
     def features(self) -> list[Features]:
-        """Features of the frames of every picture or video."""
+        """Features of the frames of every image or video."""
         flat = self.network()(self.flat)
         ends = list(accumulate(map(len, self.frames)))
         return [flat[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
     @cached_property
     def clip_features(self) -> list[Tensor]:
-        """CLIP embeddings of the frames of every picture or video."""
+        """CLIP embeddings of the frames of every image or video."""
         return list(self.clip().images(self.flat).split(list(map(len, self.frames))))
 
     def precision_recall(self, real: Features, seed: int) -> tuple[distribution.Estimate, distribution.Estimate]:
@@ -87,7 +87,7 @@ class Measure:
 
     Attributes:
         function: paired: (reference, quantized) views to values; own: a view to values; set: a view, features of
-            real pictures (or of the frames of each real video) and a seed to an estimate.
+            real images (or of the frames of each real video) and a seed to an estimate.
         through: the network it looks through, whose name stands beside the number: the feature network, or CLIP.
         medium: what it is for.
     """
@@ -136,7 +136,7 @@ def measure(
     """Measures every model against the reference; all were drawn from the same prompts and seeds.
 
     Args:
-        metrics: names; "all" takes all that these pictures and this machine allow, and lists the others as skipped.
+        metrics: names; "all" takes all that these images and this machine allow, and lists the others as skipped.
         network: the feature network by name; ``auto`` takes the first of ``NETWORKS`` whose weights are here.
         on_metric: called with (metrics done, metrics in all).
 
@@ -183,7 +183,7 @@ def _size(samples: Samples) -> str:
     first = samples.images[0]
     frames = [first] if isinstance(first, Image.Image) else first
     pixels = f"{frames[0].width} x {frames[0].height} pixels"
-    return f"videos of {len(frames)} frames of {pixels}" if samples.is_video else f"pictures of {pixels}"
+    return f"videos of {len(frames)} frames of {pixels}" if samples.is_video else f"images of {pixels}"
 
 
 def feature_network(name: str) -> Callable[[], Extractor]:
@@ -244,7 +244,7 @@ def _take(
             found.scores[key][name] = _against(aggregate(taken[key]), own, gap, better, label)
         return
     features: Any = None
-    if name != "inception_score":  # the only one that knows no real pictures
+    if name != "inception_score":  # the only one that knows no real images
         if real is None:
             what = "videos" if entry.medium == "video" else "pictures"
             raise UsageError(f"there are no real {what} to compare with: --real FOLDER names some")
@@ -295,7 +295,7 @@ def _curve(reference: Samples, samples: Samples) -> Curve:
 
 
 def _framewise(function: Callable[..., float]) -> Callable[[View, View], list[float]]:
-    """A distance of two pictures, as one of two videos: the mean over frames."""
+    """A distance of two images, as one of two videos: the mean over frames."""
 
     def values(reference: View, other: View) -> list[float]:
         pairs = zip(reference.frames, other.frames, strict=True)

@@ -16,7 +16,7 @@ class Description:
         name: the key in ``report.json``, e.g. ``"kid"``.
         title: the heading of its column, e.g. ``"KID"``.
         unit: e.g. ``"dB"``; empty for pure numbers.
-        family: what it compares with: the 16-bit model's pictures, the prompt, real pictures, or the other frames.
+        family: what it compares with: the 16-bit model's images, the prompt, real images, or the other frames.
         about: a sentence on what it measures and how to read it, with the paper.
     """
 

@@ -1,4 +1,4 @@
-"""A picture as numbers: what every metric and every network starts from."""
+"""An image as numbers: what every metric and every network starts from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ditq.errors import UsageError
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A picture as float32 [3, H, W] in [0, 1]."""
+    """An image as float32 [3, H, W] in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
@@ -22,5 +22,5 @@ def pair(reference: Image.Image, other: Image.Image) -> tuple[Tensor, Tensor]:
         UsageError: they differ in size.
     """
     if reference.size != other.size:
-        raise UsageError(f"two pictures of one size are compared, got {reference.size} and {other.size}")
+        raise UsageError(f"two images of one size are compared, got {reference.size} and {other.size}")
     return to_tensor(reference)[None], to_tensor(other)[None]

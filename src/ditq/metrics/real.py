@@ -1,4 +1,4 @@
-"""Real pictures or videos that distribution metrics compare with: a folder of one's own, or features of a model's."""
+"""Real images or videos that distribution metrics compare with: a folder of one's own, or features of a model's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VIDEO_SUFFIXES = (".gif", ".mp4")
 
 @dataclass
 class Real:
-    """Real pictures, or what networks saw in them; or real videos."""
+    """Real images, or what networks saw in them; or real videos."""
 
     name: str
     images: Sequence[Image.Image] = ()
@@ -33,16 +33,16 @@ class Real:
         """Features of the frames of each real video; computed once.
 
         Raises:
-            UsageError: these are pictures.
+            UsageError: these are images.
         """
         if not self.videos:
-            raise UsageError(f"{self.name!r} are real pictures, not videos: --real FOLDER with GIF or MP4 files")
+            raise UsageError(f"{self.name!r} are real images, not videos: --real FOLDER with GIF or MP4 files")
         if network.name not in self._video_features:
             self._video_features[network.name] = [network(frames) for frames in self.videos]
         return self._video_features[network.name]
 
     def seen_by(self, network: Extractor) -> Features:
-        """Features of the real pictures; computed once.
+        """Features of the real images; computed once.
 
         Raises:
             UsageError: there are only features of other networks.
@@ -50,16 +50,16 @@ class Real:
         if network.name not in self.features:
             if not self.images:
                 seen = ", ".join(self.features)
-                raise UsageError(f"the real pictures {self.name!r} were seen by {seen} only, not by {network.name}")
+                raise UsageError(f"the real images {self.name!r} were seen by {seen} only, not by {network.name}")
             self.features = {**self.features, network.name: network(self.images)}
         return self.features[network.name]
 
 
 def from_folder(folder: Path, size: tuple[int, int]) -> Real:
-    """All pictures of a folder (not of folders inside), resized and cropped from the middle to ``size`` (w, h).
+    """All images of a folder (not of folders inside), resized and cropped from the middle to ``size`` (w, h).
 
     Raises:
-        UsageError: there is no such folder, it has fewer than two pictures, or a file is no picture.
+        UsageError: there is no such folder, it has fewer than two images, or a file is no image.
     """
     images = []
     for path in _files(folder, "picture", SUFFIXES):
@@ -67,7 +67,7 @@ def from_folder(folder: Path, size: tuple[int, int]) -> Real:
             with Image.open(path) as image:
                 images.append(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS))
         except (OSError, Image.DecompressionBombError) as error:
-            raise UsageError(f"{path} is no picture that can be read: {error}.") from error
+            raise UsageError(f"{path} is no image that can be read: {error}.") from error
     return Real(folder.name, images)
 
 
@@ -139,9 +139,9 @@ def from_features(name: str, network: str, path: Path) -> Real:
         tensors = load_file(path)
         pooled, spatial = tensors["pooled"].float(), tensors["spatial"].float()
     except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{path} holds no features of real pictures: {error}.") from error
+        raise CheckpointError(f"{path} holds no features of real images: {error}.") from error
     probabilities = tensors["probabilities"].float() if "probabilities" in tensors else None
     parts = [t for t in (pooled, spatial, probabilities) if t is not None]
     if any(t.ndim != 2 or len(t) != len(pooled) or not bool(torch.isfinite(t).all()) for t in parts):
-        raise CheckpointError(f"The features of real pictures in {path} are damaged or do not fit together.")
+        raise CheckpointError(f"The features of real images in {path} are damaged or do not fit together.")
     return Real(name, features={network: Features(pooled, spatial, probabilities)})

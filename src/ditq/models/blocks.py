@@ -81,7 +81,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchEmbed2d(nn.Module):
-    """Pictures [B, C, H, W] to tokens [B, H' W', channels]."""
+    """Images [B, C, H, W] to tokens [B, H' W', channels]."""
 
     def __init__(self, patch: int, channels: int, width: int) -> None:
         super().__init__()

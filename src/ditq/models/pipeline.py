@@ -18,7 +18,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 @dataclass
 class VideoOutput(BaseOutput):
-    """``frames``: lists of pictures, or what ``output_type`` asks for."""
+    """``frames``: lists of images, or what ``output_type`` asks for."""
 
     frames: Any
 

@@ -20,7 +20,7 @@ from ditq.trace.stacks import capture_module
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
-# Sizes of the two example calls, all different: pictures in latent pixels, texts in tokens.
+# Sizes of the two example calls, all different: images in latent pixels, texts in tokens.
 LATENTS = ((2, 4, 6), (3, 5, 4))
 TEXTS = ((2, 5), (3, 7))
 

@@ -50,7 +50,7 @@ def export_pipeline(
     """
     labels = list(getattr(pipe, "labels", None) or {})
     texts = architecture.pipeline.condition != "class_labels"
-    example = condition or ("a picture" if texts else next(iter(labels), "0"))
+    example = condition or ("an image" if texts else next(iter(labels), "0"))
     # Experts of one pipeline are called with the same arguments, so the first one's call is an example for all.
     call = first_call(pipe, architecture, [example])
     names, lines = transformer_names(pipe), []

@@ -29,7 +29,7 @@ class Program:
     """One ``openvino.Model`` and what it is compiled to.
 
     With ``shapes="static"`` the graph is compiled anew for the sizes of a call, unless those of the last call were
-    the same: it then runs faster (small pictures by a third), and the first call of a size takes seconds. Of a large
+    the same: it then runs faster (small images by a third), and the first call of a size takes seconds. Of a large
     graph only the last compilation is kept, so that its weights are in memory once. A model that is called in many
     sizes goes back to one graph for all of them. ``half`` has attention over many keys computed in bf16, in graphs
     that are compiled for a size.

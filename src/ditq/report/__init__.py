@@ -1,1 +1,1 @@
-"""Results for people: tables of a plan, sheets of pictures."""
+"""Results for people: tables of a plan, sheets of images."""

@@ -98,7 +98,7 @@ def _sampled(report: Report) -> str:
 
 
 def _dataset(report: Report) -> str:
-    real = f", real pictures: {report.real['name']}" if report.real else ""
+    real = f", real images: {report.real['name']}" if report.real else ""
     return _sampled(report) + real
 
 

@@ -133,7 +133,7 @@ def curves(models: Sequence[ModelReport], title: str, unit: str) -> str | None:
     ys = ticks(min(ends), max(ends))
     x = _axis(1, max(2, steps), LEFT, RIGHT)
     y = _axis(ys[0], ys[-1], BOTTOM, TOP)
-    _grid(root, x, y, xs, ys, "sampling step (the last one gives the picture)", f"{title}, {unit}")
+    _grid(root, x, y, xs, ys, "sampling step (the last one gives the image)", f"{title}, {unit}")
     labels = _Labels()
     for i, name, c in drawn:
         group = element(root, "g", class_=_colour(i))

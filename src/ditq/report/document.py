@@ -38,7 +38,7 @@ class ModelReport(_Model):
 
     Attributes:
         layers: rows of ``ditq inspect --json`` (name, role, weight_bits, activation_bits, granularity, balance, ...).
-        seconds_per_picture: while drawing, VAE and text encoder included; None if all pictures came from the cache
+        seconds_per_picture: while drawing, VAE and text encoder included; None if all images came from the cache
             of another machine.
     """
 
@@ -84,7 +84,7 @@ class Report(_Model):
         summary: sentences for people, the first one says it all.
         sampler: scheduler, steps, guidance_scale, width, height, frames.
         environment: device, cpu, threads, versions.
-        real: the set of real pictures that distribution metrics compare with: {"name", "n"}.
+        real: the set of real images that distribution metrics compare with: {"name", "n"}.
     """
 
     format_version: Literal[1] = 1

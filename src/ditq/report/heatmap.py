@@ -70,7 +70,7 @@ def colours(sqnr_db: NDArray[np.float64], low: float, high: float) -> NDArray[np
 def chart(errors: LayerErrors, low: float, high: float, name: str) -> str:
     """The map as SVG: layers downwards in the order of execution, sampling steps to the right.
 
-    The cells are one small picture, a pixel a cell, that the browser enlarges without smoothing.
+    The cells are one small image, a pixel a cell, that the browser enlarges without smoothing.
     """
     values = _decibels(errors)
     layers, steps = values.shape
@@ -96,7 +96,7 @@ def chart(errors: LayerErrors, low: float, high: float, name: str) -> str:
     for j in sorted({round(k * (steps - 1) / 5) for k in range(6)}):
         element(root, "text", f"{errors.timesteps[j]:.0f}", class_="tick", x=LEFT + cell * (j + 0.5),
                 y=bottom + 15, text_anchor="middle")  # fmt: skip
-    element(root, "text", "timestep, from noise to picture", class_="axis", x=(LEFT + RIGHT) / 2, y=bottom + 31,
+    element(root, "text", "timestep, from noise to image", class_="axis", x=(LEFT + RIGHT) / 2, y=bottom + 31,
             text_anchor="middle")  # fmt: skip
     element(root, "rect", class_="cursor", x=LEFT, y=TOP, width=cell, height=row, visibility="hidden")
     return svg(root)

@@ -27,7 +27,7 @@ def render(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:
 
     Args:
         report: what was measured.
-        pictures: by name, for the reference and every quantized model, one entry a prompt in the order of
+        images: by name, for the reference and every quantized model, one entry a prompt in the order of
             ``report.prompts``: a PIL image, or the list of a video's frames.
 
     Raises:

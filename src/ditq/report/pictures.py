@@ -1,4 +1,4 @@
-"""Pictures and videos as data URIs that stand in the page itself."""
+"""Images and videos as data URIs that stand in the page itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 Picture = Image.Image | Sequence[Image.Image]
 
-SHOWN = 24  # prompts with embedded pictures, at most
+SHOWN = 24  # prompts with embedded images, at most
 BUDGET = 12_000_000  # characters of all data URIs: what a phone opens without complaint
 LONGEST_SIDE = 768
 LOSSLESS_SIDE = 128
@@ -22,7 +22,7 @@ WEBP_SIDE = 16383  # the longest side of the format
 class Pair:
     """One prompt: a strip for each model, the reference first, and each one's PSNR to the reference in dB.
 
-    A strip is the frames of a video one below the other; a picture is a strip of one frame. ``size`` is that of
+    A strip is the frames of a video one below the other; an image is a strip of one frame. ``size`` is that of
     one frame as embedded, in pixels.
     """
 
@@ -33,7 +33,7 @@ class Pair:
 
 
 def frames_of(picture: Picture) -> list[Image.Image]:
-    """The frames of a video; a picture has one."""
+    """The frames of a video; an image has one."""
     return [picture] if isinstance(picture, Image.Image) else list(picture)
 
 

@@ -11,7 +11,7 @@ from ditq.report.document import MetricInfo, Report
 FAMILIES = {
     "fidelity": "Fidelity to the {reference} model, same prompt and seed",
     "alignment": "Alignment with the prompt",
-    "distribution": "Distribution, against real pictures",
+    "distribution": "Distribution, against real images",
     "temporal": "Motion, from frame to frame",
 }
 

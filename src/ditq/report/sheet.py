@@ -1,4 +1,4 @@
-"""Sheets of pictures: one column a prompt, one row a model, captions around."""
+"""Sheets of images: one column a prompt, one row a model, captions around."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _TEXT = 15
 def sheet(
     rows: Sequence[tuple[str, Sequence[Image.Image]]], captions: Sequence[str] = (), zoom: int = 0
 ) -> Image.Image:
-    """One picture of many. ``rows`` are (label, pictures); ``captions`` stand above the columns, wrapped.
+    """One image of many. ``rows`` are (label, images); ``captions`` stand above the columns, wrapped.
 
-    ``zoom`` enlarges by whole factors (0: so that pictures are at least 96 pixels wide).
+    ``zoom`` enlarges by whole factors (0: so that images are at least 96 pixels wide).
     """
     font = ImageFont.load_default(_TEXT)
     small = ImageFont.load_default(_TEXT - 4)

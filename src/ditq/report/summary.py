@@ -56,7 +56,7 @@ def _one(model: ModelReport, report: Report) -> str:
 
 
 def _closeness(model: ModelReport) -> str:
-    """In words, by PSNR: above 40 dB 8-bit pictures of such size are hard to tell apart, below 20 they differ."""
+    """In words, by PSNR: above 40 dB 8-bit images of such size are hard to tell apart, below 20 they differ."""
     db = model.metrics["psnr_db"].mean
     return "nearly exactly" if db >= 40 else "closely" if db >= 25 else "roughly" if db >= 18 else "other than"
 

@@ -103,7 +103,7 @@ def save_side_by_side(
 
 
 def overview(pictures: Mapping[str, Sequence[Any]], prompts: Sequence[str]) -> Image.Image:
-    """One sheet: the first pictures, a row for each model; or frames of the first videos, a row for each and model."""
+    """One sheet: the first images, a row for each model; or frames of the first videos, a row for each and model."""
     if isinstance(next(iter(pictures.values()))[0], Image.Image):
         return sheet([(name, row[:12]) for name, row in pictures.items()], prompts[:12])
     return sheet([
@@ -121,5 +121,5 @@ def stills(video: Video, count: int = STILLS) -> Video:
 
 
 def _stacked(frames: Video) -> Image.Image:
-    """All frames in one picture, from which a common palette can be taken."""
+    """All frames in one image, from which a common palette can be taken."""
     return Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames]))

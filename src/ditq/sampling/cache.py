@@ -1,4 +1,4 @@
-"""Drawn pictures and videos on disk, one file each, so that metrics, reports and searches never draw twice."""
+"""Drawn images and videos on disk, one file each, so that metrics, reports and searches never draw twice."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ LIMIT = 20 * 1024**3
 
 @dataclass
 class Sample:
-    """One drawn picture or video.
+    """One drawn image or video.
 
     Attributes:
-        picture: a picture, or the frames of a video.
+        image: an image, or the frames of a video.
         trajectory: float32 [steps, ...], the latents after every step.
         seconds: wall time of the batch divided by its size, measured when it was drawn.
     """

@@ -1,4 +1,4 @@
-"""Runs a diffusers pipeline on a list of conditions, one seed each; keeps pictures and every step's latents."""
+"""Runs a diffusers pipeline on a list of conditions, one seed each; keeps images and every step's latents."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Samples:
     """What one pipeline drew for a list of conditions.
 
     Attributes:
-        images: pictures (PIL) in the order of the conditions; for a video model lists of frames.
+        images: images (PIL) in the order of the conditions; for a video model lists of frames.
         trajectory: float32 [n, steps, ...], the latents after every sampling step, as the sampler has them.
         timesteps: of the steps.
-        seconds: wall time of each picture, text encoder and decoder included: that of its batch, divided.
+        seconds: wall time of each image, text encoder and decoder included: that of its batch, divided.
         fingerprint: of the pipeline, where a cache asked for it.
     """
 
@@ -194,7 +194,7 @@ def _texts_as_single(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def _pictures(output: Any) -> list[Any]:
-    """Pictures of an image pipeline, lists of frames of a video pipeline."""
+    """Images of an image pipeline, lists of frames of a video pipeline."""
     if hasattr(output, "images"):
         return list(output.images)
     return [[Image.fromarray(f) if not isinstance(f, Image.Image) else f for f in video] for video in output.frames]
@@ -232,7 +232,7 @@ def call_arguments(
         kwargs["output_type"] = "pil"
     masked = architecture.forward.text_mask and "prompt_template" not in accepted
     if "max_sequence_length" in accepted and masked and getattr(pipe, "tokenizer", None) is not None:
-        # Masked padding changes no picture, but 120 text tokens cost more than a small picture's own.
+        # Masked padding changes no image, but 120 text tokens cost more than a small image's own.
         longest = max(len(ids) for ids in pipe.tokenizer([str(c) for c in batch]).input_ids)
         limit = accepted["max_sequence_length"].default
         kwargs["max_sequence_length"] = min(limit, -(-longest // 8) * 8)
@@ -266,7 +266,7 @@ class Recorded:
 def recorded_steps(pipe: Any, n: int) -> Iterator[Recorded]:
     """Keeps what every step of the scheduler returns for the first ``n`` rows: pipelines return only the last.
 
-    Some pipelines (DiT) step both halves of a guided batch; the first ``n`` rows are the pictures in any case.
+    Some pipelines (DiT) step both halves of a guided batch; the first ``n`` rows are the images in any case.
     """
     scheduler = pipe.scheduler
     step = scheduler.step

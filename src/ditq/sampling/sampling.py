@@ -1,4 +1,4 @@
-"""How pictures and videos are sampled: everything that decides them besides the pipeline and the prompts."""
+"""How images and videos are sampled: everything that decides them besides the pipeline and the prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large a picture or a video shall be, in the words of each pipeline's call."""
+"""How large an image or a video shall be, in the words of each pipeline's call."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def size_arguments(
     """Arguments of a pipeline's call; what is None is left to the pipeline.
 
     Raises:
-        UsageError: a pipeline of pictures has no frames; it cannot draw so many, or its size is fixed.
+        UsageError: a pipeline of images has no frames; it cannot draw so many, or its size is fixed.
     """
     kind, name = type(pipe).__name__, _frames_argument(pipe)
     accepted = inspect.signature(pipe.__call__).parameters
     arguments: dict[str, Any] = {}
     if frames is not None:
         if not draws_videos(pipe):
-            raise UsageError(f"{kind} draws pictures, which have no frames; --frames is for pipelines of videos.")
+            raise UsageError(f"{kind} draws images, which have no frames; --frames is for pipelines of videos.")
         _check_frames(pipe, frames)
         arguments |= {name: frames} if name else {}
     for side, pixels in (("height", height), ("width", width)):

@@ -1,4 +1,4 @@
-"""Tile sizes of the matrix products: a table, so that no first picture waits for tuning and graphs can be captured.
+"""Tile sizes of the matrix products: a table, so that no first image waits for tuning and graphs can be captured.
 
 Not measured yet: starting points of which ``tests/engines/test_triton_compile.py`` has shown that they reach the
 matrix instructions, spill no registers and fit in the shared memory of the card. Wide tiles where M and N give every

@@ -1,7 +1,7 @@
 """Tiles that were measured on the card at hand, in a file; those of ``tiles.py`` are where there is none.
 
 Nothing tunes itself: who has the time calls :func:`tune` (``benchmarks/gpu/run.py --tune 3`` does), so that no first
-picture is late and no recorded graph is disturbed. Products only read what it found.
+image is late and no recorded graph is disturbed. Products only read what it found.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023): a learned preference for a picture given its prompt, from the authors' package.
+"""ImageReward (Xu et al. 2023): a learned preference for an image given its prompt, from the authors' package.
 
 The package brings its own pins, so it is not an extra of ours: ``pip install image-reward`` where it can be installed.
 It reads its checkpoint by torch.load with the rules of the torch that is installed: before 2.6 a pickle, so take the
@@ -20,7 +20,7 @@ FILES = ("ImageReward.pt", "med_config.json")
 
 IMAGE_REWARD = Description(
     "image_reward", "ImageReward", "", True, "alignment",
-    "Preference for a picture given its prompt, as learned from people (Xu et al. 2023): about -2 to 2, mean 0 on its "
+    "Preference for an image given its prompt, as learned from people (Xu et al. 2023): about -2 to 2, mean 0 on its "
     "training set.",
 )  # fmt: skip
 
@@ -55,7 +55,7 @@ class ImageReward:
             ) from e
 
     def score(self, item: Image.Image | Sequence[Image.Image], prompt: str) -> float:
-        """The reward of a picture for its prompt; of a video, the mean over frames."""
+        """The reward of an image for its prompt; of a video, the mean over frames."""
         frames = [item] if isinstance(item, Image.Image) else item
         return float(sum(self.model.score(prompt, frame) for frame in frames) / len(frames))
 

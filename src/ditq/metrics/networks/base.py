@@ -22,7 +22,7 @@ class MissingWeights(DitqError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Features:
-    """What a network sees in n pictures, float32 on the CPU.
+    """What a network sees in n images, float32 on the CPU.
 
     Attributes:
         pooled: [n, d], for FID, KID, precision and recall.
@@ -51,7 +51,7 @@ class Features:
 
 
 class Extractor(ABC):
-    """A network from pictures to features. It computes where the pictures are; features come back to the CPU.
+    """A network from images to features. It computes where the images are; features come back to the CPU.
 
     Attributes:
         name: printed beside every number it is used for, e.g. ``"emoji-classifier"``.
@@ -76,10 +76,10 @@ class Extractor(ABC):
 
     @abstractmethod
     def stages(self, images: Tensor) -> list[Tensor]:
-        """Feature maps [n, c_i, h_i, w_i] from early to late, for distances between two pictures."""
+        """Feature maps [n, c_i, h_i, w_i] from early to late, for distances between two images."""
 
     def __call__(self, images: Sequence[Image.Image], batch_size: int = 64) -> Features:
-        """Features of any number of pictures of one size, batch by batch, without gradients."""
+        """Features of any number of images of one size, batch by batch, without gradients."""
         with torch.no_grad():
             return Features.cat([
                 self.features(torch.stack([to_tensor(image) for image in images[i : i + batch_size]]))
@@ -88,7 +88,7 @@ class Extractor(ABC):
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear with antialias, in [0, 1]; pictures of the right size come back as they are."""
+    """Bilinear with antialias, in [0, 1]; images of the right size come back as they are."""
     if images.shape[-2:] == (height, width):
         return images
     return F.interpolate(images, (height, width), mode="bilinear", antialias=True).clamp(0, 1)

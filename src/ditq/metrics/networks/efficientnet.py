@@ -17,10 +17,10 @@ SMALLEST, LARGEST = 96, 224
 class EfficientNetLite0(Extractor):
     """The 1000 classes of ImageNet, without their names.
 
-    Each side of a picture is brought to at least 96 pixels (below, the last map has too few places to pool) and at
-    most 224 (the size it was trained at); between, pictures stay as they are. ``pooled`` is the global average that
+    Each side of an image is brought to at least 96 pixels (below, the last map has too few places to pool) and at
+    most 224 (the size it was trained at); between, images stay as they are. ``pooled`` is the global average that
     the classifier reads (1280); ``spatial`` the first 7 channels at stride 16, as Inception's for sFID (7 x 6 x 6
-    for pictures up to 96 pixels); ``stages`` the last block's output at strides 2, 4, 8, 16, 32.
+    for images up to 96 pixels); ``stages`` the last block's output at strides 2, 4, 8, 16, 32.
     """
 
     name: ClassVar[str] = "efficientnet-lite0"

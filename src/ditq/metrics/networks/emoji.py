@@ -15,7 +15,7 @@ from ditq.metrics.networks.base import Extractor, Features, MissingWeights, resi
 class EmojiClassifier(Extractor):
     """A plain ``transformers.ResNetForImageClassification`` folder with ``id2label`` = the concepts.
 
-    Pictures of another size than the network's (64 x 64) are resized to it, not cropped. ``pooled`` is the global
+    Images of another size than the network's (64 x 64) are resized to it, not cropped. ``pooled`` is the global
     average of the last feature map; ``spatial`` its first 7 channels at stride 8 (8 x 8 places); ``stages`` the
     outputs of the residual stages.
     """

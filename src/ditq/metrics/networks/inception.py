@@ -21,7 +21,7 @@ STAGES = ("MaxPool_1", "MaxPool_2", "Mixed_5d", "Mixed_6e", "Mixed_7c")
 class InceptionV3(Extractor):
     """The network of published FID, sFID, KID and Inception Score.
 
-    The network resizes pictures itself (to 299 x 299, bilinear without antialias, as in TensorFlow 1) from 8-bit
+    The network resizes images itself (to 299 x 299, bilinear without antialias, as in TensorFlow 1) from 8-bit
     values. ``pooled`` has 2048 features, ``spatial`` 7 x 17 x 17 (Nash et al. 2021), ``probabilities`` are the softmax
     of the 1008 logits without their bias, all as in the evaluators of those papers.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditq.models.pipeline import Generators, VideoPipeline
 
-PICTURE_RATE = 120  # frames a second that v1.2 is told for a single picture
+PICTURE_RATE = 120  # frames a second that v1.2 is told for a single image
 
 
 class OpenSoraPipeline(VideoPipeline):

@@ -56,7 +56,7 @@ class STDiT3(Around):
     """STDiT3-XL/2 by default. Masks of frames (image and video conditions) are not supported.
 
     Args:
-        input_sq_size: side of the pictures, in pixels, whose positions count 1, 2, 3 ...
+        input_sq_size: side of the images, in pixels, whose positions count 1, 2, 3 ...
     """
 
     _no_split_modules = ["STDiT3Block"]

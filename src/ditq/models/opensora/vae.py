@@ -212,6 +212,6 @@ class OpenSoraVAE(ModelMixin, ConfigMixin):
         )
 
     def _by_picture(self, video: Tensor, function: Any) -> Tensor:
-        """A function of pictures over all frames of [B, C, T, H, W], a few at a time."""
+        """A function of images over all frames of [B, C, T, H, W], a few at a time."""
         pictures = video.transpose(1, 2).flatten(0, 1).split(self.config["micro_batch_size"])
         return torch.cat([function(some) for some in pictures]).unflatten(0, (len(video), -1)).transpose(1, 2)

@@ -14,7 +14,7 @@ from ditq.openvino.options import Attention
 from ditq.openvino.probe import core
 from ditq.openvino.settings import PRECISION
 
-# Fewer pairs of a query and a key take no time worth a rounding: the frames of a clip, small pictures and their texts.
+# Fewer pairs of a query and a key take no time worth a rounding: the frames of a clip, small images and their texts.
 LONG = 128 * 128
 
 KIND = "ScaledDotProductAttention"
