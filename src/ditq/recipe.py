@@ -260,7 +260,7 @@ class Recipe(_Strict):
             idle["fit_groups"] = "no format has groups"
         if not self.needs_calibration:
             idle["calibration"] = "it needs no calibration"
-        labels = {"method": "a label, which decides nothing; use balance.* and rounding", "name": "a label",
+        labels = {"method": "a label that decides nothing; set balance.* or rounding instead", "name": "a label",
                   "paper": "a label", "description": "a label"}  # fmt: skip
         return idle | labels
 
