@@ -151,7 +151,7 @@ def test_latent_error_is_minus_the_sqnr_that_compare_reports() -> None:
 
 
 def test_candidates_that_all_draw_nan_are_an_error() -> None:
-    with pytest.raises(DitqError, match="All 5 candidates draw NaN"):
+    with pytest.raises(DitqError, match="All 5 candidates generate NaN"):
         search(fitness=Fitness("nan", lambda reference, drawn: math.nan))
 
 
@@ -212,7 +212,7 @@ def test_one_of_two_experts_is_searched_on_its_own_timesteps() -> None:
     assert result.plans == {"transformer_2": result.plan}
     assert seen == [2 * 2]  # of the 4 steps the second half, both conditions
     assert plan_of(pipe.transformer) is None
-    with pytest.raises(UsageError, match="has no transformer_3; it has transformer, transformer_2"):
+    with pytest.raises(UsageError, match="does not have a transformer_3; it has transformer, transformer_2"):
         ditq.search(videos.wan_of_two_experts(), "rtn-w4a4", PROMPTS[:1], component="transformer_3", **WAN)
     with pytest.raises(DitqError, match="transformer_2 is not called"):
         ditq.search(

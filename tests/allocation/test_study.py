@@ -170,9 +170,9 @@ def test_a_storage_of_somebody_elses_study_is_refused_and_left_alone(tmp_path: P
 def test_a_file_that_is_no_storage_is_refused(content: bytes, tmp_path: Path) -> None:
     storage = tmp_path / "search"
     storage.write_bytes(content)
-    with pytest.raises(UsageError, match="is no storage of a search"):
+    with pytest.raises(UsageError, match="is not a storage of a search"):
         search(storage)
-    with pytest.raises(UsageError, match="cannot be opened|is no storage"):
+    with pytest.raises(UsageError, match="cannot be opened|is not a storage"):
         search(tmp_path)
 
 

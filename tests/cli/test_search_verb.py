@@ -90,7 +90,7 @@ def test_search_shows_the_best_so_far_and_what_comes_next(
         (["--strategy", "annealing"], 2, "Unknown strategy 'annealing'"),
         (["--fitness", "beauty"], 2, "Unknown fitness 'beauty'"),
         (["--fitness", "kid"], 2, "--real FOLDER"),
-        (["--crossover", "40", "--mutation", "40"], 2, "places"),
+        (["--crossover", "40", "--mutation", "40"], 2, "population of 50"),
         (["--seed", "7", *SPACE, *NUMBERS], 2, "seed is 0 there, 7 here"),
     ],
 )

@@ -361,7 +361,7 @@ def test_empty_prompts_file(pipeline: Path, tmp_path: Path, capsys: pytest.Captu
     empty, out = tmp_path / "empty.txt", tmp_path / "out"
     empty.write_text("\n \n")
     result = ditq(capsys, "quantize", pipeline, "--prompts", empty, "--out", out)
-    check_failure(result, 2, "empty", "one prompt a line", left=out)
+    check_failure(result, 2, "empty", "one prompt per line", left=out)
 
 
 def test_no_prompts_for_a_recipe_that_needs_them(

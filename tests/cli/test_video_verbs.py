@@ -84,7 +84,7 @@ def test_pictures_come_in_other_formats_and_sizes(
     ("options", "words"),
     [
         (("--frames", 8), ("LattePipeline", "3 frames", "--frames 8")),
-        (("--format", "png"), ("LattePipeline draws videos", "gif, mp4", "'png'", "sheet.png")),
+        (("--format", "png"), ("LattePipeline generates videos", "gif, mp4", "'png'", "sheet.png")),
         (("--format", "gif,avi"), ("'avi'",)),
     ],
     ids=["frames", "picture-format", "unknown-format"],
@@ -99,9 +99,9 @@ def test_what_does_not_fit_a_pipeline_of_videos(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--frames", 8), ("PixArtAlphaPipeline draws images", "--frames")),
-        (("--fps", 8), ("PixArtAlphaPipeline draws images", "--fps")),
-        (("--format", "mp4"), ("PixArtAlphaPipeline draws images", "png, jpg, webp", "'mp4'")),
+        (("--frames", 8), ("PixArtAlphaPipeline generates images", "--frames")),
+        (("--fps", 8), ("PixArtAlphaPipeline generates images", "--fps")),
+        (("--format", "mp4"), ("PixArtAlphaPipeline generates images", "png, jpg, webp", "'mp4'")),
     ],
     ids=["frames", "fps", "video-format"],
 )
@@ -162,7 +162,7 @@ def test_models_of_other_lengths_cannot_be_compared(
 def test_demo_of_videos_refuses_a_model_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--video", "--model", "bundled:emoji-t2i", "--out", tmp_path / "d")
     status, _, err = ditq(capsys, "demo", *arguments)
-    check(status, err, ("bundled:emoji-t2i draws images", "--video", "bundled:emoji-video"), tmp_path / "d")
+    check(status, err, ("bundled:emoji-t2i generates images", "--video", "bundled:emoji-video"), tmp_path / "d")
 
 
 def test_demo_of_videos_ends_in_one_animation(

@@ -110,8 +110,8 @@ def test_video_and_latents_come_back_exactly(cache: PictureCache) -> None:
     cache.put("ab12", Sample(frames, torch.randn(4, 2, 3), [9.0, 5.0, 2.0, 1.0], 0.5))
     found = cache.get("ab12")
     assert found is not None
-    assert isinstance(found.picture, list)
-    assert [f.tobytes() for f in found.picture] == [f.tobytes() for f in frames]
+    assert isinstance(found.image, list)
+    assert [f.tobytes() for f in found.image] == [f.tobytes() for f in frames]
     assert (found.timesteps, found.seconds, found.trajectory.shape) == ([9.0, 5.0, 2.0, 1.0], 0.5, (4, 2, 3))
     assert cache.get("cd34") is None
 

@@ -52,7 +52,7 @@ def test_allegro_has_no_frame_before_the_others() -> None:
 
 
 def test_pictures_have_no_frames_and_some_models_one_size() -> None:
-    with pytest.raises(UsageError, match="PixArtAlphaPipeline draws images"):
+    with pytest.raises(UsageError, match="PixArtAlphaPipeline generates images"):
         size_arguments(tiny_pixart(), frames=8)
     with pytest.raises(UsageError, match="leave out --height"):
         size_arguments(tiny_dit(), height=32)

@@ -183,7 +183,7 @@ def test_model_gives_the_same_for_merged_calls(name: str, any_time: bool) -> Non
 
 def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
     statistics = Statistics(torch.tensor([1.0]), {}, [call(1.0, processor=object())])
-    with pytest.raises(DitqError, match=r"'processor' of the transformer cannot be kept"):
+    with pytest.raises(DitqError, match=r"'processor' of the transformer cannot be saved"):
         statistics.save(tmp_path / "s.safetensors")
     with pytest.raises(DitqError, match="without its argument 'hidden_states'"):
         recorder().record({"timestep": 3}, 3.0)

@@ -27,7 +27,7 @@ def test_record_gives_what_the_pipeline_calls_its_transformer_with(make, name, c
 
 
 def test_record_names_an_unknown_class() -> None:
-    with pytest.raises(UsageError, match="knows no class 'zebra'"):
+    with pytest.raises(UsageError, match="does not have a class 'zebra'"):
         first_call(tiny_dit(), architectures.load("dit"), ["zebra"])
 
 
