@@ -1,4 +1,4 @@
-"""compare: any number of models, from paths or in memory, drawn once, reported as data."""
+"""compare: any number of models, from paths or in memory, sampled once, reported as data."""
 
 from __future__ import annotations
 

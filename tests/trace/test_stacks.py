@@ -1,4 +1,4 @@
-"""What blocks are called with, and whether they are a plain chain."""
+"""Arguments and outputs of blocks, and whether the blocks are a plain chain."""
 
 from __future__ import annotations
 
