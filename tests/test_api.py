@@ -60,7 +60,9 @@ def test_front_door_is_a_table_of_contents() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["viditq-w4a8", "smoothquant-w8a8", "rtn-static-w8a8", "quarot-w6a6"])
-def test_quantized_pipeline_saved_and_reloaded_draws_the_same_picture(recipe: str, name: str, tmp_path: Path) -> None:
+def test_quantized_pipeline_saved_and_reloaded_generates_the_same_image(
+    recipe: str, name: str, tmp_path: Path
+) -> None:
     pipe = PIPELINES[name]()
     exact = draw(pipe)
     overrides = [*QUICK, *alphas(recipe)]
@@ -417,7 +419,7 @@ def test_damaged_16_bit_pipeline_is_a_checkpoint_error(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- compare
 
 
-def test_compare_gives_paired_values(name: str) -> None:
+def test_compare_returns_paired_values(name: str) -> None:
     reference, other = PIPELINES[name](), PIPELINES[name]()
     ditq.quantize(other, "rtn-w4a8")
     seen: list[tuple[str, int, int]] = []

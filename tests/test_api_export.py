@@ -310,7 +310,7 @@ def test_what_cannot_be_exported(
 ) -> None:
     _, source, _ = folders
     tiny_pixart().save_pretrained(tmp_path / "plain")
-    with pytest.raises(UsageError, match="quantized; run ditq quantize"):
+    with pytest.raises(UsageError, match="quantized by ditq; run ditq quantize"):
         api.export(tmp_path / "plain", tmp_path / "out")
     with pytest.raises(UsageError, match="Unknown kind of shapes 'fixed'"):
         api.export(source, tmp_path / "out", shapes="fixed")

@@ -1,4 +1,4 @@
-"""compare: any number of models, from paths or in memory, drawn once, reported as data."""
+"""compare: any number of models, from paths or in memory, sampled once, reported as data."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_bundled_reference_brings_its_network_and_its_artwork() -> None:
 
 @pytest.mark.parametrize(
     ("models", "complaint"),
-    [([], "nothing to compare"), (["x/m", "x/m"], "one name")],
+    [([], "nothing to compare"), (["x/m", "x/m"], "same name")],
 )
 def test_wrong_lists_are_refused(models: list[str], complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):

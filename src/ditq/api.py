@@ -1,4 +1,4 @@
-"""The verbs: quantize, load, save, export, search (and compare, in ``comparison``). What they do is in the folders."""
+"""The verbs: quantize, load, save, export and search; compare is in ``comparison``. The subpackages implement them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Result:
-    """What :func:`quantize` did.
+    """The result of :func:`quantize`.
 
     Attributes:
-        model: the quantized transformer (it was changed in place).
+        model: the quantized transformer, changed in place.
         plan: the complete plan, also saved with the checkpoint.
         seconds: time of each stage.
-        engine: who runs it, and on which device.
+        engine: the engine that runs the model, and its device.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class Result:
     engine: str
 
     def summary(self) -> str:
-        """A table of what was done to which layer, memory and average bits, as text."""
+        """A table of the quantized layers, memory and average bits, as text."""
         from ditq.report.tables import plan_text
 
         return plan_text(self.plan, engine=self.engine)
@@ -73,22 +73,22 @@ def quantize(
 
     Args:
         pipe: a diffusers pipeline, or its transformer.
-        recipe: name of a recipe, path of a YAML file, a :class:`Recipe`, or a :class:`Plan` to carry out.
-        prompts: what calibration draws: prompts, or class names or numbers for a class-conditional pipeline.
+        recipe: name of a recipe, path of a YAML file, a :class:`Recipe`, or a :class:`Plan` to apply.
+        prompts: calibration prompts, or class names or numbers for a class-conditional pipeline.
         calibrate_with: for a bare transformer: a function that runs it on representative inputs.
-        statistics: finished statistics, instead of calibrating here.
-        calibration: how to calibrate for a Plan that needs it; a recipe says so itself.
+        statistics: optional, if already computed; replaces the calibration.
+        calibration: calibration settings for a Plan that needs calibration; a recipe has its own.
         overrides: ``key=value`` assignments to recipe fields; a single one may be a string.
-        seed: of a recipe's rotations and calibration, 0 by default; a Plan carries its own.
-        architecture: name or YAML file, where the transformer's class is not known to ditq.
-        component: which transformer of the pipeline, by default "transformer", see :mod:`ditq.components`. The second
-            is calibrated on what the first, quantized or not, hands over to it.
-        cache, resume: of calibration by prompts, see :func:`ditq.calibration.calibrate`.
+        seed: of a recipe's rotations and calibration, 0 by default; a Plan has its own.
+        architecture: name or YAML file, if ditq does not support the transformer's class.
+        component: name of the transformer in the pipeline, by default "transformer", see :mod:`ditq.components`. The
+            second is calibrated on the latents of the first as it is, quantized or not.
+        cache, resume: of calibration with prompts, see :func:`ditq.calibration.calibrate`.
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: an unknown recipe or architecture, no prompts where calibration is needed, a
-            transformer that is quantized already, or an argument that would have no effect.
+        UsageError: an unknown recipe or architecture, no prompts for a recipe that needs calibration, a
+            transformer that is quantized already, or an argument without effect.
         DitqError: NaN or Inf in weights or activations; nothing to quantize.
 
     Example:
@@ -108,7 +108,7 @@ def quantize(
     arch = architectures.load(architecture) if architecture else architectures.match(model)
     requests.check_weights(model)
     if isinstance(job, Recipe):
-        draft(model, arch, job)  # refuses formats that do not fit the layers before calibration takes its time
+        draft(model, arch, job)  # refuses formats that do not fit the layers before the slow calibration
     seconds: dict[str, float] = {}
     training = model.training
     model.eval()
@@ -142,12 +142,14 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -
     """A pipeline from a folder, a hub id or ``bundled:NAME``, 16-bit or quantized by ditq.
 
     Args:
-        dtype: of the parameters and of what is computed in floats; by default what diffusers chooses.
-        kwargs: of ``DiffusionPipeline.from_pretrained``.
+        path: folder, hub id or ``bundled:NAME``.
+        dtype: of the parameters and of the floating-point computation; by default the choice of diffusers.
+        kwargs: further arguments of ``DiffusionPipeline.from_pretrained``.
 
     Raises:
-        UsageError: the folder is no diffusers pipeline, or has no transformer; no such bundled model.
-        CheckpointError: its files are damaged, or do not fit their plan.
+        UsageError: the folder is not a diffusers pipeline, the pipeline does not have a transformer, or there is no
+            bundled model of this name.
+        CheckpointError: files are damaged, or do not fit their plan.
 
     Example:
         >>> import ditq
@@ -156,20 +158,23 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -
     """
     pipe = load_pipeline(resolve(path), dtype, **kwargs)
     if getattr(pipe, "transformer", None) is None:
-        raise UsageError(f"{path} is a {type(pipe).__name__}, which has no transformer to quantize.")
+        raise UsageError(f"{path} is a {type(pipe).__name__}, which does not have a transformer to quantize.")
     return pipe
 
 
 def save(pipe: Any, out: str | Path, *, source: str | Path | None = None, overwrite: bool = False) -> Path:
-    """Writes a pipeline to a new folder: all of it, or nothing.
+    """Writes a pipeline to a new folder. If it fails, nothing is left behind.
 
     Args:
-        source: where the pipeline came from; components that ditq does not touch are copied from there unchanged.
-        overwrite: replaces a folder that is there.
+        pipe: a diffusers pipeline.
+        out: folder to write.
+        source: folder or name from which the pipeline was loaded; components that ditq does not change are copied
+            from it.
+        overwrite: replaces an existing folder.
 
     Raises:
-        UsageError: the folder exists.
-        DitqError: it cannot be written (read-only, full disk); nothing is left behind.
+        UsageError: the folder exists already.
+        DitqError: the folder cannot be written (read-only, full disk).
 
     Example:
         >>> import ditq
@@ -199,33 +204,35 @@ def export(
     seed: int | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Copies a pipeline that ditq has quantized, with its blocks as graphs of another runtime beside the weights.
+    """Copies a quantized pipeline and adds its blocks as graphs of another runtime.
 
-    ``DiffusionPipeline.from_pretrained(out)`` then runs them, inside the same pipeline. The checkpoint itself stays
-    whole: ``with ditq.use_engine("torch")`` loads it without the graphs.
+    ``DiffusionPipeline.from_pretrained(out)`` then runs the graphs inside the same pipeline. The copy still has the
+    whole checkpoint: ``with ditq.use_engine("torch")`` loads it without the graphs.
 
     Args:
-        source: a folder.
+        source: folder of a pipeline quantized by ditq.
+        out: folder to write; must not exist.
         engine: "openvino".
-        shapes: "dynamic" compiles the graphs once for calls of any size; "static" anew for each size that comes,
-            which takes seconds and is faster from then on.
-        attention: "bf16" computes its two products in bf16 where they are long (shapes="static" only), "f32" as
-            everything else in float32; "auto" is bf16 on CPUs that have the instructions for it. "int8" rounds queries
-            and keys to 8 bits, with static scales found by drawing ``prompts``, and is as "auto" otherwise.
+        shapes: "dynamic" compiles the graphs once for all sizes. "static" compiles them for each new size, which
+            takes seconds; later calls of that size are faster.
+        attention: precision of its two products. "f32" is float32. "bf16" is bf16 for long sequences, with
+            shapes="static" only. "auto" is bf16 on CPUs with bf16 instructions. "int8" rounds queries and keys to
+            8 bits with static scales, calibrated on ``prompts``, and is like "auto" otherwise.
         options: of the runtime by its own names, e.g. ``{"INFERENCE_NUM_THREADS": 4}``; kept in the config.
-        condition: what an example call draws; any prompt or class will do.
-        prompts, seed, progress: as in :func:`quantize`, for attention="int8" only; at most 16 prompts are drawn.
-            Where a pipeline names its classes, these by default.
-        whole_pipeline: the decoder of the VAE and T5 text encoders become graphs too, in floats.
-        allow_float: takes layers that the runtime cannot execute on integers.
+        condition: prompt or class of the example call; any will do.
+        prompts, seed, progress: as in :func:`quantize`, for attention="int8" only. At most 16 prompts are used; by
+            default the class names of the pipeline, if it has them.
+        whole_pipeline: also exports the decoder of the VAE and T5 text encoders, in floating point.
+        architecture: name or YAML file, if ditq does not support the transformer's class.
+        allow_float: accepts layers that the runtime executes in floating point.
 
     Returns:
         How the layers are executed, as text.
 
     Raises:
-        UsageError: an unknown engine or option, a source that is not a folder quantized by ditq, or an existing
-            ``out``; prompts or a seed that attention of this kind has no use for.
-        DitqError: the runtime is not available, or would execute a quantized layer in floats.
+        UsageError: an unknown engine or option, a source that is not a folder quantized by ditq, an existing
+            ``out``, or prompts or a seed for attention other than "int8".
+        DitqError: the runtime is not available, or would execute a quantized layer in floating point.
 
     Example:
         >>> import ditq
@@ -242,7 +249,7 @@ def export(
     folder = resolve(source)
     plans = read_plans(folder) if isinstance(folder, Path) else {}
     if not isinstance(folder, Path) or not plans:
-        raise UsageError(f"{source} is no folder with a pipeline that ditq has quantized; run ditq quantize first.")
+        raise UsageError(f"{source} is not a folder with a pipeline quantized by ditq; run ditq quantize first.")
     settings = {"name": engine, "shapes": shapes, "attention": attention, "options": dict(options or {})}
     with new_folder(out) as temporary:
         check_properties(options or {})
@@ -271,14 +278,15 @@ def search(
     arguments: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> SearchResult:
-    """Finds a group size for every linear layer; carry ``result.plan`` out on a fresh pipeline with :func:`quantize`.
+    """Searches a group size for every linear layer; apply ``result.plan`` to a fresh pipeline with :func:`quantize`.
 
     Args:
-        pipe: a 16-bit pipeline. It is used up: its transformers are left as the best candidates.
+        pipe: a 16-bit pipeline. The search changes it: its transformers become the best candidates.
         recipe, overrides: formats and balance of the layers, see :func:`quantize`.
-        prompts: what every candidate samples: prompts, or class names or numbers.
-        component: which transformer of the pipeline; by default all, one after the other. The second is searched on
-            what the first, left as its best candidate, hands over to it; ``result.plans`` has the plan of each.
+        prompts: prompts, or class names or numbers, that every candidate samples.
+        architecture: name or YAML file, if ditq does not support the transformer's class.
+        component: name of the transformer to search; by default all, one after the other. The second is searched
+            with the first as its best candidate. ``result.plans`` has the plan of each.
         seed, steps, guidance_scale, batch_size, arguments: see :class:`ditq.sampling.Sampling`.
         options: of :func:`ditq.allocation.search`: strategy, trials, sizes, budget, fitness, storage ...
 
@@ -288,13 +296,13 @@ def search(
     Example:
         >>> import ditq
         >>> pipe = ditq.load("bundled:emoji-class")
-        >>> found = ditq.search(pipe, "rtn-w4a8", ["0", "1"], sizes=[64, 128, 256], trials=2, steps=2)
-        >>> found.strategy, len(found.scored)
+        >>> result = ditq.search(pipe, "rtn-w4a8", ["0", "1"], sizes=[64, 128, 256], trials=2, steps=2)
+        >>> result.strategy, len(result.scored)
         ('evolution', 2)
     """
     models = requests.float_transformers(pipe, component)
     if len(models) > 1 and options.get("statistics") is not None:
-        raise UsageError("Statistics are those of one transformer: say of which by component='transformer'.")
+        raise UsageError("statistics= are those of one transformer: name it, e.g. component='transformer'.")
     sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
     loaded = load_recipe(recipe).override(list(overrides))
     results = []
@@ -307,4 +315,4 @@ def search(
 
 
 transformers = transformer_names
-"""Its name in ditq 0.1."""
+"""Alias with the name that it had in ditq 0.1."""

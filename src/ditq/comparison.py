@@ -1,4 +1,4 @@
-"""``compare``: one 16-bit model and any number of quantized ones on the same prompts and noise, measured."""
+"""``compare``: measures any number of quantized models against a 16-bit one on the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from ditq.sampling import PictureCache, Samples, Sampling, condition_list, first
 
 BUNDLED_NETWORK = "emoji-classifier"
 
-# A pipeline; a path (folder, hub id, bundled:NAME) or a function without arguments, which give one when it is needed;
-# or Samples.
+# A pipeline; a path (folder, hub id, bundled:NAME) or a function without arguments, from which the pipeline is loaded
+# when it is needed; or Samples.
 Side = Any
 
 
@@ -42,10 +42,15 @@ class Subject:
     """One model of a comparison.
 
     Attributes:
-        pipeline: the name of its class; empty where only samples were given.
-        plans: of the transformers that are quantized, by component.
-        bytes_of: bytes of each transformer's parameters as they are stored; those not quantized count as 16 bit.
-        errors, step_time: of a quantized model beside the reference; None where only samples were given.
+        name: of the model in tables and reports.
+        path: folder, hub id or ``bundled:NAME``; empty if the model was not loaded from one.
+        samples: the images or videos that the model generated.
+        pipeline: class name of the pipeline; empty if only samples were passed.
+        plans: plans of the quantized transformers, by component.
+        bytes_of: stored bytes of each transformer's parameters; those not quantized count as 16 bit.
+        scheduler: class name of the scheduler; empty if only samples were passed.
+        errors: layer errors of a quantized model against the reference; None if they were not measured.
+        step_time: time of one transformer call; None if it was not measured.
     """
 
     name: str
@@ -60,23 +65,26 @@ class Subject:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the first transformer that is quantized; most pipelines have one."""
+        """The plan of the first quantized transformer; None if there is none."""
         return next(iter(self.plans.values()), None)
 
     @property
     def transformer_bytes(self) -> int:
-        """Of all transformers together."""
+        """Bytes of all transformers together."""
         return sum(self.bytes_of.values())
 
 
 @dataclass
 class Comparison:
-    """Models on the same prompts and seeds.
+    """The result of :func:`compare`: models on the same prompts and seeds.
 
     Attributes:
-        models: the quantized ones by name.
-        measurement: every metric of every model, differences, what was skipped and why.
+        reference: the 16-bit model.
+        models: the quantized models by name.
+        measurement: every metric of every model, differences between models, and skipped metrics with the reason.
         settings: seed, steps, guidance scale and batch size of the run.
+        real: real images or videos, if they were used.
+        environment: versions and hardware.
     """
 
     reference: Subject
@@ -93,16 +101,21 @@ class Comparison:
 
     @property
     def values(self) -> dict[str, list[float]]:
-        """The same, prompt by prompt, of the metrics that have a value for each."""
+        """Values per prompt of the first quantized model, for the metrics that have one per prompt."""
         return next(v for name, v in self.measurement.values.items() if name)
 
     @property
     def other(self) -> Samples:
-        """What the first quantized model drew."""
+        """The samples of the first quantized model."""
         return next(iter(self.models.values())).samples
 
     def report(self, title: str = "", command: str = "") -> Report:
-        """Everything that was measured, as the data of ``report.json``."""
+        """The whole measurement as the data of ``report.json``.
+
+        Args:
+            title: of the report; by default the names of the models.
+            command: command line that repeats the comparison.
+        """
         samples = self.reference.samples
         first = samples.images[0]
         width, height = first[0].size if samples.is_video else first.size
@@ -138,14 +151,14 @@ class Comparison:
         return report
 
     def pictures(self) -> dict[str, list[Any]]:
-        """What every model drew, the reference first."""
+        """The images or videos of every model by name, the reference first."""
         return {s.name: s.samples.images for s in (self.reference, *self.models.values())}
 
     def as_dict(self) -> dict[str, Any]:
         """The stable JSON of ``ditq compare --json``; metrics at the top are those of the first quantized model."""
         scores = {
-            name: {metric: _score_json(score) for metric, score in found.items()}
-            for name, found in self.measurement.scores.items()
+            name: {metric: _score_json(score) for metric, score in by_metric.items()}
+            for name, by_metric in self.measurement.scores.items()
         }
         return {
             "pairs": len(self.reference.samples.images),
@@ -179,34 +192,39 @@ def compare(
     dtype: torch.dtype | None = None,
     progress: api.Progress | None = None,
 ) -> Comparison:
-    """Draws the same prompts with the same noise by all pipelines and compares them pair by pair.
+    """Generates the same prompts with the same noise by all pipelines and compares the images pair by pair.
 
-    Paths are loaded (and functions called) one after the other, so that at most two models are in memory. Any side
-    may be finished :class:`Samples`, so that a reference is drawn once for many models.
+    Paths are loaded (and functions called) one after the other, so that at most two models are in memory. Any model
+    may be passed as finished :class:`Samples`, so that a reference is sampled once for many models.
 
     Args:
-        quantized: one model, a list (named by their folders) or a mapping of names.
+        reference: the 16-bit model: a pipeline, a path, a function that returns a pipeline, or samples.
+        quantized: one model, a list (named by their folders) or a mapping from names to models.
+        prompts: prompts, or class names or numbers. Not needed if all models are samples.
+        seed, steps, guidance_scale, batch_size: see :class:`ditq.sampling.Sampling`.
         arguments: of the pipelines' calls, e.g. ``{"height": 256, "width": 256, "num_frames": 17}``.
+        architecture: name or YAML file, if ditq does not support the transformer's class.
         metrics, network: see :func:`ditq.metrics.measure.measure`.
-        real: real images or videos, or a folder of them. A ``bundled:`` reference of images brings its own, with
-            its own network.
+        real: real images or videos, or a folder of them. A ``bundled:`` reference of images has default real images
+            with a feature network of their own.
         cache: where images are kept; None keeps none.
-        explain: prompts on which the error of every layer and the time of a transformer call are measured
-            (0: neither), where both sides are models. Of two transformers (Wan 2.2) each layer of both.
-        device, dtype: of pipelines that are loaded here.
+        explain: number of prompts on which the error of every layer and the time of a transformer call are measured,
+            if both sides are models; 0 measures neither. With two transformers (Wan 2.2), the layers of both.
+        device, dtype: of pipelines that are loaded from a path.
         progress: called with (stage, done, total).
 
     Raises:
-        UsageError: no prompts or an empty one, two models of one name, or see :func:`ditq.metrics.measure.measure`.
-        DitqError: a model draws NaN or Inf.
+        UsageError: no prompts or an empty prompt, two models with the same name, or see
+            :func:`ditq.metrics.measure.measure`.
+        DitqError: a model generates NaN or Inf.
 
     Example:
         >>> import ditq
         >>> pipe = ditq.load("bundled:emoji-t2i")
         >>> plan = ditq.quantize(pipe, "rtn-w8a8").plan
         >>> prompts = [f"a noto style emoji of a {thing}" for thing in ("dog", "red apple", "house")]
-        >>> found = ditq.compare("bundled:emoji-t2i", {"W8A8": pipe}, prompts, steps=2)
-        >>> found.metrics["psnr_db"].mean > 30, found.metrics["psnr_db"].n
+        >>> result = ditq.compare("bundled:emoji-t2i", {"W8A8": pipe}, prompts, steps=2)
+        >>> result.metrics["psnr_db"].mean > 30, result.metrics["psnr_db"].n
         (True, 3)
     """
     named = _named(quantized)
@@ -239,7 +257,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Run:
-    """What all sides of one comparison share; see :func:`compare`."""
+    """Settings shared by all sides of one comparison; see :func:`compare`."""
 
     prompts: Sequence[str] | None
     sampling: Sampling
@@ -250,7 +268,7 @@ class _Run:
     progress: api.Progress | None
 
     def open(self, side: Side) -> Any:
-        """The pipeline of a side, loaded or made now if need be; or its samples."""
+        """The pipeline of a side, loaded if necessary; or its samples."""
         if isinstance(side, FunctionType):
             return side()
         if not isinstance(side, str | Path):
@@ -271,7 +289,7 @@ class _Run:
             on_batch=self._ticker(stage, len(prompts)),
         )  # fmt: skip
         if not bool(torch.isfinite(samples.trajectory).all()):
-            raise DitqError(f"The {stage} model draws NaN or Inf.")
+            raise DitqError(f"The {stage} model generates NaN or Inf.")
         models = transformers(pipe)
         return Subject(
             name, path, samples, type(pipe).__name__,
@@ -282,13 +300,13 @@ class _Run:
     def explain(self, base: Any, pipe: Any, name: str, count: int) -> tuple[LayerErrors | None, StepTime, StepTime]:
         """Layer errors on ``count`` prompts, and the times of a transformer call of both pipelines."""
         assert self.prompts is not None
-        architecture, shown = self._architecture_of(base), condition_list(self.prompts)[:count]
-        if any(_compiled(model) for model in transformers(pipe).values()):  # graphs have no layers to look into
+        architecture, prompts = self._architecture_of(base), condition_list(self.prompts)[:count]
+        if any(_compiled(model) for model in transformers(pipe).values()):  # the layers of a graph cannot be hooked
             with torch.no_grad():
-                call = first_call(base, architecture, shown, self.sampling)
+                call = first_call(base, architecture, prompts, self.sampling)
                 return None, *step_times([TimedCall(base.transformer, pipe.transformer, (), call)])
         on_step = self._ticker(f"layers of {name}", 0)
-        return layer_errors(base, pipe, architecture, shown, self.sampling, on_step=on_step)
+        return layer_errors(base, pipe, architecture, prompts, self.sampling, on_step=on_step)
 
     def _architecture_of(self, pipe: Any) -> Architecture:
         if self.architecture:
@@ -296,7 +314,7 @@ class _Run:
         return architectures.match(pipe.transformer)
 
     def _ticker(self, stage: str, total: int) -> Callable[[int], None]:
-        """Adds up what is done and reports it."""
+        """A function that sums finished steps and reports the sum as progress."""
         done = 0
 
         def tick(n: int) -> None:
@@ -309,13 +327,13 @@ class _Run:
 
 
 def _settings(sampling: Sampling) -> dict[str, Any]:
-    """As in the JSON of a comparison; arguments of the pipeline's call only where there are some."""
+    """Settings as in the JSON of a comparison; without an empty ``arguments``."""
     settings = asdict(sampling)
     return settings if sampling.arguments else {k: v for k, v in settings.items() if k != "arguments"}
 
 
 def _score_json(score: Score) -> dict[str, Any]:
-    """What there is to say of one metric; the interval and a verdict that too few pairs leave open are null."""
+    """One metric as JSON. With too few pairs, its interval and its verdict are null."""
     data = score.model_dump(mode="json", exclude_none=True)
     for part in (data, data.get("reference"), data.get("difference")):
         if part is not None:
@@ -354,7 +372,7 @@ def _model_report(
 
 
 def _average_bits(subject: Subject) -> float | None:
-    """Bits of a weight over all transformers of a pipeline, those in 16 bit included; None where all are."""
+    """Average bits per weight over all transformers of a pipeline; None if all of them are in 16 bit."""
     if not subject.plans:
         return None
     if len(subject.bytes_of) == 1:
@@ -369,12 +387,12 @@ def _average_bits(subject: Subject) -> float | None:
 
 
 def bundled_real() -> Real | None:
-    """The artwork that the bundled models learned, as their network sees it."""
+    """Features of the artwork on which the bundled models were trained, by their feature network."""
     import ditq_bundled
 
     try:
         path = Path(ditq_bundled.network(BUNDLED_NETWORK)) / "reference.safetensors"
-    except ValueError:  # an older package of models
+    except ValueError:  # an older version of ditq-bundled
         return None
     return from_features("the artwork it learned", BUNDLED_NETWORK, path)
 
@@ -385,14 +403,14 @@ def _named(quantized: Side | Sequence[Side] | Mapping[str, Side]) -> dict[str, S
     if not isinstance(quantized, list | tuple):
         return {_name(quantized, "quantized"): quantized}
     if not quantized:
-        raise UsageError("There is nothing to compare with: give at least one quantized model.")
+        raise UsageError("There is nothing to compare: pass at least one quantized model.")
     names = [_name(side, f"quantized {i + 1}") for i, side in enumerate(quantized)]
-    if len(set(names)) < len(names):  # folders of one name: tell them apart by their paths
+    if len(set(names)) < len(names):  # folders with the same name: use their paths
         names = [
             str(side) if isinstance(side, str | Path) else name for side, name in zip(quantized, names, strict=True)
         ]
     if len(set(names)) < len(names):
-        raise UsageError(f"Two of the models have one name: {', '.join(names)}. Give a mapping of names instead.")
+        raise UsageError(f"Two models have the same name: {', '.join(names)}. Pass a mapping from names to models.")
     return dict(zip(names, quantized, strict=True))
 
 

@@ -1,11 +1,11 @@
-"""Which components of a pipeline are transformers: the one list that every verb goes by."""
+"""The components of a pipeline that are transformers. Every verb uses this list."""
 
 from __future__ import annotations
 
 from typing import Any
 
 NAMES = ("transformer", "transformer_2")
-"""In the order in which a pipeline calls them: Wan 2.2 A14B has an expert for high and one for low noise."""
+"""In the order in which a pipeline calls them. Wan 2.2 A14B has one expert for high noise and one for low noise."""
 
 
 def transformer_names(pipe: Any) -> list[str]:
@@ -19,10 +19,10 @@ def transformers(pipe: Any) -> dict[str, Any]:
 
 
 def plan_of(model: Any) -> Any:
-    """The :class:`ditq.plan.Plan` that a model was quantized by; None for one in 16 bit."""
+    """The :class:`ditq.plan.Plan` of a quantized model; None for a 16-bit model."""
     return getattr(getattr(getattr(model, "config", None), "quantization_config", None), "plan", None)
 
 
 def prefixed(component: str, layer: str) -> str:
-    """The name of a layer among those of all transformers of a pipeline: the first one's stay as they are."""
+    """A layer name that is unique in the pipeline: the component comes first, except for the first transformer."""
     return layer if component == NAMES[0] else f"{component}.{layer}"

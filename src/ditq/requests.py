@@ -1,4 +1,4 @@
-"""What the callers of a verb ask for, checked: arguments that are wrong, missing, or would have no effect raise."""
+"""Checks the arguments of every verb. Arguments that are wrong, missing or without effect raise an error."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from ditq.recipe import load as load_recipe
 
 
 def float_transformer(pipe: Any, component: str | None) -> nn.Module:
-    """The 16-bit transformer that ``quantize`` shall change."""
+    """The 16-bit transformer to quantize.
+
+    Raises:
+        UsageError: ``pipe`` is neither a pipeline with this component nor a transformer, or it is quantized already.
+    """
     if isinstance(pipe, nn.Module) and component is not None:
         raise UsageError(
-            f"component={component!r} chooses a transformer of a pipeline; got the transformer itself, a "
+            f"component={component!r} chooses a transformer of a pipeline, but the transformer itself was passed, a "
             f"{type(pipe).__name__}. Leave component out."
         )
     name = component or "transformer"
@@ -37,26 +41,32 @@ def float_transformer(pipe: Any, component: str | None) -> nn.Module:
 
 
 def float_transformers(pipe: Any, component: str | None) -> dict[str, nn.Module]:
-    """The 16-bit transformers of a pipeline by name, or the one of this name.
+    """The 16-bit transformers of a pipeline by name; with ``component`` only that one.
 
     Raises:
-        UsageError: it has none of this name, or one is quantized already.
+        UsageError: the pipeline does not have this component, or a transformer is quantized already.
         DitqError: NaN or Inf in weights.
     """
     models = {}
     for name in transformer_names(pipe) if component is None else [component]:
         model = getattr(pipe, name, None)
         if not isinstance(model, nn.Module):
-            raise UsageError(f"{type(pipe).__name__} has no {name}; it has {', '.join(transformer_names(pipe))}.")
+            raise UsageError(
+                f"{type(pipe).__name__} does not have a {name}; it has {', '.join(transformer_names(pipe))}."
+            )
         if getattr(model, "is_quantized", False):
-            raise UsageError("This pipeline is quantized already; load the 16-bit one.")
+            raise UsageError("This pipeline is quantized already; load the 16-bit pipeline.")
         check_weights(model)
         models[name] = model
     return models
 
 
 def job_of(recipe: str | Path | Recipe | Plan, overrides: str | Sequence[str]) -> Recipe | Plan:
-    """What to carry out: a plan as it is, or a recipe with its overrides."""
+    """The plan as it is, or the recipe with its overrides.
+
+    Raises:
+        UsageError: overrides for a plan, or a recipe or override that does not exist.
+    """
     assignments = [overrides] if isinstance(overrides, str) else list(overrides)
     if isinstance(recipe, Plan):
         if assignments:
@@ -67,7 +77,11 @@ def job_of(recipe: str | Path | Recipe | Plan, overrides: str | Sequence[str]) -
 
 
 def seed_of(job: Recipe | Plan, seed: int | None) -> int:
-    """The seed that counts: a plan carries its own."""
+    """The seed to use: that of the plan, or the argument for a recipe.
+
+    Raises:
+        UsageError: a seed was passed with a plan.
+    """
     if isinstance(job, Recipe):
         return seed or 0
     if seed is not None:
@@ -86,32 +100,35 @@ def check_quantize(
     cache: Path | None,
     resume: bool,
 ) -> None:
-    """Refuses arguments of ``quantize`` that would have no effect, and those that are missing.
+    """Refuses arguments of ``quantize`` without effect, and missing ones.
 
     Args:
-        bare: whether a transformer was given instead of a pipeline.
-        calibrating: whether statistics are needed and not there.
+        bare: whether a transformer was passed instead of a pipeline.
+        job: the recipe or plan.
+        calibrating: whether calibration must run: statistics are needed but were not passed.
+        prompts, calibrate_with, statistics, calibration, cache, resume: arguments of ``quantize``.
+
+    Raises:
+        UsageError: an argument has no effect or is missing.
     """
     check_prompts(prompts)
     if isinstance(job, Recipe) and calibration is not None:
         raise UsageError(
-            "calibration= goes with a Plan; a recipe says itself how to calibrate. Change that with overrides, e.g. "
+            "calibration= is for a Plan; a recipe has its own calibration settings. Change them with overrides, e.g. "
             "overrides=['calibration.steps=4']."
         )
     if statistics is not None and (prompts is not None or calibrate_with is not None or calibration is not None):
         raise UsageError(
-            "statistics= are the outcome of a calibration: pass them alone, without prompts, calibrate_with or "
+            "statistics= are the result of a calibration: pass them alone, without prompts, calibrate_with or "
             "calibration."
         )
     if calibrate_with is not None and not bare:
         raise UsageError("calibrate_with= is for a bare transformer; a pipeline is calibrated with prompts=[...].")
     if prompts is not None and bare:
-        raise UsageError(
-            "prompts= need a pipeline that draws them; calibrate a bare transformer with calibrate_with=function."
-        )
+        raise UsageError("prompts= need a pipeline; calibrate a bare transformer with calibrate_with=function.")
     if (cache is not None or resume) and not (calibrating and prompts is not None):
         raise UsageError(
-            "cache= and resume= keep and find batches of calibration prompts; nothing is calibrated by prompts here. "
+            "cache= and resume= have no effect: they are for calibration with prompts, which does not run here. "
             "Leave them out."
         )
     if not calibrating:
@@ -126,13 +143,17 @@ def check_quantize(
 
 
 def check_prompts(prompts: Sequence[str] | None) -> None:
-    """Refuses a single string, which would be taken for a list of characters."""
+    """Refuses a single string, which would be read as a list of characters."""
     if isinstance(prompts, str):
         raise UsageError(f"prompts must be a list of strings, got the string {prompts!r}: pass prompts=[{prompts!r}].")
 
 
 def check_export(engine: str, shapes: str, attention: str, prompts: Sequence[str] | None, seed: int | None) -> None:
-    """Refuses what cannot be exported, and arguments of ``export`` that would have no effect."""
+    """Refuses unknown options of ``export``, and arguments without effect.
+
+    Raises:
+        UsageError: an unknown engine or option, or an argument without effect.
+    """
     if engine != "openvino":
         raise unknown("engine to export to", engine, ["openvino"])
     if shapes not in SHAPES:
@@ -140,7 +161,7 @@ def check_export(engine: str, shapes: str, attention: str, prompts: Sequence[str
     if attention not in ATTENTIONS:
         raise unknown("precision of attention", attention, ATTENTIONS)
     if attention == "bf16" and shapes == "dynamic":
-        raise UsageError("attention='bf16' needs shapes='static': graphs for all sizes compute it in float32.")
+        raise UsageError("attention='bf16' needs shapes='static': dynamic graphs compute attention in float32.")
     check_prompts(prompts)
     if attention != "int8" and (prompts is not None or seed is not None):
         name = "prompts" if prompts is not None else "seed"
@@ -150,7 +171,11 @@ def check_export(engine: str, shapes: str, attention: str, prompts: Sequence[str
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuses a model with NaN or Inf in any parameter, by name."""
+    """Refuses a model with NaN or Inf in a parameter.
+
+    Raises:
+        DitqError: names the parameter.
+    """
     for name, p in model.named_parameters():
         if p.is_floating_point() and not bool(torch.isfinite(p).all()):
             raise DitqError(f"Weight {name!r} of {type(model).__name__} contains NaN or Inf; nothing was quantized.")

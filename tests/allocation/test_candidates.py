@@ -16,7 +16,7 @@ from ditq.recipe import Recipe, load
 ARCH = architectures.load("dit")
 
 
-def made(recipe: Recipe) -> tuple[Any, Candidates, Space, list[Any], Any]:
+def candidates_of(recipe: Recipe) -> tuple[Any, Candidates, Space, list[Any], Any]:
     model = tiny_model("dit")
     statistics = tiny_statistics(model, "dit") if recipe.needs_calibration else None
     layers = plan_layers(model, ARCH, recipe, statistics)
@@ -27,9 +27,9 @@ def made(recipe: Recipe) -> tuple[Any, Candidates, Space, list[Any], Any]:
 
 
 @pytest.mark.parametrize("name", ["rtn-w4a4", "smoothquant-w4a8", "quarot-w4a4"])
-def test_a_candidate_draws_what_its_plan_draws(name: str) -> None:
+def test_a_candidate_generates_the_images_of_its_plan(name: str) -> None:
     recipe = load(name)
-    model, candidates, space, layers, statistics = made(recipe)
+    model, candidates, space, layers, statistics = candidates_of(recipe)
     random = Random(0)
     for genome in (space.random(random), space.random(random), space.coarsest):
         candidates.put(genome)
@@ -45,9 +45,9 @@ def test_a_candidate_draws_what_its_plan_draws(name: str) -> None:
 
 
 def test_gptq_rounds_on_inputs_of_the_16_bit_model() -> None:
-    """In the first block those are the inputs that a plan that is carried out sees, later on they are not."""
+    """In the first block these are also the inputs when a plan is applied; in later blocks they differ."""
     recipe = load("qdit-w3a8")
-    model, candidates, space, layers, statistics = made(recipe)
+    model, candidates, space, layers, statistics = candidates_of(recipe)
     genome = space.random(Random(1))
     candidates.put(genome)
     chosen = {layer.name: layer for layer in space.planned(genome)}
@@ -64,7 +64,7 @@ def test_gptq_rounds_on_inputs_of_the_16_bit_model() -> None:
 
 
 def test_layers_that_keep_their_size_are_not_touched_and_known_ones_not_made_again() -> None:
-    model, candidates, space, _, _ = made(load("rtn-w4a4"))
+    model, candidates, space, _, _ = candidates_of(load("rtn-w4a4"))
     first = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     genome = (16, *space.coarsest[1:])
     candidates.put(genome)

@@ -80,7 +80,7 @@ def test_it_beats_random_search_on_the_toy() -> None:
     ("numbers", "word"),
     [
         ({"population": 0}, "population"),
-        ({"crossover": 30, "mutation": 30}, "places"),
+        ({"crossover": 30, "mutation": 30}, "must not exceed the population"),
         ({"probability": 0.0}, "probability"),
         ({"mutation": -1}, "mutation"),
     ],

@@ -1,4 +1,4 @@
-"""The search on a tiny pipeline: what it returns is what a fresh pipeline draws with its plan."""
+"""The search on a tiny pipeline: a fresh pipeline with the resulting plan generates the same images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def search(pipe: Any = None, recipe: str = "rtn-w4a4", **options: Any) -> Search
     return ditq.search(pipe or tiny_dit(), recipe, CLASSES[:2], **{**defaults, **options})
 
 
-def test_the_plan_draws_on_a_fresh_pipeline_what_the_candidate_drew() -> None:
+def test_the_plan_on_a_fresh_pipeline_generates_the_images_of_the_candidate() -> None:
     pipe = tiny_dit()
     result = search(pipe, fitness=LATENT)
     sizes = {layer.weight.group_size for layer in result.plan.quantized}
@@ -63,8 +63,8 @@ def test_prediction_error_is_measured_on_the_inputs_of_the_16_bit_model() -> Non
     api.quantize(fresh, result.plan)
     errors = []
     with torch.no_grad():
-        for args, kwargs, wanted in calls:
-            for a, b in zip(wanted.double(), fresh.transformer(*args, **kwargs)[0].double(), strict=True):
+        for args, kwargs, expected in calls:
+            for a, b in zip(expected.double(), fresh.transformer(*args, **kwargs)[0].double(), strict=True):
                 errors.append(10 * math.log10((b - a).square().sum() / a.square().sum()))
     assert len(errors) == 2 * 2 * 2  # steps, images, halves of the guidance
     assert result.fitness == pytest.approx(sum(errors) / len(errors), abs=1e-6)
@@ -75,7 +75,7 @@ def test_searches_repeat_themselves_by_seed() -> None:
     assert search().scored != search(seed=1).scored
 
 
-def test_bit_operations_are_those_of_one_picture() -> None:
+def test_bit_operations_are_those_of_one_image() -> None:
     # 16 tokens (an 8 x 8 latent in patches of 2), both halves of the guidance, 2 steps; 2 blocks of width 128.
     uniform = search(strategy="uniform", budget="uniform:64", sizes=(64, 128))
     assert uniform.genome == (64,) * 12
@@ -118,7 +118,7 @@ def test_candidates_are_rounded_as_the_recipe_asks() -> None:
 
 
 @pytest.mark.parametrize("moments", [1, 2, 3])
-def test_moments_of_every_picture(moments: int) -> None:
+def test_moments_of_every_image(moments: int) -> None:
     seen: list[list[int]] = []
 
     def count(reference: Any, outputs: Any) -> float:
@@ -127,7 +127,7 @@ def test_moments_of_every_picture(moments: int) -> None:
 
     search(fitness=Fitness("count", count, "outputs"), moments=moments, steps=3, trials=1, batch_size=1)
     assert sum(seen[0]) == 2 * moments * 2  # images, moments, halves of the guidance
-    assert len(seen[0]) <= 3  # images of one timestep side by side
+    assert len(seen[0]) <= 3  # images of one timestep are merged
 
 
 def test_a_text_model_with_balance() -> None:
@@ -151,8 +151,8 @@ def test_latent_error_is_minus_the_sqnr_that_compare_reports() -> None:
 
 
 def test_candidates_that_all_draw_nan_are_an_error() -> None:
-    with pytest.raises(DitqError, match="All 5 candidates draw NaN"):
-        search(fitness=Fitness("nan", lambda reference, drawn: math.nan))
+    with pytest.raises(DitqError, match="All 5 candidates generate NaN"):
+        search(fitness=Fitness("nan", lambda reference, candidate: math.nan))
 
 
 def test_usage_errors() -> None:
@@ -212,7 +212,7 @@ def test_one_of_two_experts_is_searched_on_its_own_timesteps() -> None:
     assert result.plans == {"transformer_2": result.plan}
     assert seen == [2 * 2]  # of the 4 steps the second half, both conditions
     assert plan_of(pipe.transformer) is None
-    with pytest.raises(UsageError, match="has no transformer_3; it has transformer, transformer_2"):
+    with pytest.raises(UsageError, match="does not have a transformer_3; it has transformer, transformer_2"):
         ditq.search(videos.wan_of_two_experts(), "rtn-w4a4", PROMPTS[:1], component="transformer_3", **WAN)
     with pytest.raises(DitqError, match="transformer_2 is not called"):
         ditq.search(

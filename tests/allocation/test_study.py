@@ -44,10 +44,10 @@ def wait_for(log: Path, count: int) -> None:
 
 
 def test_a_search_finds_the_best_of_what_it_saw() -> None:
-    found = search()
-    assert len(found.scored) == found.evaluated == 24
-    assert found.best == min(found.scored, key=lambda x: x[1])
-    assert found.best[1] < toy_fitness((64,) * 6)
+    result = search()
+    assert len(result.scored) == result.evaluated == 24
+    assert result.best == min(result.scored, key=lambda x: x[1])
+    assert result.best[1] < toy_fitness((64,) * 6)
 
 
 def test_a_finished_search_evaluates_nothing_again_and_a_longer_one_goes_on(tmp_path: Path) -> None:
@@ -66,8 +66,8 @@ def test_two_processes_share_the_work_without_duplicates(tmp_path: Path) -> None
     assert [worker.wait(60) for worker in workers] == [0, 0]
     assert len(lines(log)) == len(set(lines(log))) == 24
     # The result is that of one process.
-    found = search(storage)
-    assert (found.scored, found.evaluated) == (search().scored, 0)
+    result = search(storage)
+    assert (result.scored, result.evaluated) == (search().scored, 0)
     study = optuna.load_study(study_name=NAME, storage=_journal(storage))
     complete = [t for t in study.trials if t.state.name == "COMPLETE"]
     assert len({tuple(t.params.items()) for t in complete}) == len(complete) == 24
@@ -80,12 +80,12 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path) -> None:
     worker.send_signal(signal.SIGKILL)
     worker.wait(10)
     before = len(lines(log))
-    found = search(storage)
-    assert found.scored == search().scored
-    assert 24 - before <= found.evaluated <= 24 - before + 1  # the one it was killed in is done again
+    result = search(storage)
+    assert result.scored == search().scored
+    assert 24 - before <= result.evaluated <= 24 - before + 1  # the interrupted trial is evaluated again
 
 
-def test_an_interrupted_search_gives_its_trial_back(tmp_path: Path) -> None:
+def test_an_interrupted_search_returns_its_trial(tmp_path: Path) -> None:
     storage = tmp_path / "search"
     calls = 0
 
@@ -98,9 +98,9 @@ def test_an_interrupted_search_gives_its_trial_back(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(toy_space(), EVOLUTION, evaluate, trials=24, storage=storage, identity=IDENTITY)
-    # Nobody has to wait for signs of life: the trial is free at once.
-    found = search(storage, patience=1e9)
-    assert (found.scored, found.evaluated) == (search().scored, 20)
+    # The trial is free at once, without waiting for `patience`.
+    result = search(storage, patience=1e9)
+    assert (result.scored, result.evaluated) == (search().scored, 20)
 
 
 def test_others_take_over_from_a_process_that_died(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_others_take_over_from_a_process_that_died(tmp_path: Path) -> None:
     wait_for(log, 1)
     slow.kill()
     slow.wait(10)
-    found = search(storage, trials=8)
-    assert found.evaluated == 8
-    assert found.scored == search(trials=8).scored
+    result = search(storage, trials=8)
+    assert result.evaluated == 8
+    assert result.scored == search(trials=8).scored
 
 
 def test_a_slow_process_that_is_alive_keeps_its_trial(tmp_path: Path) -> None:
@@ -119,33 +119,33 @@ def test_a_slow_process_that_is_alive_keeps_its_trial(tmp_path: Path) -> None:
     slow = start(storage, log, 8, 4.0)  # four times the patience
     wait_for(log, 1)
     begin = time.monotonic()
-    found = search(storage, trials=8)
+    result = search(storage, trials=8)
     assert time.monotonic() - begin > 1.5
-    assert found.evaluated == 7
+    assert result.evaluated == 7
     assert slow.wait(30) == 0
     assert len(lines(log)) == 1
 
 
 def test_a_space_with_fewer_individuals_than_trials_ends() -> None:
     space = toy_space((128, 128))
-    found = run(space, EVOLUTION, toy_fitness, trials=1000)
-    assert len(found.scored) == sum(space.legal((a, b)) for a in space.choices[0] for b in space.choices[1])
+    result = run(space, EVOLUTION, toy_fitness, trials=1000)
+    assert len(result.scored) == sum(space.legal((a, b)) for a in space.choices[0] for b in space.choices[1])
     assert len(run(space, Fixed(((64, 64), (128, 32))), toy_fitness, trials=10).scored) == 2
 
 
 def test_nan_counts_as_the_worst() -> None:
-    found = run(toy_space(), EVOLUTION, lambda g: float("nan") if g == (64,) * 6 else toy_fitness(g), trials=10)
-    assert found.scored[0][1] == float("inf")
-    assert found.best[1] < 1e9
+    result = run(toy_space(), EVOLUTION, lambda g: float("nan") if g == (64,) * 6 else toy_fitness(g), trials=10)
+    assert result.scored[0][1] == float("inf")
+    assert result.best[1] < 1e9
 
 
 def test_progress_tells_the_best_so_far() -> None:
     seen: list[tuple[int, int, float]] = []
-    found = search(trials=10, on_trial=lambda *state: seen.append(state))
+    result = search(trials=10, on_trial=lambda *state: seen.append(state))
     assert [done for done, _, _ in seen] == list(range(1, 11))
     bests = [best for _, _, best in seen]
     assert bests == sorted(bests, reverse=True)
-    assert bests[-1] == found.best[1]
+    assert bests[-1] == result.best[1]
 
 
 def test_the_storage_of_another_study_is_refused(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_a_storage_of_somebody_elses_study_is_refused_and_left_alone(tmp_path: P
 def test_a_file_that_is_no_storage_is_refused(content: bytes, tmp_path: Path) -> None:
     storage = tmp_path / "search"
     storage.write_bytes(content)
-    with pytest.raises(UsageError, match="is no storage of a search"):
+    with pytest.raises(UsageError, match="is not a storage of a search"):
         search(storage)
-    with pytest.raises(UsageError, match="cannot be opened|is no storage"):
+    with pytest.raises(UsageError, match="cannot be opened|is not a storage"):
         search(tmp_path)
 
 

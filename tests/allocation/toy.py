@@ -1,4 +1,4 @@
-"""A space of layers that belong to no model, a fitness that knows the best genome, and a worker process."""
+"""A space of layers without a model, a fitness with a known optimum, and a worker process."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def toy_space(widths: Sequence[int] = (128, 256, 384, 512, 640, 768), budget: fl
 
 
 def toy_fitness(genome: Genome) -> float:
-    """Errors of layers that weigh differently: finer groups are better, in some layers most of all."""
+    """Weighted layer errors: finer groups are better, in some layers more than in others."""
     return sum((1, 9, 2, 8, 3, 7)[i % 6] * size**0.5 for i, size in enumerate(genome))
 
 
 def work(storage: str, log: str, trials: int, seconds: float, patience: float) -> None:
-    """One process of a search: notes every genome it begins to evaluate."""
+    """One process of a search; it logs every genome that it starts to evaluate."""
 
     def evaluate(genome: Genome) -> float:
         with open(log, "a") as file:

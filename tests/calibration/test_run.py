@@ -1,4 +1,4 @@
-"""Calibration on tiny pipelines: what is seen, in which order, how much is kept, and how it resumes."""
+"""Calibration on tiny pipelines: recorded inputs, their order, how much is kept, and resuming."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Calls:
         return count
 
 
-# ------------------------------------------------------------------------------------ what is seen
+# --------------------------------------------------------------------------------- recorded inputs
 
 
 def test_maxima_are_those_of_the_inputs_per_timestep_and_condition(name: str) -> None:
@@ -100,7 +100,7 @@ def test_maxima_are_those_of_the_inputs_per_timestep_and_condition(name: str) ->
 
 
 def test_conditions_are_not_swapped() -> None:
-    """The unconditional half of DiT is class 1000, so its statistics do not depend on the classes drawn."""
+    """The unconditional half of DiT is class 1000, so its statistics do not depend on the classes."""
     pipe, arch = tiny_dit(), architectures.load("dit")
     one_step = SETTINGS.model_copy(update={"steps": 1, "prompts": 1})
     a, b = (calibrate(pipe, arch, [c], one_step) for c in CLASSES[:2])
@@ -176,7 +176,7 @@ def test_calibration_leaves_the_pipeline_as_it_was(name: str) -> None:
      ({"sample_size": 128}, "auto", 8), ({"sample_size": None}, "auto", 8), ({"sample_size": 8}, None, 8)],
     ids=["as-asked", "small", "DiT-256", "large", "unknown", "default"],
 )  # fmt: skip
-def test_small_pictures_are_drawn_in_larger_batches(config: dict[str, Any], asked: Any, expected: int) -> None:
+def test_small_images_are_sampled_in_larger_batches(config: dict[str, Any], asked: Any, expected: int) -> None:
     assert batch_size(lambda prompt: None, config, asked) == expected
 
 
@@ -192,7 +192,7 @@ def test_a_video_counts_as_its_frames(config: dict[str, Any], asked: Any, expect
 
 
 def batch_size(call: Any, config: dict[str, Any], asked: Any) -> int:
-    """What calibration would draw at once by a pipeline with this call and this config of its transformer."""
+    """The batch size of calibration for a pipeline with this call and this transformer config."""
     transformer = SimpleNamespace(config=SimpleNamespace(in_channels=4, **config))
     pipe = SimpleNamespace(transformer=transformer, __call__=call)
     return calibration_run._batch_size(pipe, SETTINGS.model_copy(update={"batch_size": asked}))
@@ -221,7 +221,7 @@ def test_nan_activation_names_the_layer_and_the_timestep() -> None:
 # --------------------------------------------------------------------------------------------- resume
 
 
-def test_resume_after_an_interrupt_is_identical_and_draws_no_batch_twice(name: str, tmp_path: Path) -> None:
+def test_resume_after_an_interrupt_is_identical_and_samples_no_batch_twice(name: str, tmp_path: Path) -> None:
     pipe, arch = PIPELINES[name](), architectures.load(name)
     calls = Calls(pipe)
 
@@ -260,7 +260,7 @@ def test_interrupt_within_a_batch_leaves_no_half_of_it(tmp_path: Path) -> None:
     assert same(resumed, calibrate(tiny_dit(), arch, CLASSES, SETTINGS))
 
 
-def test_without_resume_everything_is_drawn_again(tmp_path: Path) -> None:
+def test_without_resume_everything_is_sampled_again(tmp_path: Path) -> None:
     pipe, arch = tiny_dit(), architectures.load("dit")
     calls = Calls(pipe)
     for _ in range(2):
@@ -285,7 +285,7 @@ def test_cache_is_named_by_everything_that_matters(monkeypatch: pytest.MonkeyPat
             keys.append(key())
     code_version.cache_clear()
     assert len(set(keys)) == len(keys)
-    assert key(timesteps="normal") == keys[0]  # all timesteps are recorded, whichever count
+    assert key(timesteps="normal") == keys[0]  # all timesteps are recorded in any case
 
 
 def other_vae(pipe: Any) -> None:
@@ -401,7 +401,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
 
 def test_cache_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DitqError, match=r"cannot be made.*--cache"):
+    with pytest.raises(DitqError, match=r"Cannot create.*--cache"):
         calibrate(tiny_dit(), architectures.load("dit"), CLASSES, SETTINGS, cache=tmp_path / "file")
     statistics = tiny_statistics(tiny_model("dit"), "dit")
     with pytest.raises(DitqError, match="Cannot write"):
@@ -476,7 +476,7 @@ def test_ranges_of_timesteps_select_maxima_and_rows() -> None:
     assert group.channel_absmax(times).item() == 3.0
     assert group.channel_absmax(times, (0, 500)).item() == 2.0
     assert group.rows((0, 500)).flatten().tolist() == [1.0, 2.0]
-    assert group.channel_absmax(times, (600, 700)).item() == 3.0  # nothing seen there: all of it
+    assert group.channel_absmax(times, (600, 700)).item() == 3.0  # no timestep in that range: all of them
     assert len(group.rows((600, 700))) == 3
 
 
@@ -494,7 +494,7 @@ def test_merge_takes_maxima_of_maxima_and_all_rows() -> None:
 # ----------------------------------------------------------------------------------------- sampling
 
 
-def test_noise_of_a_picture_does_not_depend_on_the_batch_size(name: str) -> None:
+def test_noise_of_an_image_does_not_depend_on_the_batch_size(name: str) -> None:
     pipe, arch = PIPELINES[name](), architectures.load(name)
     starts: list[Tensor] = []
     pipe.transformer.register_forward_pre_hook(
@@ -509,7 +509,7 @@ def test_noise_of_a_picture_does_not_depend_on_the_batch_size(name: str) -> None
     assert torch.equal(alone, all_four)
 
 
-def test_latents_are_those_of_the_pictures(name: str) -> None:
+def test_latents_are_those_of_the_images(name: str) -> None:
     pipe, arch = PIPELINES[name](), architectures.load(name)
     samples = sample(pipe, arch, CONDITIONS[name], Sampling(steps=2, guidance_scale=3.0, batch_size=3, seed=4))
     assert samples.latents.shape == (4, 4, 8, 8)
@@ -518,15 +518,15 @@ def test_latents_are_those_of_the_pictures(name: str) -> None:
     with torch.no_grad():
         # The batch it was decoded in: float sums may differ in the last bit between batch sizes.
         decoded = pipe.vae.decode(samples.latents[:3] / pipe.vae.config.scaling_factor).sample
-    picture = pipe.image_processor.postprocess(decoded)[0] if name == "pixart" else None
+    image = pipe.image_processor.postprocess(decoded)[0] if name == "pixart" else None
     assert len(samples.images) == 4
-    assert picture is None or picture.tobytes() == samples.images[0].tobytes()
+    assert image is None or image.tobytes() == samples.images[0].tobytes()
 
 
 def test_class_names_and_numbers() -> None:
     pipe, arch = tiny_dit(), architectures.load("dit")
     assert resolve_conditions(pipe, arch, ["thing7", "12"]) == [7, 12]
-    with pytest.raises(UsageError, match="no class 'thing7x'. Close: thing7.*1000 class names"):
+    with pytest.raises(UsageError, match="a class 'thing7x'. Close: thing7.*1000 class names"):
         resolve_conditions(pipe, arch, ["thing7x"])
 
 

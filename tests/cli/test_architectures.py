@@ -1,4 +1,4 @@
-"""``ditq architectures``: the tables, and the page that is made of them."""
+"""``ditq architectures``: the tables, and the page generated from them."""
 
 from __future__ import annotations
 
@@ -96,6 +96,6 @@ def test_verb_prints_rows_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_notes_are_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ditq.cli.architectures.checkpoints", lambda known: [{"checkpoint": "x"}])
-    made = page(KNOWN)
+    text = page(KNOWN)
     for family in KNOWN:
-        assert not family.note or f"- **{family.name}**: {family.note}\n" in made
+        assert not family.note or f"- **{family.name}**: {family.note}\n" in text

@@ -1,4 +1,4 @@
-"""The command as a process of its own: interrupts, kills, full disks."""
+"""The command in a separate process: interrupts, kills, full disks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def stop_after(batches: int, cache: Path, arguments: list[str], how: Callable[[subprocess.Popen[str]], None]) -> str:
-    """Runs a command until so many calibration batches are cached, stops it, and returns what it said."""
+    """Runs a command until N calibration batches are cached, stops it, and returns its output."""
     process = subprocess.Popen(
         arguments, env=environment(cache), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )

@@ -35,7 +35,7 @@ def plan(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_searched_plan_is_carried_out_with_gptq_and_inspect_shows_its_groups(
     pipeline: Path, plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = Plan.from_dict(json.loads(plan.read_text()))
+    expected = Plan.from_dict(json.loads(plan.read_text()))
     out = tmp_path / "quantized"
     quick = ["--set", "calibration.prompts=2", "--set", "calibration.steps=2", "--set", "calibration.rows=64"]
     status, _, err = ditq(capsys, "quantize", pipeline, "--plan", plan, "--out", out, "--quiet", *quick)
@@ -44,7 +44,7 @@ def test_a_searched_plan_is_carried_out_with_gptq_and_inspect_shows_its_groups(
     groups = {name: layer["group_size"] for name, layer in layers.items() if layer["weight_bits"] == 4}
     assert groups == {
         layer.name: {"weights": layer.weight.group_size, "activations": layer.weight.group_size}
-        for layer in wanted.quantized
+        for layer in expected.quantized
     }
     assert len({size["weights"] for size in groups.values()}) > 1
     assert any(layer["rounding"] == "gptq" for layer in layers.values())
@@ -85,12 +85,12 @@ def test_search_shows_the_best_so_far_and_what_comes_next(
     ("arguments", "status", "words"),
     [
         (["--sizes", "100", "--budget", "uniform:32"], 2, "100 divides no layer"),
-        (["--sizes", "16,x"], 2, "--sizes takes numbers"),
+        (["--sizes", "16,x"], 2, "--sizes must be comma-separated numbers"),
         (["--sizes", "16,32", "--budget", "1000"], 2, "No allocation meets the budget"),
         (["--strategy", "annealing"], 2, "Unknown strategy 'annealing'"),
         (["--fitness", "beauty"], 2, "Unknown fitness 'beauty'"),
         (["--fitness", "kid"], 2, "--real FOLDER"),
-        (["--crossover", "40", "--mutation", "40"], 2, "places"),
+        (["--crossover", "40", "--mutation", "40"], 2, "population of 50"),
         (["--seed", "7", *SPACE, *NUMBERS], 2, "seed is 0 there, 7 here"),
     ],
 )

@@ -124,7 +124,7 @@ def test_names_with_markup_reach_the_terminal_as_they_are(
     assert "\x1b" not in err
 
 
-def test_inspect_prints_on_a_terminal_that_knows_ascii_only(quantized: Path) -> None:
+def test_inspect_prints_on_an_ascii_terminal(quantized: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ditq", "inspect", str(quantized), "--layers"],
         env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False,
@@ -296,7 +296,7 @@ def one_paragraph(err: str) -> bool:
 
 
 def check_failure(result: tuple[int, str, str], status: int, *words: str, left: Path | None = None) -> None:
-    """The promised status, one paragraph with these words, and nothing left where the output would be."""
+    """Checks the exit status, for one paragraph with these words, and that no output is left."""
     code, _, err = result
     assert code == status, err
     assert one_paragraph(err), err
@@ -361,7 +361,7 @@ def test_empty_prompts_file(pipeline: Path, tmp_path: Path, capsys: pytest.Captu
     empty, out = tmp_path / "empty.txt", tmp_path / "out"
     empty.write_text("\n \n")
     result = ditq(capsys, "quantize", pipeline, "--prompts", empty, "--out", out)
-    check_failure(result, 2, "empty", "one prompt a line", left=out)
+    check_failure(result, 2, "empty", "one prompt per line", left=out)
 
 
 def test_no_prompts_for_a_recipe_that_needs_them(

@@ -1,4 +1,4 @@
-"""The verbs on a tiny pipeline of videos: files that come out, options that do not fit, in either direction."""
+"""The verbs on a tiny video pipeline: the output files, and options that fit only images or only videos."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ditq.cli.app import run
 
 @pytest.fixture(scope="module")
 def latte(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny 16-bit pipeline folder that draws 3 frames of 16 x 16 pixels."""
+    """The folder of a tiny 16-bit pipeline that generates 3 frames of 16 x 16 pixels."""
     folder = tmp_path_factory.mktemp("models") / "latte"
     videos.latte().save_pretrained(folder)
     return folder
@@ -70,9 +70,7 @@ def test_one_format_is_enough(latte: Path, tmp_path: Path, capsys: pytest.Captur
     assert {path.suffix for path in (tmp_path / "v").iterdir()} == {".gif", ".png", ".txt"}
 
 
-def test_pictures_come_in_other_formats_and_sizes(
-    pixart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_in_other_formats_and_sizes(pixart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--format", "webp", "--height", 32, "--width", 16)
     status, _, err = generate(capsys, pixart, tmp_path / "p", *options)
     assert status == 0, err
@@ -84,12 +82,12 @@ def test_pictures_come_in_other_formats_and_sizes(
     ("options", "words"),
     [
         (("--frames", 8), ("LattePipeline", "3 frames", "--frames 8")),
-        (("--format", "png"), ("LattePipeline draws videos", "gif, mp4", "'png'", "sheet.png")),
+        (("--format", "png"), ("LattePipeline generates videos", "gif, mp4", "'png'", "sheet.png")),
         (("--format", "gif,avi"), ("'avi'",)),
     ],
-    ids=["frames", "picture-format", "unknown-format"],
+    ids=["frames", "image-format", "unknown-format"],
 )
-def test_what_does_not_fit_a_pipeline_of_videos(
+def test_options_that_do_not_fit_a_video_pipeline(
     options: tuple[Any, ...], words: tuple[str, ...], latte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, _, err = generate(capsys, latte, tmp_path / "v", *options)
@@ -99,13 +97,13 @@ def test_what_does_not_fit_a_pipeline_of_videos(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--frames", 8), ("PixArtAlphaPipeline draws images", "--frames")),
-        (("--fps", 8), ("PixArtAlphaPipeline draws images", "--fps")),
-        (("--format", "mp4"), ("PixArtAlphaPipeline draws images", "png, jpg, webp", "'mp4'")),
+        (("--frames", 8), ("PixArtAlphaPipeline generates images", "--frames")),
+        (("--fps", 8), ("PixArtAlphaPipeline generates images", "--fps")),
+        (("--format", "mp4"), ("PixArtAlphaPipeline generates images", "png, jpg, webp", "'mp4'")),
     ],
     ids=["frames", "fps", "video-format"],
 )
-def test_what_does_not_fit_a_pipeline_of_pictures(
+def test_options_that_do_not_fit_an_image_pipeline(
     options: tuple[Any, ...], words: tuple[str, ...], pixart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, _, err = generate(capsys, pixart, tmp_path / "p", *options)
@@ -116,7 +114,7 @@ def test_what_does_not_fit_a_pipeline_of_pictures(
 
 
 def check(status: int, err: str, words: tuple[str, ...], left: Path) -> None:
-    """Wrong usage in one paragraph with these words; nothing is left where the output would be."""
+    """Checks for wrong usage, one paragraph with these words, and that no output is left."""
     assert status == 2, err
     assert err.strip().startswith("error: ")
     assert "\n" not in err.strip()
@@ -159,10 +157,10 @@ def test_models_of_other_lengths_cannot_be_compared(
     check(status, err, ("longer draws videos of 4 frames", "the reference videos of 3 frames"), tmp_path / "c")
 
 
-def test_demo_of_videos_refuses_a_model_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_video_demo_refuses_an_image_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--video", "--model", "bundled:emoji-t2i", "--out", tmp_path / "d")
     status, _, err = ditq(capsys, "demo", *arguments)
-    check(status, err, ("bundled:emoji-t2i draws images", "--video", "bundled:emoji-video"), tmp_path / "d")
+    check(status, err, ("bundled:emoji-t2i generates images", "--video", "bundled:emoji-video"), tmp_path / "d")
 
 
 def test_demo_of_videos_ends_in_one_animation(

@@ -1,4 +1,4 @@
-"""Nothing is drawn twice, nothing stale or damaged is taken for an image."""
+"""The cache never samples twice, and never returns a stale or damaged image."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = {"steps": 2, "guidance_scale": 3.0, "batch_size": 2}
 
 
 def draw(pipe: Any, cache: PictureCache, conditions: list[str] = CLASSES, **changes: Any) -> tuple[Samples, int]:
-    """Samples, and how many transformer calls they took."""
+    """Samples, and the number of transformer calls."""
     calls = 0
 
     def count(*_: Any) -> None:
@@ -39,11 +39,11 @@ def cache(tmp_path: Path) -> PictureCache:
 
 
 def equal(a: Samples, b: Samples) -> bool:
-    pictures = all(x.tobytes() == y.tobytes() for x, y in zip(a.images, b.images, strict=True))
-    return pictures and torch.equal(a.trajectory, b.trajectory) and a.timesteps == b.timesteps
+    same_images = all(x.tobytes() == y.tobytes() for x, y in zip(a.images, b.images, strict=True))
+    return same_images and torch.equal(a.trajectory, b.trajectory) and a.timesteps == b.timesteps
 
 
-def test_second_run_draws_nothing_and_gives_the_same(cache: PictureCache) -> None:
+def test_second_run_samples_nothing_and_returns_the_same(cache: PictureCache) -> None:
     first, calls = draw(tiny_dit(), cache)
     assert calls == 2 * 2
     second, calls = draw(tiny_dit(), cache)  # another pipeline object of the same weights
@@ -54,26 +54,26 @@ def test_second_run_draws_nothing_and_gives_the_same(cache: PictureCache) -> Non
 
 
 @pytest.mark.parametrize("changes", [{"steps": 3}, {"guidance_scale": 2.0}, {"seed": 9}], ids=str)
-def test_another_sampler_draws_again(changes: dict[str, Any], cache: PictureCache) -> None:
+def test_another_sampler_samples_again(changes: dict[str, Any], cache: PictureCache) -> None:
     draw(tiny_dit(), cache)
     assert draw(tiny_dit(), cache, **changes)[1] > 0
 
 
-def test_only_what_is_missing_is_drawn(cache: PictureCache) -> None:
+def test_only_missing_images_are_sampled(cache: PictureCache) -> None:
     draw(tiny_dit(), cache, CLASSES[:2])
     samples, calls = draw(tiny_dit(), cache)
     assert calls == 2  # one batch of two steps
     assert equal(samples, sample(tiny_dit(), DIT, CLASSES, Sampling(**OPTIONS)))
 
 
-def test_progress_counts_cached_pictures(cache: PictureCache) -> None:
+def test_progress_counts_cached_images(cache: PictureCache) -> None:
     draw(tiny_dit(), cache, CLASSES[:2])
     seen: list[int] = []
     sample(tiny_dit(), DIT, CLASSES, Sampling(**OPTIONS), cache=cache, on_batch=seen.append)
     assert seen == [2, 2]
 
 
-def test_interrupted_run_goes_on(cache: PictureCache) -> None:
+def test_interrupted_run_resumes(cache: PictureCache) -> None:
     def stop(done: int) -> None:
         raise KeyboardInterrupt
 
@@ -82,7 +82,7 @@ def test_interrupted_run_goes_on(cache: PictureCache) -> None:
     assert draw(tiny_dit(), cache)[1] == 2
 
 
-def test_damaged_files_are_drawn_again(cache: PictureCache) -> None:
+def test_damaged_files_are_sampled_again(cache: PictureCache) -> None:
     first, _ = draw(tiny_dit(), cache)
     files = sorted(cache.folder.rglob("*.safetensors"))
     assert len(files) == len(CLASSES)
@@ -108,21 +108,21 @@ def test_cache_that_cannot_be_written_does_not_stop_drawing(tmp_path: Path) -> N
 def test_video_and_latents_come_back_exactly(cache: PictureCache) -> None:
     frames = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (6, 8, 3)).astype(np.uint8)) for i in range(3)]
     cache.put("ab12", Sample(frames, torch.randn(4, 2, 3), [9.0, 5.0, 2.0, 1.0], 0.5))
-    found = cache.get("ab12")
-    assert found is not None
-    assert isinstance(found.picture, list)
-    assert [f.tobytes() for f in found.picture] == [f.tobytes() for f in frames]
-    assert (found.timesteps, found.seconds, found.trajectory.shape) == ([9.0, 5.0, 2.0, 1.0], 0.5, (4, 2, 3))
+    cached = cache.get("ab12")
+    assert cached is not None
+    assert isinstance(cached.image, list)
+    assert [f.tobytes() for f in cached.image] == [f.tobytes() for f in frames]
+    assert (cached.timesteps, cached.seconds, cached.trajectory.shape) == ([9.0, 5.0, 2.0, 1.0], 0.5, (4, 2, 3))
     assert cache.get("cd34") is None
 
 
 def test_prune_keeps_the_latest(tmp_path: Path) -> None:
     import os
 
-    picture = Image.new("RGB", (8, 8))
+    image = Image.new("RGB", (8, 8))
     cache = PictureCache(tmp_path, limit=1)
     for i, key in enumerate(("aa", "bb", "cc")):
-        cache.put(key, Sample(picture, torch.zeros(1, 1), [1.0], 0.1))
+        cache.put(key, Sample(image, torch.zeros(1, 1), [1.0], 0.1))
         os.utime(cache._path(key), (i, i))
     cache.limit = 2 * cache._path("aa").stat().st_size
     cache.prune()

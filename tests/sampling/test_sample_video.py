@@ -1,4 +1,4 @@
-"""Videos drawn several at once are those drawn one by one."""
+"""Videos sampled in a batch equal those sampled one by one."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_a_video_does_not_depend_on_its_neighbours() -> None:
 
 def test_a_video_is_that_of_the_stock_call() -> None:
     for guidance in (3.0, 1.0):
-        drawn = sample(videos.latte(), LATTE, PROMPTS[:1], Sampling(steps=2, guidance_scale=guidance, seed=5))
+        samples = sample(videos.latte(), LATTE, PROMPTS[:1], Sampling(steps=2, guidance_scale=guidance, seed=5))
         stock = videos.latte()(
             PROMPTS[0], video_length=3, height=None, width=None, num_inference_steps=2, guidance_scale=guidance,
             generator=torch.Generator().manual_seed(5), output_type="latent",
         ).frames  # fmt: skip
-        assert sqnr_db(stock[0], drawn.latents[0]) > 90
+        assert sqnr_db(stock[0], samples.latents[0]) > 90

@@ -1,4 +1,4 @@
-"""How many frames a pipeline is asked for, in its own words."""
+"""Arguments of each pipeline for the number of frames and the size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ditq.errors import UsageError
 from ditq.sampling import Sampling, draws_videos, sample, size_arguments
 
 
-def test_pipelines_of_videos_are_told_from_those_of_pictures() -> None:
+def test_video_pipelines_are_recognized() -> None:
     assert not draws_videos(tiny_pixart())
     assert not draws_videos(tiny_dit())
     assert all(draws_videos(make()) for make, _ in videos.PIPELINES.values())
@@ -27,9 +27,7 @@ def test_pipelines_of_videos_are_told_from_those_of_pictures() -> None:
         (videos.cogvideox, 9, [8]), (videos.mochi, 7, [6, 8]),
     ],
 )  # fmt: skip
-def test_frames_that_cannot_be_drawn_are_refused_before_drawing(
-    make: Any, frames: int | None, others: list[int]
-) -> None:
+def test_impossible_frame_counts_are_refused_before_sampling(make: Any, frames: int | None, others: list[int]) -> None:
     pipe = make()
     for wrong in others:
         with pytest.raises(UsageError, match=f"--frames {wrong}"):
@@ -51,8 +49,8 @@ def test_allegro_has_no_frame_before_the_others() -> None:
         size_arguments(videos.allegro(), frames=9)
 
 
-def test_pictures_have_no_frames_and_some_models_one_size() -> None:
-    with pytest.raises(UsageError, match="PixArtAlphaPipeline draws images"):
+def test_images_have_no_frames_and_some_models_one_size() -> None:
+    with pytest.raises(UsageError, match="PixArtAlphaPipeline generates images"):
         size_arguments(tiny_pixart(), frames=8)
     with pytest.raises(UsageError, match="leave out --height"):
         size_arguments(tiny_dit(), height=32)
@@ -64,6 +62,8 @@ def test_videos_come_out_as_asked(name: str) -> None:
     make, arguments = videos.PIPELINES[name]
     pipe = make()
     frames = arguments.get("num_frames", 9)
-    asked = {**arguments, **size_arguments(pipe, frames=frames)}
-    drawn = sample(pipe, architectures.load(name), PROMPTS[:1], Sampling(steps=2, guidance_scale=3.0, arguments=asked))
-    assert len(drawn.images[0]) == frames
+    requested = {**arguments, **size_arguments(pipe, frames=frames)}
+    samples = sample(
+        pipe, architectures.load(name), PROMPTS[:1], Sampling(steps=2, guidance_scale=3.0, arguments=requested)
+    )
+    assert len(samples.images[0]) == frames

@@ -1,4 +1,4 @@
-"""A walk over blocks gives every block what the whole model, changed so far, would give it."""
+"""A walk over blocks runs each block on the inputs that it has in the whole model, as changed so far."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def change(block: nn.Module) -> None:
 
 
 def inputs_seen(model: nn.Module, block: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tensors that a block gets when the whole model runs."""
+    """The input tensors of a block when the whole model runs."""
     seen: list[dict[str, Any]] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ def walked(model: nn.Module, names: list[str], calls: list[dict[str, Any]], unli
     return seen
 
 
-def test_blocks_get_what_the_changed_model_gives_them(name: str) -> None:
+def test_blocks_get_their_inputs_in_the_changed_model(name: str) -> None:
     calls = calls_of(name)
     model = deep_model(name, 4)
     names = blocks_of(model, name)
@@ -99,7 +99,7 @@ def test_blocks_get_what_the_changed_model_gives_them(name: str) -> None:
         change(reference.get_submodule(block))
 
 
-def test_running_the_model_up_to_a_block_gives_the_same(name: str) -> None:
+def test_running_the_model_up_to_a_block_returns_the_same(name: str) -> None:
     calls = calls_of(name)
     runs = []
     for unlinked in (False, True):

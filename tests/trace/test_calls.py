@@ -1,4 +1,4 @@
-"""Whole calls that are kept: which, of whom, exactly as they were, and as files."""
+"""Whole calls that are kept: how many of which samples, unchanged, and saved to files."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_two_calls_of_one_moment_stay_together() -> None:
         assert torch.equal(first["hidden_states"] + 0.5, second["hidden_states"])
 
 
-def test_pipeline_gives_calls_that_the_model_takes(name: str, tmp_path: Path) -> None:
+def test_the_model_accepts_calls_recorded_from_a_pipeline(name: str, tmp_path: Path) -> None:
     pipe, arch = PIPELINES[name](), architectures.load(name)
     settings = Calibration(prompts=3, batch_size=2, steps=4, guidance_scale=3.0, rows=96, calls=2)
     seen: list[Tensor] = []
     handle = pipe.transformer.register_forward_hook(lambda _, args, output: seen.append(output[0]))
     statistics = calibrate(pipe, arch, CONDITIONS[name], settings, cache=tmp_path)
     handle.remove()
-    assert len(statistics.calls) == 3 * 4  # all four timesteps: so few tokens are less than is wanted
+    assert len(statistics.calls) == 3 * 4  # all four timesteps, since a call has few tokens
     with torch.no_grad():
         for kept in statistics.calls:
             output = pipe.transformer(**kept, return_dict=False)[0]
@@ -112,7 +112,7 @@ def test_pipeline_gives_calls_that_the_model_takes(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_more_calls_are_kept_where_rows_are_few(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many of every prompt as give the widest layer its rows, whatever the batches; or as asked, if more."""
+    """Enough calls per prompt for the rows of the widest layer, for any batches; or the setting, if it is larger."""
     monkeypatch.setattr(capture_module, "ROWS_PER_INPUT", 1)
     pipe, arch = tiny_dit(), architectures.load("dit")
     widest, tokens = 4 * pipe.transformer.inner_dim, (8 // 2) ** 2
@@ -171,7 +171,7 @@ def test_merged_calls_hold_every_sample_once_and_mix_no_timesteps() -> None:
 
 
 @pytest.mark.parametrize("any_time", [False, True])
-def test_model_gives_the_same_for_merged_calls(name: str, any_time: bool) -> None:
+def test_model_returns_the_same_for_merged_calls(name: str, any_time: bool) -> None:
     model, arch = tiny_model(name), architectures.load(name)
     times = (900, 400, 10) if any_time else (400, 400, 400)
     calls = [{**example_inputs(name, seed=i), "timestep": torch.tensor([t, t])} for i, t in enumerate(times)]
@@ -183,7 +183,7 @@ def test_model_gives_the_same_for_merged_calls(name: str, any_time: bool) -> Non
 
 def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
     statistics = Statistics(torch.tensor([1.0]), {}, [call(1.0, processor=object())])
-    with pytest.raises(DitqError, match=r"'processor' of the transformer cannot be kept"):
+    with pytest.raises(DitqError, match=r"'processor' of the transformer cannot be saved"):
         statistics.save(tmp_path / "s.safetensors")
     with pytest.raises(DitqError, match="without its argument 'hidden_states'"):
         recorder().record({"timestep": 3}, 3.0)

@@ -1,4 +1,4 @@
-"""What blocks are called with, and whether they are a plain chain."""
+"""Arguments and outputs of blocks, and whether the blocks are a plain chain."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_outputs_that_are_no_tensors_are_refused() -> None:
 
     model = Model()
     model.blocks[2] = Wordy()
-    with pytest.raises(DitqError, match=r"Block blocks\.2 returns something else"):
+    with pytest.raises(DitqError, match=r"Block blocks\.2 does not return tensors only"):
         capture(model, "blocks", CALL)
 
 

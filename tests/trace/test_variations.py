@@ -1,4 +1,4 @@
-"""Example calls: two small ones made of a real one, which a pipeline was stopped at."""
+"""Example calls: two small ones, made from the recorded first call of a pipeline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def shapes(call: dict[str, object]) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(("make", "name", "condition"), [(tiny_pixart, "pixart", PROMPTS[0]), (tiny_dit, "dit", "3")])
-def test_record_gives_what_the_pipeline_calls_its_transformer_with(make, name, condition) -> None:
+def test_first_call_has_the_arguments_of_the_transformer(make, name, condition) -> None:
     pipe = make()
     call = first_call(pipe, architectures.load(name), [condition])
     assert call["hidden_states"].shape[0] == 2  # guidance
@@ -27,7 +27,7 @@ def test_record_gives_what_the_pipeline_calls_its_transformer_with(make, name, c
 
 
 def test_record_names_an_unknown_class() -> None:
-    with pytest.raises(UsageError, match="knows no class 'zebra'"):
+    with pytest.raises(UsageError, match="does not have a class 'zebra'"):
         first_call(tiny_dit(), architectures.load("dit"), ["zebra"])
 
 

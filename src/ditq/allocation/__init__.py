@@ -1,4 +1,4 @@
-"""Which layer gets which group size: the space, its cost, the searches, and the study they run in."""
+"""Group size allocation: the search space, its cost, the search strategies, and the study they run in."""
 
 from ditq.allocation.candidates import Candidates
 from ditq.allocation.evolution import Evolution

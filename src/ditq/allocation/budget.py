@@ -1,4 +1,4 @@
-"""What a group size costs: bit operations of the integer products and their rescaling, and the bits of the scales."""
+"""The cost of a group size: bit operations of integer products and their rescaling, and the bits of the scales."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from ditq.numerics import Grid
 from ditq.plan import LayerPlan
 
-# Bit operations of rescaling one partial sum: a float32 number, times one.
+# Bit operations to rescale one partial sum: a 32-bit number times 1.
 RESCALE = 32
 
 
@@ -31,21 +31,23 @@ def bit_operations(layer: LayerPlan, size: int, rows: float) -> float:
 
         B = M N K b_w b_a + M N (K / g) 32
 
-    Every product of a b_w-bit and a b_a-bit number counts b_w b_a. Each of the K / g partial sums of an output is
-    rescaled by the product of two scales, once: 32. The paper names BitOps as its constraint without a formula, and
-    its code bounds the mean group size instead, a proxy of the second term. Not counted, since they have no factor
-    M N: computing dynamic ranges, and the sums over rows that zero points need.
+    A product of a b_w-bit and a b_a-bit number counts b_w b_a. Each of the K / g partial sums of an output is rescaled
+    once by the product of two scales, which counts 32. The paper names BitOps as its constraint without a formula. Its
+    code bounds the mean group size instead, a proxy of the second term. Dynamic ranges and the sums over rows for zero
+    points are not counted, since they do not have a factor M N.
 
     Args:
-        rows: M, the tokens that the layer sees while one image is drawn (all steps, both halves of a guided batch).
+        layer: of the plan.
+        size: g, the group size.
+        rows: M, the tokens of this layer per generated image (all steps, both halves of a guided batch).
     """
     return rows * layer.parameters * (layer.weight_bits * layer.activation_bits + RESCALE / size)
 
 
 def scale_overhead_bits(layers: Iterable[LayerPlan]) -> float:
-    """Bits that scales and zero points add to a quantized weight, averaged over weights.
+    """Average number of bits that scales and zero points add to a quantized weight.
 
-    A scale is a float32, a zero point 8 bit: (32 + 8) / g bits a weight for asymmetric groups of g.
+    A scale has 32 bits, a zero point 8: (32 + 8) / g bits per weight for asymmetric groups of g.
     """
     bits = parameters = 0
     for layer in layers:

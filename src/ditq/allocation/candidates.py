@@ -1,4 +1,4 @@
-"""A model in which group sizes can be changed: 16-bit weights are held once, and only what changes is exchanged."""
+"""A model with exchangeable group sizes: the 16-bit weights are held once, and only changed layers are replaced."""
 
 from __future__ import annotations
 
@@ -25,17 +25,22 @@ from ditq.trace.calls import Call
 class Candidates:
     """Puts the layers of one genome after another into a model, in place.
 
-    Each (layer, group size) is quantized once and then kept, packed: b of 16 bits a weight and group size. What runs
-    is what a checkpoint would run, integer products included. Where the plans of the layers say GPTQ, all are rounded
-    first, block by block on inputs of the 16-bit model: those of a candidate's own quantized blocks would take
-    minutes a candidate. The paper rounds candidates to nearest.
+    Each (layer, group size) is quantized once and kept packed, at b bits per weight and group size. The model runs as
+    it would from a checkpoint, integer products included. If the layer plans use GPTQ, all layers are rounded first,
+    block by block on inputs of the 16-bit model; inputs from each candidate's quantized blocks would take minutes per
+    candidate. The paper rounds candidates to nearest.
 
     Args:
-        layers: plans of all linears of the model, of which ``space`` has those that change.
-        recipe: whose name and nominal bits the plan carries.
+        model: the 16-bit transformer.
+        architecture: of the model.
+        layers: plans of all linears of the model; those in ``space`` change.
+        space: the searched layers and their group sizes.
+        statistics: calibration statistics, if the plans need them.
+        recipe: sets the name and the nominal bits of the plan.
+        seed: of the rotations.
 
     Attributes:
-        plan: what is in the model now.
+        plan: the plan of the model in its current state.
     """
 
     @torch.no_grad()
@@ -51,35 +56,35 @@ class Candidates:
     ) -> None:
         self.model, self.space = model, space
         self.linears = {x.name: x.module for x in architecture.linears(model)}
-        # Before anything is folded, as convert() does it.
+        # Before anything is folded, as in convert().
         self.scales: dict[str, torch.Tensor] = {}
-        of_groups: dict[str, torch.Tensor | None] = {}
+        group_scales: dict[str, torch.Tensor | None] = {}
         planned = {layer.name: layer for layer in layers}
         for group in architecture.groups(model):
-            of_groups[group.name] = None
+            group_scales[group.name] = None
             for linear in group.linears:
                 if (smooth := planned[linear.name].smooth) is not None:
                     assert statistics is not None
                     scale = group_scale(smooth, group, statistics.groups[group.name], statistics.timesteps)
-                    self.scales[linear.name] = of_groups[group.name] = scale.to(linear.module.weight.device)
+                    self.scales[linear.name] = group_scales[group.name] = scale.to(linear.module.weight.device)
         start = {layer.name: _to_nearest(layer) for layer in space.planned(space.coarsest)}
         coarsest = tuple(start.get(layer.name, _to_nearest(layer)) for layer in layers)
         plan = estimate(model, architecture, recipe).model_copy(update={"layers": coarsest, "seed": seed})
         self.plan: Plan = convert(model, architecture, plan, statistics)
         self.genome = space.coarsest
-        self._made = {
+        self._quantized = {
             (layer.name, size): cast(QuantizedLinear, model.get_submodule(layer.name))
             for layer, size in zip(space.layers, self.genome, strict=True)
         }
         if any(layer.rounding == "gptq" for layer in space.layers):
             assert statistics is not None
-            self._round(architecture, of_groups, statistics.calls)
+            self._round(architecture, group_scales, statistics.calls)
             self.put(space.coarsest)
 
     def _round(
         self, architecture: Architecture, scales: dict[str, torch.Tensor | None], calls: Sequence[Call]
     ) -> None:
-        """Makes every searched layer at every size by GPTQ."""
+        """Rounds every searched layer at every group size by GPTQ."""
         for layer in self.space.layers:
             replace(self.model, layer.name, self.linears[layer.name])
         groups: dict[str, list[InputGroup]] = {}
@@ -95,28 +100,29 @@ class Candidates:
                 scale = self.scales.get(name)
                 for size in sizes:
                     plan, quantized = round_weight(self.linears[name], grouped(layer, size), scale, hessian)
-                    self._made[name, size] = QuantizedLinear.from_linear(
+                    self._quantized[name, size] = QuantizedLinear.from_linear(
                         self.linears[name], plan, smooth_scale=scale, quantized=quantized
                     )
 
     @torch.no_grad()
     def put(self, genome: Genome) -> None:
-        """Changes the model to the group sizes of ``genome``."""
+        """Replaces layers of the model so that it has the group sizes of ``genome``."""
         layers = {layer.name: layer for layer in self.space.planned(genome)}
         for layer, size in zip(layers.values(), genome, strict=True):
             key = (layer.name, size)
-            if key not in self._made:
-                self._made[key] = QuantizedLinear.from_linear(
+            if key not in self._quantized:
+                self._quantized[key] = QuantizedLinear.from_linear(
                     self.linears[layer.name], layer, smooth_scale=self.scales.get(layer.name)
                 )
-            if self.model.get_submodule(layer.name) is not self._made[key]:
-                replace(self.model, layer.name, self._made[key])
+            if self.model.get_submodule(layer.name) is not self._quantized[key]:
+                replace(self.model, layer.name, self._quantized[key])
         sizes = dict(zip(layers, genome, strict=True))
-        updated = [
-            layer if layer.name not in layers
-            else self._made[layer.name, sizes[layer.name]].plan.model_copy(update={"incoherence": layer.incoherence})
-            for layer in self.plan
-        ]  # fmt: skip
+        updated = []
+        for layer in self.plan:
+            if layer.name in layers:
+                quantized = self._quantized[layer.name, sizes[layer.name]]
+                layer = quantized.plan.model_copy(update={"incoherence": layer.incoherence})
+            updated.append(layer)
         self.plan = self.plan.model_copy(update={"layers": tuple(updated)})
         self.genome = genome
 

@@ -1,4 +1,4 @@
-"""Q-DiT's evolutionary search: which individuals a generation has, as a pure function of those before it."""
+"""Q-DiT's evolutionary search: each generation is a pure function of the earlier ones."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ Scored = tuple[Genome, float]
 
 Make = Callable[[Space, Sequence[Genome], Random], Genome]
 
-# Draws of one individual that was not there before, until a space counts as used up.
+# Attempts to find a new individual before the space counts as exhausted.
 ATTEMPTS = 1000
 
 
 @dataclass(frozen=True)
 class Evolution:
-    """The paper's search; defaults are its own. Without crossover and mutation it is random search.
+    """The paper's evolutionary search with its defaults. Without crossover and mutation it is a random search.
 
-    The first generation is the finest uniform group size within the budget (by default 128), and random individuals.
-    Each later one has children of the best ``top_k`` of all so far: ``crossover`` take each gene from one of two
-    parents, ``mutation`` are one parent whose genes are drawn anew with ``probability``; random individuals fill it
-    up. Children over the budget are repaired (:meth:`ditq.allocation.Space.repaired`), and no individual comes twice.
+    The first generation has the finest uniform group size within the budget (by default 128) and random individuals.
+    The parents of each later generation are the best ``top_k`` individuals so far. A crossover child takes each gene
+    from one of two parents. A mutated child is a copy of one parent in which each gene is drawn again with
+    ``probability``. Random individuals fill the generation. Children over the budget are repaired, see
+    :meth:`ditq.allocation.Space.repaired`, and no individual occurs twice.
 
     Attributes:
-        population: N_p, individuals in a generation.
+        population: N_p, individuals per generation.
+        top_k: number of parents.
+        crossover: children of two parents per generation.
+        mutation: mutated children per generation.
+        probability: of drawing a gene of a mutated child again.
     """
 
     population: int = 50
@@ -42,42 +47,44 @@ class Evolution:
             raise UsageError("population and top-k must be at least 1, crossover and mutation at least 0.")
         if self.crossover + self.mutation > self.population:
             raise UsageError(
-                f"crossover ({self.crossover}) and mutation ({self.mutation}) make more children than the population "
-                f"of {self.population} has places."
+                f"crossover ({self.crossover}) plus mutation ({self.mutation}) must not exceed the population of "
+                f"{self.population}."
             )
         if not 0 < self.probability <= 1:
-            raise UsageError(f"The probability of mutation must be above 0 and at most 1, got {self.probability}.")
+            raise UsageError(f"The mutation probability must be above 0 and at most 1, got {self.probability}.")
 
     def generation(
-        self, number: int, space: Space, scored: Sequence[Scored], seen: Collection[Genome], random: Random
+        self, number: int, space: Space, scored: Sequence[Scored], earlier: Collection[Genome], random: Random
     ) -> list[Genome]:
-        """New individuals; fewer than the population where the space has no more.
+        """New individuals; fewer than ``population`` if the space does not have more.
 
         Args:
-            number: of the generation, from 0.
-            scored: all earlier individuals that have a fitness, in the order they were made.
-            seen: all earlier individuals.
+            number: index of the generation, from 0.
+            space: the search space.
+            scored: all earlier individuals with a fitness, oldest first.
+            earlier: all earlier individuals.
+            random: source of all random choices.
         """
         parents = [genome for genome, _ in sorted(scored, key=lambda individual: individual[1])[: self.top_k]]
         kinds: list[Make] = [self._crossover] * self.crossover + [self._mutated] * self.mutation if parents else []
         kinds += [self._random] * (self.population - len(kinds))
-        out = space.uniforms[:1] if number == 0 else []
-        known = {*seen, *out}
-        for make in kinds[len(out) :]:  # a child that was there before becomes a random newcomer
-            genome = self._new(make, space, parents, known, random) or self._new(
-                self._random, space, parents, known, random
+        genomes = space.uniforms[:1] if number == 0 else []
+        existing = {*earlier, *genomes}
+        for make in kinds[len(genomes) :]:  # a child that exists already is replaced by a random individual
+            genome = self._new(make, space, parents, existing, random) or self._new(
+                self._random, space, parents, existing, random
             )
             if genome is None:
                 break
-            out.append(genome)
-            known.add(genome)
-        return out
+            genomes.append(genome)
+            existing.add(genome)
+        return genomes
 
     def _new(
-        self, make: Make, space: Space, parents: Sequence[Genome], known: Collection[Genome], random: Random
+        self, make: Make, space: Space, parents: Sequence[Genome], existing: Collection[Genome], random: Random
     ) -> Genome | None:
         for _ in range(ATTEMPTS):
-            if (genome := space.repaired(make(space, parents, random), random)) not in known:
+            if (genome := space.repaired(make(space, parents, random), random)) not in existing:
                 return genome
         return None
 

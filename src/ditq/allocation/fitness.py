@@ -1,4 +1,4 @@
-"""How good a candidate is: by default, how near its predictions are to the 16-bit model's on the same latents."""
+"""Fitness of a candidate; by default, the error of its predictions against the 16-bit model on the same latents."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ditq.trace.hooks import hooked
 
 @dataclass(frozen=True)
 class Fitness:
-    """A number for what a candidate does; smaller is better.
+    """Scores a candidate; smaller is better.
 
     Attributes:
-        name: belongs to a study's identity, so it changes with everything that changes the number.
-        score: of what the 16-bit model gave and what the candidate gave, for the same conditions and seeds.
-        sees: what is given. ``outputs``: a list with the transformer's output for every kept call of the 16-bit
-            model's sampling, on the inputs that it had. ``latents``: :class:`ditq.sampling.Samples` without images.
-            ``pictures``: the same with images.
+        name: part of a study's identity, so it must change with everything that changes the score.
+        score: function of the results of the 16-bit model and of the candidate, for the same conditions and seeds.
+        sees: the results that ``score`` receives. ``outputs``: a list of transformer outputs, one for every kept call
+            of the 16-bit model's sampling, on the same inputs. ``latents``: :class:`ditq.sampling.Samples` without
+            images. ``pictures``: samples with images.
     """
 
     name: str
@@ -37,22 +37,22 @@ class Fitness:
 
 
 def prediction_error_db(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
-    """Error of what the transformer predicts along the 16-bit model's trajectory, in dB.
+    """Error of the transformer's predictions along the 16-bit model's trajectory, in dB.
 
     The mean of 10 log10(||e' - e||^2 / ||e||^2) over rows of the batch (both halves of the guidance) and steps.
-    Errors do not travel from step to step here, where a trajectory amplifies them at random; so it takes far fewer
-    images than :func:`latent_error_db` to tell two candidates apart. Infinite where a candidate gives NaN or Inf.
+    Errors do not propagate between steps, while a sampled trajectory amplifies them at random. So this needs far fewer
+    images than :func:`latent_error_db` to separate two candidates. Infinite if a candidate returns NaN or Inf.
     """
     return _mean_db([_ratios(a, b) for a, b in zip(reference, outputs, strict=True)])
 
 
-def latent_error_db(reference: Samples, drawn: Samples) -> float:
+def latent_error_db(reference: Samples, candidate: Samples) -> float:
     """Error of the final latents in dB: the mean of 10 log10(||z' - z||^2 / ||z||^2) over images.
 
-    The negative of the latent SQNR that ``ditq compare`` reports. The mean of logarithms, so that no single image
-    whose trajectory ends elsewhere decides. Infinite where a candidate draws NaN or Inf.
+    This is the negative of the latent SQNR that ``ditq compare`` reports. The mean is over logarithms, so that a
+    single image with a diverging trajectory does not dominate. Infinite if a candidate generates NaN or Inf.
     """
-    return _mean_db([_ratios(reference.latents, drawn.latents)])
+    return _mean_db([_ratios(reference.latents, candidate.latents)])
 
 
 def _ratios(a: Tensor, b: Tensor) -> Tensor:
@@ -62,10 +62,10 @@ def _ratios(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mean_db(ratios: Sequence[Tensor]) -> float:
-    together = torch.cat(list(ratios))
-    if not bool(torch.isfinite(together).all()):
+    all_ratios = torch.cat(list(ratios))
+    if not bool(torch.isfinite(all_ratios).all()):
         return math.inf
-    return float((10 * together.clamp_min(1e-10).log10()).mean())
+    return float((10 * all_ratios.clamp_min(1e-10).log10()).mean())
 
 
 PREDICTION = Fitness("prediction error, dB", prediction_error_db, "outputs")
@@ -74,7 +74,7 @@ LATENT = Fitness("latent error, dB", latent_error_db, "latents")
 
 @contextmanager
 def kept_moments(model: nn.Module, architecture: Architecture, moments: int, seed: int) -> Iterator[Recorder]:
-    """Keeps the transformer's calls of that many random timesteps of every sample of the one batch drawn inside."""
+    """Keeps transformer calls at ``moments`` random timesteps per sample; one batch may be sampled inside."""
     recorder = Recorder(architecture, moments, seed)
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,5 +87,5 @@ def kept_moments(model: nn.Module, architecture: Architecture, moments: int, see
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    """What the transformer gives now for kept calls."""
+    """The current outputs of the transformer for kept calls."""
     return [model(**on_device(call, model), return_dict=False)[0] for call in calls]

@@ -1,4 +1,4 @@
-"""What the evolutionary search is compared with: uniform group sizes, and an integer program on layer errors.
+"""Baselines of the evolutionary search: uniform group sizes, and an integer program on layer errors.
 
 Random search is :class:`ditq.allocation.Evolution` without crossover and mutation.
 """
@@ -24,20 +24,20 @@ from ditq.errors import DitqError, UsageError
 
 @dataclass(frozen=True)
 class Fixed:
-    """A strategy that knows its individuals beforehand."""
+    """A strategy with a fixed list of individuals."""
 
     genomes: tuple[Genome, ...]
 
-    def generation(self, number: int, space: Space, scored: Any, seen: Any, random: Random) -> list[Genome]:
-        """All of them at once, then nothing."""
+    def generation(self, number: int, space: Space, scored: Any, earlier: Any, random: Random) -> list[Genome]:
+        """All individuals in the first generation; the later ones are empty."""
         return list(self.genomes) if number == 0 else []
 
 
 def uniform_genomes(space: Space) -> Fixed:
-    """Every legal genome of one group size.
+    """Every legal genome with a single group size.
 
     Raises:
-        UsageError: there is none.
+        UsageError: no single group size is legal.
     """
     if not space.uniforms:
         raise UsageError(
@@ -59,25 +59,28 @@ def layer_errors(
     Measured on calibration inputs of the 16-bit model, one layer at a time (weights by min-max).
 
     Args:
-        model: before anything is quantized or folded.
+        model: the transformer before anything is quantized or folded.
+        architecture: of the model.
+        space: the layers and their group sizes.
         statistics: with samples of every layer's input.
+        progress: called with (layers done, total layers).
     """
     groups = {linear.name: group for group in architecture.groups(model) for linear in group.linears}
     exact: dict[str, torch.Tensor] = {}
-    out: list[dict[int, float]] = []
+    errors: list[dict[int, float]] = []
     for layer, possible in zip(space.layers, space.choices, strict=True):
         group = groups[layer.name]
-        seen = statistics.groups[group.name]
-        x = seen.rows()
+        inputs = statistics.groups[group.name]
+        x = inputs.rows()
         x = x[:: max(1, len(x) // SEARCH_ROWS)].to(group.linears[0].module.weight.device)
-        scale = None if layer.smooth is None else group_scale(layer.smooth, group, seen, statistics.timesteps)
-        out.append(
+        scale = None if layer.smooth is None else group_scale(layer.smooth, group, inputs, statistics.timesteps)
+        errors.append(
             {g: output_error(x, group, [grouped(layer, g)], scale, layer.rotate, exact) for g in possible}
         )  # fmt: skip
         exact.clear()
         if progress:
-            progress(len(out), len(space.layers))
-    return out
+            progress(len(errors), len(space.layers))
+    return errors
 
 
 def integer_program(space: Space, errors: Sequence[Mapping[int, float]]) -> Genome:
@@ -87,7 +90,7 @@ def integer_program(space: Space, errors: Sequence[Mapping[int, float]]) -> Geno
 
     Raises:
         UsageError: scipy is not installed.
-        DitqError: the solver gives up.
+        DitqError: the solver finds no solution.
     """
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
@@ -96,7 +99,7 @@ def integer_program(space: Space, errors: Sequence[Mapping[int, float]]) -> Geno
         raise UsageError("The integer program needs scipy: pip install 'ditq[search]'.") from error
     pairs = [(i, size) for i, possible in enumerate(space.choices) for size in possible]
     value = [errors[i][size] for i, size in pairs]
-    # Relative to the budget: the solver's tolerances are absolute, and costs reach 1e13.
+    # Costs are divided by the budget, since the solver's tolerances are absolute and costs reach 1e13.
     cost = csr_array([[space.costs[i][size] / space.budget for i, size in pairs]])
     one_each = block_diag([[[1.0] * len(possible)] for possible in space.choices])
     solved = milp(
@@ -109,5 +112,5 @@ def integer_program(space: Space, errors: Sequence[Mapping[int, float]]) -> Geno
         raise DitqError(f"The integer program found no allocation: {solved.message}")
     chosen = {i: size for (i, size), x in zip(pairs, solved.x, strict=True) if x > 0.5}
     genome = tuple(chosen[i] for i in range(len(space.layers)))
-    # Its tolerance may leave the sum a hair above the budget.
+    # The solver's tolerance may put the sum slightly above the budget.
     return genome if space.legal(genome) else space.repaired(genome, Random(0))

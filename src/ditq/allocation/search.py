@@ -1,4 +1,4 @@
-"""The whole search on a pipeline: sample the reference, span the space, run the strategy, return the plan."""
+"""The whole search on a pipeline: sample the reference, build the space, run the strategy, return the plan."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from ditq.trace.hooks import Before, all_hooked, hooked
 STRATEGIES = ("evolution", "random", "program", "uniform")
 ROUNDINGS = ("nearest", "recipe")
 
-# Packages of ditq that the fitness of a candidate depends on, besides those that sample.
+# Packages of ditq that the fitness of a candidate depends on, besides those used for sampling.
 CODE = ("allocation", "calibration", "conversion", "metrics", "trace")
 
-# Added to the seed, so that neither calibration nor a comparison with the same seed sees the noise of the search.
+# Added to the seed, so that neither calibration nor a comparison with the same seed uses the noise of the search.
 NOISE_OFFSET = 20_000
 
 SAMPLING = Sampling(batch_size=16)
@@ -48,14 +48,18 @@ class SearchResult:
     """Result of a search.
 
     Attributes:
-        plan: the best allocation, with the rounding that the recipe asks for; carry it out on a fresh pipeline.
-        candidate: the same as it is in the model now.
+        plan: the best allocation, with the recipe's rounding; apply it to a fresh pipeline.
+        candidate: the plan of the best candidate that the model now has, with the candidates' rounding.
+        genome: group sizes of the best candidate.
         fitness: of the best candidate; smaller is better.
-        bit_operations, budget: of the plan and at most, for one image.
-        scale_overhead_bits: bits of scales and zero points for each quantized weight.
+        fitness_name: name of the fitness.
+        strategy: name of the strategy.
+        bit_operations: BitOps of the plan per image.
+        budget: largest allowed BitOps per image.
+        scale_overhead_bits: bits of scales and zero points per quantized weight.
         scored: all individuals with their fitness.
-        evaluated: how many of them this process evaluated.
-        component: which transformer of the pipeline.
+        evaluated: number of individuals that this process evaluated.
+        component: name of the transformer in the pipeline.
         others: results of the pipeline's other transformers, searched after this one.
     """
 
@@ -79,7 +83,7 @@ class SearchResult:
         return {result.component: result.plan for result in (self, *self.others)}
 
     def summary(self) -> str:
-        """The result in three lines; of several transformers below the name of each."""
+        """The result in three lines per transformer; several transformers are headed by their names."""
         if not self.others:
             return self._lines()
         return "\n".join(f"{result.component}:\n{result._lines()}" for result in (self, *self.others))
@@ -91,8 +95,8 @@ class SearchResult:
             f"{self.strategy}: {self.fitness_name} {self.fitness:.4g}, the best of {len(self.scored)} allocations "
             f"({self.evaluated} evaluated by this process)\n"
             f"group sizes: {groups} layers\n"
-            f"{self.bit_operations:.4g} BitOps an image of at most {self.budget:.4g}; "
-            f"scales take {self.scale_overhead_bits:.3f} bits a weight"
+            f"{self.bit_operations:.4g} BitOps per image, budget {self.budget:.4g}; "
+            f"scales take {self.scale_overhead_bits:.3f} bits per weight"
         )
 
 
@@ -120,29 +124,34 @@ def search(
 ) -> SearchResult:
     """Searches the group size of every linear that ``recipe`` quantizes (Q-DiT's automatic granularity allocation).
 
-    Formats, balance and the layers that stay in 16 bit are the recipe's; its granularities are replaced by groups.
-    The pipeline is used up: its transformer is left as the best candidate.
+    The recipe sets the formats, the balance and the layers that stay in 16 bit; its granularities are replaced by
+    groups. The search changes the pipeline: its transformer becomes the best candidate.
 
     Args:
-        conditions: what every candidate samples, number i from the noise of one seed. Class names or prompts.
-        sampling: of the candidates; its seed also decides calibration and which individuals are made.
-        component: which transformer of the pipeline. What another one hands over to it is that one's as it is now.
-        strategy: a name of ``STRATEGIES``, or an :class:`Evolution` with other numbers than the paper's.
-        trials: candidates that are evaluated at most; ``program`` and ``uniform`` have few.
+        pipe: a 16-bit pipeline.
+        architecture: of the transformer.
+        recipe: of the layers.
+        conditions: prompts or class names that every candidate samples, with the same noise for each candidate.
+        sampling: of the candidates; its seed also sets calibration and the individuals.
+        component: name of the transformer to search. Other transformers of the pipeline run as they are.
+        strategy: one of ``STRATEGIES``, or an :class:`Evolution` with settings other than the paper's.
+        trials: largest number of candidates to evaluate; ``program`` and ``uniform`` have fewer.
         sizes, budget: see :meth:`Space.of`.
-        moments: random timesteps of each image that a fitness of outputs looks at. Many images and few moments
-            of each tell more of other images, at one cost, than few images and all their moments.
-        rounding: of the candidates. "recipe" does it as the recipe asks; where that is GPTQ, each layer is rounded
-            once at each size, on inputs of the 16-bit model. "nearest" is the paper's.
-        calibration: conditions to calibrate with, where the recipe or ``program`` needs it.
-        statistics: finished statistics, instead of calibrating here.
+        fitness: score of a candidate.
+        moments: random timesteps of each image that a fitness of outputs uses. At equal cost, many images with few
+            moments generalize better than few images with all their moments.
+        rounding: of the candidates. "recipe" uses the recipe's rounding; if that is GPTQ, each layer is rounded once
+            at each size, on inputs of the 16-bit model. "nearest" is the paper's.
+        calibration: conditions to calibrate with, if the recipe or ``program`` needs calibration.
+        statistics: optional, if already computed; replaces the calibration.
         storage, patience: see :func:`ditq.allocation.run`.
-        progress: called with (stage, done, total) while preparing; on_trial: see :func:`ditq.allocation.run`.
+        progress: called with (stage, done, total) during the preparation.
+        on_trial: see :func:`ditq.allocation.run`.
 
     Raises:
-        UsageError: an unknown strategy; no conditions; calibration is needed and there is nothing to calibrate with;
+        UsageError: an unknown strategy; no conditions; calibration is needed but no prompts for it were passed;
             see also :meth:`Space.of` and :func:`ditq.allocation.run`.
-        DitqError: every candidate draws NaN or Inf; or the transformer is never called in so few steps.
+        DitqError: every candidate generates NaN or Inf; or the transformer is not called in these sampling steps.
     """
     _check(strategy, rounding, moments, trials)
     conditions, seed = condition_list(conditions), sampling.seed
@@ -153,17 +162,17 @@ def search(
     layers = plan_layers(model, architecture, candidate, statistics, seed=seed, progress=progress)
     in_stacks = {linear.name for group in architecture.groups(model) for linear in group.linears}
     searched = [layer for layer in layers if layer.weight is not None and layer.name in in_stacks]
-    asked = draft(model, architecture, recipe)
-    whole = fingerprint(pipe, code=CODE)
+    recipe_layers = draft(model, architecture, recipe)
+    pipeline_hash = fingerprint(pipe, code=CODE)
     noise = sampling.shifted(NOISE_OFFSET)
     rows, score = _scorer(pipe, component, architecture, conditions, noise, searched, fitness, moments)
     if not any(rows.values()):
-        raise DitqError(f"{component} is not called in these sampling steps; search with more of them.")
+        raise DitqError(f"{component} is not called in these sampling steps; search with more steps.")
     if progress:
         progress("reference", 1, 1)
-    per_picture = {name: n / len(conditions) for name, n in rows.items()}
-    space = Space.of(searched, per_picture, sizes=sizes, budget=budget)
-    plan_of_search = _strategy(strategy, space, model, architecture, statistics, progress)
+    rows_per_image = {name: n / len(conditions) for name, n in rows.items()}
+    space = Space.of(searched, rows_per_image, sizes=sizes, budget=budget)
+    chosen_strategy = _strategy(strategy, space, model, architecture, statistics, progress)
     candidates = Candidates(model, architecture, layers, space, statistics, recipe, seed)
 
     def evaluate(genome: Genome) -> float:
@@ -172,13 +181,13 @@ def search(
 
     name = strategy if isinstance(strategy, str) else "evolution"
     identity = {
-        "model and code": whole,
+        "model and code": pipeline_hash,
         "component": component,
         "architecture": digests.of_json(architecture.model_dump(mode="json")),
         "recipe": recipe.name,
         "layers": digests.of_json([layer.model_dump(mode="json") for layer in layers]),
         "statistics": "" if statistics is None else digests.of_json(_sums(statistics)),
-        **_settings(space, plan_of_search, name, fitness, moments),
+        **_settings(space, chosen_strategy, name, fitness, moments),
         "rounding": rounding,
         "conditions": digests.of_json(conditions),
         "steps": sampling.steps,
@@ -186,19 +195,21 @@ def search(
         "arguments": digests.of_json(dict(sampling.arguments)),
         "seed": seed,
     }
-    trials_done = study.run(
-        space, plan_of_search, evaluate, trials=trials, seed=seed, storage=storage, identity=identity,
+    results = study.run(
+        space, chosen_strategy, evaluate, trials=trials, seed=seed, storage=storage, identity=identity,
         name=study.NAME if component == "transformer" else f"{study.NAME}-{component}", patience=patience,
         on_trial=on_trial,
     )  # fmt: skip
-    genome, value = trials_done.best
+    genome, value = results.best
     if not math.isfinite(value):
-        raise DitqError(f"All {len(trials_done.scored)} candidates draw NaN or Inf; take more bits or another recipe.")
+        raise DitqError(
+            f"All {len(results.scored)} candidates generate NaN or Inf; choose more bits or another recipe."
+        )
     candidates.put(genome)
-    plan = _plan(candidates.plan, layers, space.planned(genome), asked)
+    plan = _plan(candidates.plan, layers, space.planned(genome), recipe_layers)
     return SearchResult(
         plan, candidates.plan, genome, value, fitness.name, name, space.cost(genome), space.budget,
-        scale_overhead_bits(plan), trials_done.scored, trials_done.evaluated, component,
+        scale_overhead_bits(plan), results.scored, results.evaluated, component,
     )  # fmt: skip
 
 
@@ -212,7 +223,7 @@ def _calibrated(
     progress: Progress | None,
 ) -> Statistics:
     if not conditions:
-        raise UsageError("This search needs calibration: give prompts, or finished statistics.")
+        raise UsageError("This search needs calibration: pass calibration=[...] prompts, or statistics=.")
     return calibrate(
         pipe, architecture, conditions, recipe.calibration, component=component, seed=seed, resume=True,
         progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
@@ -220,10 +231,10 @@ def _calibrated(
 
 
 def _plan(
-    candidate: Plan, layers: Sequence[LayerPlan], chosen: Sequence[LayerPlan], asked: Sequence[LayerPlan]
+    candidate: Plan, layers: Sequence[LayerPlan], chosen: Sequence[LayerPlan], recipe_layers: Sequence[LayerPlan]
 ) -> Plan:
-    """The best candidate with the rounding that the recipe asks for, ready for a fresh pipeline."""
-    best, roundings = {layer.name: layer for layer in chosen}, {x.name: x for x in asked}
+    """The best candidate with the recipe's rounding, ready for a fresh pipeline."""
+    best, roundings = {layer.name: layer for layer in chosen}, {layer.name: layer for layer in recipe_layers}
     final = [
         best.get(layer.name, layer).model_copy(
             update={"rounding": roundings[layer.name].rounding, "gptq": roundings[layer.name].gptq}
@@ -236,7 +247,7 @@ def _plan(
 def _settings(
     space: Space, strategy: Evolution | Fixed, name: str, fitness: Fitness, moments: int
 ) -> dict[str, str | int | float | list[int] | None]:
-    """The part of a study's identity that says how it searches."""
+    """The search settings in a study's identity."""
     return {
         "sizes": sorted({size for possible in space.choices for size in possible}),
         "budget": space.budget,
@@ -253,7 +264,7 @@ def _check(strategy: str | Evolution, rounding: str, moments: int, trials: int) 
     if rounding not in ROUNDINGS:
         raise unknown("rounding of candidates", rounding, ROUNDINGS)
     if moments < 1:
-        raise UsageError(f"A fitness of outputs looks at 1 timestep of each image at least, got moments={moments}.")
+        raise UsageError(f"A fitness of outputs needs at least 1 timestep of each image, got moments={moments}.")
     if trials < 1:
         raise UsageError(f"A search needs at least 1 trial, got {trials}.")
 
@@ -268,24 +279,24 @@ def _scorer(
     fitness: Fitness,
     moments: int,
 ) -> tuple[dict[str, int], Callable[[], float]]:
-    """Records what the model computes now, as the reference of the search.
+    """Records the results of the 16-bit model as the reference of the search.
 
     Returns:
-        Rows (tokens) that each layer read meanwhile; and the fitness of what the model computes when it is called.
+        Rows (tokens) that each layer read; and a function that returns the fitness of the model in its current state.
     """
     model: nn.Module = getattr(pipe, component)
     if fitness.sees == "outputs":
         with _counted_rows(model, layers) as rows:
             calls = _moments(pipe, component, architecture, conditions, moments, sampling)
-        before = outputs_of(model, calls)
-        return rows, lambda: fitness.score(before, outputs_of(model, calls))
+        reference_outputs = outputs_of(model, calls)
+        return rows, lambda: fitness.score(reference_outputs, outputs_of(model, calls))
 
-    def drawn() -> Samples:
+    def samples() -> Samples:
         return sample(pipe, architecture, conditions, sampling, decode=fitness.sees == "pictures")
 
     with _counted_rows(model, layers) as rows:
-        reference = drawn()
-    return rows, lambda: fitness.score(reference, drawn())
+        reference = samples()
+    return rows, lambda: fitness.score(reference, samples())
 
 
 def _strategy(
@@ -320,7 +331,7 @@ def _moments(
     moments: int,
     sampling: Sampling,
 ) -> list[Call]:
-    """Kept calls along the trajectories of all images, those of one timestep side by side."""
+    """Kept calls along the trajectories of all images, merged by timestep."""
     calls: list[Call] = []
     done = 0
     for numbers in batches(pipe, conditions, sampling.batch_size):
@@ -334,7 +345,7 @@ def _moments(
 
 @contextmanager
 def _counted_rows(model: nn.Module, layers: Sequence[LayerPlan]) -> Iterator[dict[str, int]]:
-    """Rows (tokens) that each layer is called with inside."""
+    """Counts the rows (tokens) that each layer reads inside the ``with`` block."""
     rows = {layer.name: 0 for layer in layers}
 
     def count(name: str) -> Before:
@@ -348,7 +359,7 @@ def _counted_rows(model: nn.Module, layers: Sequence[LayerPlan]) -> Iterator[dic
 
 
 def _sums(statistics: Statistics) -> dict[str, list[float]]:
-    """Of the statistics: of a group's maxima and sample, each."""
+    """Sums over the maxima and over the sample of every group."""
     return {
         name: [float(part.double().sum()) for part in (group.absmax, group.sample)]
         for name, group in statistics.groups.items()

@@ -15,7 +15,7 @@ from ditq.plan import MIN_GROUP_SIZE, LayerPlan
 SIZES = (32, 64, 128, 192, 288)
 
 Genome = tuple[int, ...]
-"""A group size for every layer of a space, in its order."""
+"""A group size for every layer of a space, in the order of its layers."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Space:
         layers: the quantized linears.
         choices: possible group sizes of each layer, ascending.
         costs: BitOps of each layer at each of its choices.
-        budget: BitOps of a genome at most.
+        budget: largest allowed BitOps of a genome.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -43,16 +43,18 @@ class Space:
         sizes: Sequence[int] | None = None,
         budget: float | str = "uniform:128",
     ) -> Space:
-        """The space of the quantized ones among ``layers``.
+        """The space of the quantized layers among ``layers``.
 
         Args:
-            rows: tokens that each layer sees while one image is drawn, by name.
-            sizes: S; each layer takes those that divide its input channels. None: those of ``SIZES`` that divide any.
-            budget: BitOps for an image, or ``uniform:G``: those of group size G in every layer.
+            layers: plans of linears; those in 16 bit are left out.
+            rows: tokens that each layer reads per generated image, by layer name.
+            sizes: S; each layer takes those that divide its input channels. None: those of ``SIZES`` that divide the
+                input channels of at least one layer.
+            budget: BitOps per image; or ``uniform:G``, the BitOps of group size G in every layer.
 
         Raises:
-            UsageError: a size divides no layer, or none divides some layer; activations are static; no genome is
-                within the budget, or only one.
+            UsageError: a size divides no layer, or a layer has no size that divides it; activations are static; the
+                budget allows no genome, or only one.
         """
         quantized = tuple(layer for layer in layers if layer.weight is not None)
         _check_formats(quantized)
@@ -61,15 +63,15 @@ class Space:
         for size in ordered:
             if size < MIN_GROUP_SIZE or all(width % size for width in widths):
                 raise UsageError(
-                    f"Group size {size} divides no layer: their inputs have {_words(widths)} channels, and groups "
-                    f"at least {MIN_GROUP_SIZE}. Possible are {_words(_divisors(widths))}."
+                    f"Group size {size} divides no layer: layers have {_listed(widths)} input channels, and a group "
+                    f"has at least {MIN_GROUP_SIZE}. Possible are {_listed(_divisors(widths))}."
                 )
         choices = tuple(tuple(g for g in ordered if layer.in_features % g == 0) for layer in quantized)
         for layer, possible in zip(quantized, choices, strict=True):
             if not possible:
                 raise UsageError(
-                    f"None of the group sizes {_words(ordered)} divides the {layer.in_features} input channels of "
-                    f"layer {layer.name!r}; add one of {_words(_divisors([layer.in_features]))}."
+                    f"None of the group sizes {_listed(ordered)} divides the {layer.in_features} input channels of "
+                    f"layer {layer.name!r}; add one of {_listed(_divisors([layer.in_features]))}."
                 )
         costs = tuple(
             {size: bit_operations(grouped(layer, size), size, rows[layer.name]) for size in possible}
@@ -86,7 +88,7 @@ class Space:
 
     @property
     def uniforms(self) -> list[Genome]:
-        """Legal genomes of one group size, the finest first."""
+        """Legal genomes with a single group size, the finest first."""
         sizes = sorted(set.intersection(*map(set, self.choices)))
         return [genome for size in sizes if self.legal(genome := (size,) * len(self.layers))]
 
@@ -95,7 +97,7 @@ class Space:
         return sum(costs[size] for costs, size in zip(self.costs, genome, strict=True))
 
     def legal(self, genome: Genome) -> bool:
-        """Whether it is within the budget (to rounding)."""
+        """Whether a genome is within the budget (up to rounding)."""
         return self.cost(genome) <= self._limit
 
     @cached_property
@@ -103,10 +105,10 @@ class Space:
         return self.budget * (1 + 1e-9)
 
     def repaired(self, genome: Genome, random: Random) -> Genome:
-        """A legal genome: while it is over the budget, a random layer gets its next larger group size.
+        """A legal genome: while ``genome`` is over the budget, a random layer gets its next larger group size.
 
-        Drawing again until a genome is legal, as in the paper's pseudo-code, would hardly end: with the default sizes
-        the mean cost of random genomes is above that of uniform 128, and that of a hundred layers varies little.
+        The paper's pseudo-code draws again until a genome is legal. That would hardly end: with the default sizes the
+        mean cost of random genomes is above that of uniform 128, and over a hundred layers the cost varies little.
         """
         genes, cost = list(genome), self.cost(genome)
         while cost > self._limit:
@@ -121,24 +123,24 @@ class Space:
         return self.repaired(tuple(random.choice(possible) for possible in self.choices), random)
 
     def planned(self, genome: Genome) -> list[LayerPlan]:
-        """The layer plans that a genome means."""
+        """The layer plans of a genome."""
         return [grouped(layer, size) for layer, size in zip(self.layers, genome, strict=True)]
 
     def _check_budget(self) -> None:
-        least = self.cost(self.coarsest)
+        lowest = self.cost(self.coarsest)
         if not self.legal(self.coarsest):
             raise UsageError(
-                f"No allocation meets the budget of {self.budget:.6g} BitOps an image: the largest group sizes take "
-                f"{least:.6g}. Raise the budget, or add larger group sizes."
+                f"No allocation meets the budget of {self.budget:.6g} BitOps per image: the largest group sizes take "
+                f"{lowest:.6g}. Raise the budget, or add larger group sizes."
             )
         finer = [costs[possible[-2]] - costs[possible[-1]] for costs, possible in zip(self.costs, self.choices,
                  strict=True) if len(possible) > 1]  # fmt: skip
-        if not finer or least + min(finer) > self._limit:
+        if not finer or lowest + min(finer) > self._limit:
             widths = sorted({layer.in_features for layer in self.layers})
             raise UsageError(
-                f"There is nothing to search: the only allocation within the budget of {self.budget:.6g} BitOps a "
+                f"There is nothing to search: the only allocation within the budget of {self.budget:.6g} BitOps per "
                 f"image has the largest group size in every layer. Raise the budget, or add larger group sizes: "
-                f"inputs have {_words(widths)} channels."
+                f"layers have {_listed(widths)} input channels."
             )
 
 
@@ -146,11 +148,11 @@ def _check_formats(layers: Sequence[LayerPlan]) -> None:
     for layer in layers:
         if layer.timesteps:
             raise UsageError(
-                f"Layer {layer.name!r} has integers of its own for each timestep range: search without ranges."
+                f"Layer {layer.name!r} has separate weights for each timestep range; search without timestep ranges."
             )
         if layer.activation is not None and not layer.activation.dynamic:
             raise UsageError(
-                f"Layer {layer.name!r} has static activation scales; group sizes are searched with dynamic ones: "
+                f"Layer {layer.name!r} has static activation scales; the search needs dynamic ones. Use "
                 "--set activations.granularity=token --set activations.dynamic=true."
             )
 
@@ -164,23 +166,23 @@ def _budget(budget: float | str, layers: Sequence[LayerPlan], rows: Mapping[str,
         for layer in layers:
             if layer.in_features % size:
                 raise UsageError(
-                    f"The budget {budget!r} means group size {size} everywhere, but it does not divide the "
-                    f"{layer.in_features} input channels of layer {layer.name!r}; name another size, or a number."
+                    f"The budget {budget!r} means group size {size} in every layer, but it does not divide the "
+                    f"{layer.in_features} input channels of layer {layer.name!r}; pass another size, or a number."
                 )
         return sum(bit_operations(grouped(layer, size), size, rows[layer.name]) for layer in layers)
     try:
         return float(budget)
     except ValueError:
         raise UsageError(
-            f"A budget is a number of BitOps an image, or uniform:G for those of group size G (at least "
+            f"A budget must be a number of BitOps per image, or uniform:G for group size G (at least "
             f"{MIN_GROUP_SIZE}) in every layer; got {budget!r}."
         ) from None
 
 
 def _divisors(widths: Sequence[int]) -> list[int]:
-    """Group sizes of at least 16 that divide any of the widths, in steps that kernels can use."""
+    """Multiples of 16 that divide at least one of the widths; kernels need multiples of 16."""
     return sorted({g for width in widths for g in range(16, width + 1, 16) if width % g == 0})
 
 
-def _words(numbers: Sequence[int]) -> str:
+def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))

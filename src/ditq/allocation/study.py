@@ -1,12 +1,12 @@
 """A search in an Optuna study: resumable, and shared by any number of processes without a coordinator.
 
-Optuna's storage hands out trial numbers, one to one process. The number of a trial is its *slot* in the search, and
-which individual a slot stands for follows from the seed and from the results of earlier generations alone. So every
-process knows what to do from what it took, nothing is evaluated twice, and the result depends neither on the number
-of processes nor on when they were killed.
+Optuna's storage assigns each trial number to one process. The number of a trial is its *slot* in the search. The
+individual of a slot depends only on the seed and on the results of earlier generations. So every process can derive
+its work from its slots, nothing is evaluated twice, and the result depends neither on the number of processes nor on
+when they were killed.
 
-A process shows that it is alive by a counter on its trials. Others that see a counter stand still for ``patience``
-seconds of their own clock give the slot out again.
+A process increments a counter on its trials to show that it is alive. If a counter does not change for ``patience``
+seconds, other processes take over the slot. Each process measures that time with its own clock.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ if TYPE_CHECKING:
     import optuna
 
 NAME = "ditq-search"
-PATIENCE = 30.0  # seconds without a sign of life
-POLL = 0.2  # seconds between looks at a storage while there is nothing to do
+PATIENCE = 30.0  # seconds without a change of the counter until a process counts as dead
+POLL = 0.2  # seconds between reads of the storage while there is nothing to do
 
-# Keys of user attributes: of the study its identity; of a trial the slot it repeats, and its counter.
+# Keys of user attributes: the identity of the study; the slot that a trial repeats; the counter of a trial.
 IDENTITY, REPEATS, ALIVE = "identity", "repeats", "alive"
 
 
 class Strategy(Protocol):
-    """How individuals are found."""
+    """Chooses the individuals of each generation."""
 
     def generation(
-        self, number: int, space: Space, scored: Sequence[Scored], seen: Collection[Genome], random: Random
+        self, number: int, space: Space, scored: Sequence[Scored], earlier: Collection[Genome], random: Random
     ) -> list[Genome]:
-        """New individuals from all earlier ones, by a pure function; an empty list where there are no more."""
+        """New individuals as a pure function of all earlier ones; an empty list if there are no more."""
 
 
 class NotYet(Exception):  # noqa: N818
-    """A slot whose individual depends on results that are still missing."""
+    """The individual of a slot depends on results that are still missing."""
 
 
 @dataclass
 class Schedule:
-    """Which individual each slot of a search stands for."""
+    """Maps the slots of a search to individuals."""
 
     strategy: Strategy
     space: Space
@@ -62,10 +62,11 @@ class Schedule:
     generations: list[list[Genome]] = field(default_factory=list)
 
     def genome(self, slot: int, values: Mapping[int, float]) -> Genome | None:
-        """The individual of a slot; None where the space has fewer.
+        """The individual of a slot; None if the space does not have as many.
 
         Args:
-            values: fitness by slot, as far as it is known.
+            slot: number of the slot, from 0.
+            values: fitness by slot, of all evaluated slots.
 
         Raises:
             NotYet: an earlier generation is not complete.
@@ -75,10 +76,10 @@ class Schedule:
             if number == len(self.generations):
                 if any(s not in values for s in range(start)):
                     raise NotYet
-                seen = [genome for members in self.generations for genome in members]
-                scored = [(genome, values[s]) for s, genome in enumerate(seen)]
+                earlier = [genome for members in self.generations for genome in members]
+                scored = [(genome, values[s]) for s, genome in enumerate(earlier)]
                 random = Random(f"{self.seed}/{number}")
-                self.generations.append(self.strategy.generation(number, self.space, scored, seen, random))
+                self.generations.append(self.strategy.generation(number, self.space, scored, earlier, random))
             members = self.generations[number]
             if slot < start + len(members):
                 return members[slot - start]
@@ -93,7 +94,7 @@ class Trials:
 
     Attributes:
         scored: every individual with its fitness, in the order of slots.
-        evaluated: how many of them this process evaluated.
+        evaluated: number of individuals that this process evaluated.
     """
 
     scored: tuple[Scored, ...]
@@ -101,7 +102,7 @@ class Trials:
 
     @property
     def best(self) -> Scored:
-        """The individual with the smallest fitness, the earliest of equals."""
+        """The individual with the smallest fitness; the earliest one if several are equal."""
         return min(self.scored, key=lambda individual: individual[1])
 
 
@@ -118,21 +119,25 @@ def run(
     patience: float = PATIENCE,
     on_trial: Callable[[int, int, float], None] | None = None,
 ) -> Trials:
-    """Evaluates ``trials`` individuals, or all there are, together with all other processes on the storage.
+    """Evaluates ``trials`` individuals, or all that exist, together with all other processes on the same storage.
 
-    Returns when all are evaluated, here or elsewhere. Called again with more ``trials`` it goes on.
+    Returns when all are evaluated, by this process or by others. A second call with more ``trials`` continues.
 
     Args:
-        evaluate: fitness, smaller is better; must not depend on anything but the genome and ``identity``.
-        storage: a file, made if it is missing (on a folder that machines share, it is for all of them); or the URL
-            of a database. None: memory.
-        identity: what the fitness depends on. A storage with another identity is refused.
-        name: of the study; begins with :data:`NAME`. Studies of other such names may lie in the same storage.
-        patience: seconds after which a process that shows no sign of life counts as dead.
+        space: the search space.
+        strategy: chooses the individuals.
+        evaluate: fitness of a genome, smaller is better; must depend only on the genome and ``identity``.
+        trials: number of individuals to evaluate, over all processes.
+        seed: of the strategy.
+        storage: a file, created if it is missing, or the URL of a database. Machines can share a file through a
+            shared folder. None: memory.
+        identity: everything that the fitness depends on. A storage with another identity is refused.
+        name: of the study; begins with :data:`NAME`. The storage may hold other studies whose names begin so.
+        patience: seconds without a change of its counter after which a process counts as dead.
         on_trial: called with (evaluated by all processes, trials, best fitness so far).
 
     Raises:
-        UsageError: Optuna is not installed; the storage belongs to another search, or is no storage.
+        UsageError: Optuna is not installed; the storage belongs to another search, or is not a storage.
     """
     study = open_study(storage, json.loads(json.dumps(identity or {})), name)
     schedule = Schedule(strategy, space, seed)
@@ -144,16 +149,16 @@ def run(
             values = {
                 slot: t.value for slot, attempts in slots.items() for t in attempts if t.state.name == "COMPLETE"
             }
-            asked = [value for slot, value in values.items() if slot < trials]
-            if on_trial and asked and len(asked) != reported:
-                reported = len(asked)
-                on_trial(reported, trials, min(asked))
+            finished = [value for slot, value in values.items() if slot < trials]
+            if on_trial and finished and len(finished) != reported:
+                reported = len(finished)
+                on_trial(reported, trials, min(finished))
             job = watch.ready(schedule, values, trials)
             if job is not None:
                 trial, genome = job
                 _record(trial, space, genome)
                 value = evaluate(genome)
-                # A NaN would count as a failure of the machine, and be tried again for ever.
+                # Optuna would count NaN as a failed trial, and the slot would be repeated forever.
                 study.tell(trial, math.inf if math.isnan(value) else value, skip_if_finished=True)
                 watch.held.remove(trial)
                 done += 1
@@ -168,7 +173,7 @@ def run(
 
 
 def open_study(storage: str | Path | None, identity: dict[str, Any], name: str = NAME) -> optuna.Study:
-    """The study in a storage, made if there is none.
+    """The study in a storage, created if it is missing.
 
     Raises:
         UsageError: as :func:`run`.
@@ -182,51 +187,51 @@ def open_study(storage: str | Path | None, identity: dict[str, Any], name: str =
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         if storage is None:
-            where: Any = InMemoryStorage()
+            opened: Any = InMemoryStorage()
         elif "://" in str(storage):
-            where = RDBStorage(str(storage))
+            opened = RDBStorage(str(storage))
         else:
             Path(storage).parent.mkdir(parents=True, exist_ok=True)
-            where = JournalStorage(JournalFileBackend(str(storage)))
-        others = [other for other in optuna.get_all_study_names(where) if not other.startswith(NAME)]
-        options: dict[str, Any] = {"study_name": name, "load_if_exists": True, "sampler": _Given()}
-        study = None if others else optuna.create_study(storage=where, **options)
+            opened = JournalStorage(JournalFileBackend(str(storage)))
+        others = [other for other in optuna.get_all_study_names(opened) if not other.startswith(NAME)]
+        options: dict[str, Any] = {"study_name": name, "load_if_exists": True, "sampler": _fixed_value_sampler()}
+        study = None if others else optuna.create_study(storage=opened, **options)
     except OSError as error:
         raise UsageError(f"The storage {storage} cannot be opened: {error}.") from error
-    except Exception as error:  # a journal that is none fails in many ways, a database in those of its driver
+    except Exception as error:  # a file that is not a journal fails in many ways, a database in those of its driver
         raise UsageError(
-            f"{storage} is no storage of a search ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"{storage} is not a storage of a search ({type(error).__name__}: {str(error).splitlines()[0]}). "
             "Choose another --storage."
         ) from error
     if study is None:
         raise UsageError(f"The storage {storage} belongs to another study, {others[0]!r}. Choose another --storage.")
     if IDENTITY not in study.user_attrs:
         study.set_user_attr(IDENTITY, identity)
-    kept = study.user_attrs[IDENTITY]  # another process may have been faster
+    stored = study.user_attrs[IDENTITY]  # another process may have written it first
     differing = "; ".join(
-        f"{key} is {_short(kept.get(key))} there, {_short(identity.get(key))} here"
-        for key in {**kept, **identity}
-        if kept.get(key) != identity.get(key)
+        f"{key} is {_short(stored.get(key))} there, {_short(identity.get(key))} here"
+        for key in {**stored, **identity}
+        if stored.get(key) != identity.get(key)
     )
     if differing:
         raise UsageError(
-            f"The storage {storage} belongs to another study: {differing}. Choose another --storage, or repeat the "
-            "settings of that study to go on with it."
+            f"The storage {storage} belongs to another study: {differing}. Choose another --storage, or use the "
+            "settings of that study to continue it."
         )
     return study
 
 
 class _Watch:
-    """One process's view of a study: the trials it holds, and those of others that stand still."""
+    """One process's view of a study: the trials it holds, and the counters of other processes."""
 
     def __init__(self, study: optuna.Study, patience: float) -> None:
         self.study, self.patience = study, patience
         self.held: list[optuna.Trial] = []
-        self._seen: dict[int, tuple[Any, float]] = {}
+        self._counters: dict[int, tuple[Any, float]] = {}  # by trial: its counter, and when that changed last
 
     @contextmanager
     def beating(self) -> Iterator[None]:
-        """Shows that the trials held are alive; gives them back where something fails."""
+        """Increments the counters of the held trials; at the end of the block, returns those not evaluated."""
         stop = threading.Event()
 
         def beat() -> None:
@@ -236,7 +241,7 @@ class _Watch:
                 for trial in list(self.held):
                     try:
                         trial.set_user_attr(ALIVE, count)
-                    except Exception:  # finished a moment ago; a storage that is gone will be noticed by the search
+                    except Exception:  # the trial has just finished; a lost storage also fails in the search itself
                         continue
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -250,9 +255,9 @@ class _Watch:
                 self._fail(trial.number)
 
     def slots(self) -> dict[int, list[Any]]:
-        """All trials by slot, in order; those of others that stand still fail."""
+        """All trials by slot, in order. Marks trials of dead processes as failed."""
         trials = self.study.get_trials(deepcopy=False)
-        mine = {trial.number for trial in self.held}
+        held = {trial.number for trial in self.held}
         slots: dict[int, list[Any]] = {}
         fresh = 0
         for trial in trials:
@@ -260,7 +265,7 @@ class _Watch:
             if slot is None:
                 slot, fresh = fresh, fresh + 1
             slots.setdefault(slot, []).append(trial)
-            if trial.state.name == "RUNNING" and trial.number not in mine and self._stands_still(trial):
+            if trial.state.name == "RUNNING" and trial.number not in held and self._is_dead(trial):
                 self._fail(trial.number)
         self.fresh = fresh
         return slots
@@ -268,13 +273,13 @@ class _Watch:
     def ready(
         self, schedule: Schedule, values: Mapping[int, float], trials: int
     ) -> tuple[optuna.Trial, Genome] | None:
-        """A trial that is held and can be evaluated now; those that nobody needs are given back."""
+        """A held trial that can be evaluated now. Held trials that are not needed are returned as failed."""
         slots = self.slots() if self.held else {}
         slot_of = {trial.number: slot for slot, attempts in slots.items() for trial in attempts}
         for trial in list(self.held):
             slot = slot_of[trial.number]
             if any(t.number == trial.number and t.state.name == "FAIL" for t in slots[slot]):
-                self.held.remove(trial)  # others took this process for dead
+                self.held.remove(trial)  # another process counted this one as dead
                 continue
             earlier = [t for t in slots[slot] if t.number < trial.number and t.state.name != "FAIL"]
             try:
@@ -290,7 +295,7 @@ class _Watch:
     def can_take(
         self, schedule: Schedule, slots: Mapping[int, Sequence[Any]], values: Mapping[int, float], trials: int
     ) -> bool:
-        """Whether there is a slot to take; gives failed ones out again."""
+        """Whether there is a slot to take. Queues a new trial for a slot whose trials all failed."""
         for slot, attempts in slots.items():
             if slot < trials and all(t.state.name == "FAIL" for t in attempts) and _exists(schedule, slot, values):
                 self._repeat(slot)
@@ -302,15 +307,16 @@ class _Watch:
     def _repeat(self, slot: int) -> None:
         import optuna
 
-        # Two processes may do this at once: of trials for one slot, the earliest counts (see ready).
+        # Two processes may do this at once. The earliest trial of a slot counts, see ready().
         waiting = optuna.trial.TrialState.WAITING
         self.study.add_trial(optuna.create_trial(state=waiting, user_attrs={REPEATS: slot}))
 
-    def _stands_still(self, trial: Any) -> bool:
+    def _is_dead(self, trial: Any) -> bool:
+        """Whether the counter of a trial did not change for ``patience`` seconds."""
         count, now = trial.user_attrs.get(ALIVE), time.monotonic()
-        before, since = self._seen.setdefault(trial.number, (count, now))
-        if before != count:
-            self._seen[trial.number] = (count, now)
+        previous, since = self._counters.setdefault(trial.number, (count, now))
+        if previous != count:
+            self._counters[trial.number] = (count, now)
             return False
         return now - since > self.patience
 
@@ -321,7 +327,7 @@ class _Watch:
 
 
 def _exists(schedule: Schedule, slot: int, values: Mapping[int, float]) -> bool:
-    """Whether a slot may have an individual, as far as one can know now."""
+    """Whether a slot has an individual, or may have one once missing results are there."""
     try:
         return schedule.genome(slot, values) is not None
     except NotYet:
@@ -333,7 +339,7 @@ def _finished(schedule: Schedule, values: Mapping[int, float], trials: int) -> b
 
 
 def _record(trial: optuna.Trial, space: Space, genome: Genome) -> None:
-    """Group sizes as Optuna's parameters, so that its own tools show and plot a search."""
+    """Stores group sizes as Optuna parameters, so that Optuna's tools can show and plot a search."""
     sampler: Any = trial.study.sampler
     for layer, possible, size in zip(space.layers, space.choices, genome, strict=True):
         sampler.value = size
@@ -341,11 +347,11 @@ def _record(trial: optuna.Trial, space: Space, genome: Genome) -> None:
     trial.set_user_attr("bit_operations", space.cost(genome))
 
 
-def _Given() -> Any:  # noqa: N802
-    """A sampler that gives what it was told."""
+def _fixed_value_sampler() -> Any:
+    """An Optuna sampler that returns its attribute ``value``."""
     from optuna.samplers import BaseSampler
 
-    class Given(BaseSampler):
+    class FixedValueSampler(BaseSampler):
         value: Any = None
 
         def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
@@ -357,7 +363,7 @@ def _Given() -> Any:  # noqa: N802
         def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
             return self.value
 
-    return Given()
+    return FixedValueSampler()
 
 
 def _short(value: Any) -> str:

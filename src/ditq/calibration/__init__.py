@@ -1,4 +1,4 @@
-"""What quantization looks at: activations of the pipeline itself, on prompts, cached and resumable."""
+"""Calibration: activation statistics of the pipeline on prompts, cached and resumable."""
 
 from ditq.calibration.run import calibrate, watch
 from ditq.calibration.statistics import GroupStatistics, Statistics

@@ -1,4 +1,4 @@
-"""Watches a transformer at work: forward pre-hooks on the linears that read the tensors of every input group."""
+"""Records the inputs of a transformer's linear layers with forward pre-hooks, one per input group."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ditq.trace.arguments import bound
 from ditq.trace.calls import Recorder, attended, call_time
 from ditq.trace.hooks import Before, all_hooked, hooked
 
-# Rows of each linear's input that kept calls give for each of its channels, if the trajectories have as many: a
-# Hessian of K channels from R rows is off by about sqrt(K / R). The papers have more (Q-DiT on DiT-XL/2 28 rows a
-# channel, from 256 images of 256 tokens), a bundled model's 64 images of 16 tokens only 2 with one call each.
+# Rows that the kept calls hold per input channel of each linear, if the trajectories are long enough. A Hessian of
+# K channels from R rows is off by about sqrt(K / R). The papers use more: Q-DiT on DiT-XL/2 has 28 rows per channel,
+# from 256 images of 256 tokens. The 64 images of 16 tokens of a bundled model give only 2 with one call each.
 ROWS_PER_INPUT = 16
 
 CONDITIONS: tuple[Condition, ...] = ("conditional", "unconditional")
@@ -30,11 +30,13 @@ class Capture:
     """Collects the statistics of one pipeline run.
 
     Args:
-        rows: how many rows of each input to keep from one call of the transformer and one condition.
-        seed: chooses those rows, and the calls that are kept whole; the same seed sees the same ones.
-        calls: how many calls of each sample of a batch are kept whole: at least so many, and as many as it takes
-            for :data:`ROWS_PER_INPUT`; or none, for 0.
-        samples: how many are drawn in all, this run and others taken together; None: the batch is all.
+        architecture: of the transformer.
+        groups: input groups to record.
+        rows: number of rows of each input to keep per transformer call and condition.
+        seed: chooses those rows and the calls that are kept whole.
+        calls: smallest number of calls per sample that are kept whole; more are kept if :data:`ROWS_PER_INPUT`
+            needs them. 0 keeps none.
+        samples: number of samples over all runs; None: only those of this batch.
     """
 
     def __init__(
@@ -52,14 +54,14 @@ class Capture:
         self._recorder, self._samples, self._calls_needed = Recorder(architecture, calls, seed), samples, 0.0
         self._mask: Tensor | None = None
         self._batch = 0
-        self._turn = 0  # of the calls that make one moment under guidance by calls
+        self._turn = 0  # index of the call within its timestep, if guidance uses separate calls
         self._absmax: dict[str, dict[tuple[int, int], Tensor]] = {g.name: {} for g in groups}
         self._rows: dict[str, list[Tensor]] = {g.name: [] for g in groups}
         self._times: dict[str, list[float]] = {g.name: [] for g in groups}
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Statistics are collected inside."""
+        """Collects statistics inside the ``with`` block."""
         observers = (
             hooked(model.get_submodule(tensor.name), self._observer(group, tensor))
             for group in self.groups
@@ -88,7 +90,7 @@ class Capture:
     def _observer(self, group: InputGroup, tensor: InputGroup) -> Before:
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0].detach()
-            if self.calls == 1 and group.input.online != "text":  # text is the same at any time
+            if self.calls == 1 and group.input.online != "text":  # text is the same at every timestep
                 self._calls_needed = max(self._calls_needed, ROWS_PER_INPUT * x.shape[-1] ** 2 / x.numel())
             masks = {} if self._mask is None else self._conditions(self._mask)
             for condition, part in self._conditions(x).items():
@@ -97,10 +99,10 @@ class Capture:
         return observe
 
     def _conditions(self, x: Tensor) -> dict[int, Tensor]:
-        """The conditional (0) and the unconditional (1) half of a batch; or all of it, by the condition of its call.
+        """The conditional (0) and the unconditional (1) half of a batch, or all of it by the condition of its call.
 
-        The first axis of ``x`` may be longer than the batch, which is then its slower part: frames or positions
-        of a video are folded into it. Where it is no multiple of the batch, nothing is known about it.
+        The first axis of ``x`` may be longer than the batch, if frames or positions of a video are folded into it;
+        the batch is then its slower part. If it is not a multiple of the batch, all rows count as conditional.
         """
         guidance = self.architecture.guidance
         if guidance.style == "calls":
@@ -111,20 +113,20 @@ class Capture:
         return {i: halves[condition] for i, condition in enumerate(CONDITIONS)}
 
     def _record(self, name: str, condition: int, rows: Tensor) -> None:
-        """Rows [R, K] of the current call; none at all where a condition has no text."""
+        """Adds rows [R, K] of the current call; R is 0 if a condition has no text."""
         largest = rows.abs().amax(0).float().cpu() if len(rows) else torch.zeros(rows.shape[1])
         if not torch.isfinite(largest).all():
             raise DitqError(f"The input of layer {name!r} contains NaN or Inf at timestep {self.timesteps[-1]:g}.")
         key = (len(self.timesteps) - 1, condition)
-        before = self._absmax[name].get(key)
-        self._absmax[name][key] = largest if before is None else torch.maximum(before, largest)
+        previous = self._absmax[name].get(key)
+        self._absmax[name][key] = largest if previous is None else torch.maximum(previous, largest)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.calls)
         chosen = torch.randperm(len(rows), generator=generator)[: self.rows]
         self._rows[name].append(rows[chosen.to(rows.device)].cpu())
         self._times[name] += [self.timesteps[-1]] * len(chosen)
 
     def statistics(self) -> Statistics:
-        """What was collected.
+        """The collected statistics.
 
         Raises:
             DitqError: a group was never called.
@@ -135,11 +137,11 @@ class Capture:
             if not maxima:
                 raise DitqError(f"Layer {group.name!r} was never called during calibration.")
             conditions = sorted({condition for _, condition in maxima})
-            nothing = torch.zeros_like(next(iter(maxima.values())))  # of a moment that lacks a condition
+            zeros = torch.zeros_like(next(iter(maxima.values())))  # for a timestep without one of the conditions
             absmax = torch.stack(
-                [torch.stack([maxima.get((t, c), nothing) for c in conditions]) for t in range(len(self.timesteps))]
+                [torch.stack([maxima.get((t, c), zeros) for c in conditions]) for t in range(len(self.timesteps))]
             )
-            self._rows[group.name] = [torch.cat(self._rows[group.name])]  # in memory once, not twice
+            self._rows[group.name] = [torch.cat(self._rows[group.name])]  # frees the parts
             groups[group.name] = GroupStatistics(
                 absmax, self._rows[group.name][0], torch.tensor(self._times[group.name])
             )

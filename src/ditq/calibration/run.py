@@ -1,4 +1,4 @@
-"""Runs the pipeline on prompts, batch by batch; every finished batch is a file that a later run starts from."""
+"""Runs the pipeline on prompts batch by batch. Every finished batch is saved, so that a later run can resume."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ditq.errors import DitqError
 from ditq.recipe import Calibration
 from ditq.sampling import Sampling, batches, cache_root, condition_list, draws_videos, fingerprint, sample
 
-# Added to the seed of every calibration, so that it never sees the noise that the same seed compares models with.
+# Added to the seed of every calibration, so that it does not use the noise of a comparison with the same seed.
 NOISE_OFFSET = 10_000
 
-# What the samples of all layers' inputs may take together. A Latte-1 in float32 has 2.2 MB in a row of each.
+# Memory limit of the sampled input rows of all layers. In Latte-1 in float32, one row of every input takes 2.2 MB.
 SAMPLE_BYTES = 2**30
 
-# Packages of ditq that statistics depend on, besides those that sample.
+# Packages of ditq that statistics depend on, besides those used for sampling.
 CODE = ("calibration", "trace")
 
 Progress = Callable[[int, int], None]
@@ -44,35 +44,40 @@ def calibrate(
 ) -> Statistics:
     """Statistics of every input group over the sampling trajectories of ``prompts``.
 
-    Deterministic under ``seed``. Memory is bounded: maxima are [timesteps, conditions, channels], samples at most
-    about ``settings.rows`` rows a group and :data:`SAMPLE_BYTES` in all, whole calls ``settings.calls`` a prompt
-    or what :data:`ditq.calibration.capture.ROWS_PER_INPUT` asks for.
+    The result is deterministic under ``seed``. Memory is bounded: maxima are [timesteps, conditions, channels];
+    samples have at most about ``settings.rows`` rows per group and :data:`SAMPLE_BYTES` in total. Whole calls are
+    ``settings.calls`` per prompt, or more to reach :data:`ditq.calibration.capture.ROWS_PER_INPUT`.
 
     Args:
-        component: which transformer of the pipeline is watched.
-        cache: folder of finished batches, in a subfolder named after everything they depend on; by default
-            ``calibration`` in :func:`ditq.sampling.cache_root`. Several runs may share it.
-        resume: take finished batches from the cache; else all are computed again and replace those there.
-        progress: called with (batches done, batches in all).
+        pipe: a diffusers pipeline.
+        architecture: of its transformer.
+        prompts: prompts, or names or numbers of classes.
+        settings: how to calibrate.
+        component: name of the transformer whose inputs are recorded.
+        seed: of the noise and of the sampled rows.
+        cache: folder of finished batches; by default ``calibration`` in :func:`ditq.sampling.cache_root`. They lie in
+            a subfolder named by a hash of everything they depend on, so several runs may share the folder.
+        resume: reads finished batches from the cache; otherwise all batches are computed and saved again.
+        progress: called with (batches done, total batches).
 
     Raises:
         UsageError: see :func:`ditq.sampling.condition_list` and :func:`ditq.sampling.sample`.
         CheckpointError: a file of the cache is damaged.
-        DitqError: NaN or Inf in an activation, a layer that is never called, or a cache that cannot be written.
+        DitqError: NaN or Inf in an activation, a layer that is never called, or a cache folder that cannot be written.
     """
     prompts = condition_list(prompts)[: settings.prompts]
     size = _batch_size(pipe, settings)
     sampling = Sampling(seed + NOISE_OFFSET, settings.steps, settings.guidance_scale, size, settings.arguments)
-    together = [[prompts[i] for i in numbers] for numbers in batches(pipe, prompts, size)]
+    prompt_batches = [[prompts[i] for i in numbers] for numbers in batches(pipe, prompts, size)]
     model = getattr(pipe, component)
     groups = architecture.groups(model)
     key = _key(pipe, component, architecture, prompts, settings, sampling.seed)
     folder = _folder(cache or cache_root() / "calibration", key)
-    most = min(settings.rows, SAMPLE_BYTES // _bytes_of_a_row(model, groups))
-    rows = max(1, most // (len(together) * settings.steps * 2))
+    max_rows = min(settings.rows, SAMPLE_BYTES // _row_bytes(model, groups))
+    rows = max(1, max_rows // (len(prompt_batches) * settings.steps * 2))
     parts: list[Statistics] = []
     done = 0
-    for i, batch in enumerate(together):
+    for i, batch in enumerate(prompt_batches):
         path = folder / f"batch-{i:05d}.safetensors"
         if resume and path.exists():
             parts.append(Statistics.load(path))
@@ -84,13 +89,16 @@ def calibrate(
             parts[-1].save(path)
         done += len(batch)
         if progress:
-            progress(i + 1, len(together))
+            progress(i + 1, len(prompt_batches))
     return merge(parts)
 
 
 def _batch_size(pipe: Any, settings: Calibration) -> int:
-    """As asked; else 8 images, or by ``auto`` as many as have 2^16 latent numbers, from 8 to 32: small batches leave
-    a processor waiting. Of videos as many as have 2^17, up to 8, and one where their size is not the transformer's.
+    """The batch size of the settings, or a default.
+
+    The default is 8 images. ``auto`` takes 2^16 latent numbers per batch, 8 to 32 images, since small batches leave
+    a processor idle. For videos both take 2^17 latent numbers, 1 to 8 videos, or one video if the settings have
+    arguments of their own or the transformer's config has no size.
     """
     if isinstance(settings.batch_size, int):
         return settings.batch_size
@@ -104,8 +112,8 @@ def _batch_size(pipe: Any, settings: Calibration) -> int:
     return min(max(2**17 // numbers, 1), 8) if video else min(max(2**16 // numbers, 8), 32)
 
 
-def _bytes_of_a_row(model: nn.Module, groups: Sequence[InputGroup]) -> int:
-    """Of the inputs of every group together, one row each."""
+def _row_bytes(model: nn.Module, groups: Sequence[InputGroup]) -> int:
+    """Bytes of one input row of every group, summed over groups."""
     size = next(model.parameters()).element_size()
     return sum(group.linears[0].module.in_features for group in groups) * size
 
@@ -113,27 +121,28 @@ def _bytes_of_a_row(model: nn.Module, groups: Sequence[InputGroup]) -> int:
 def _key(
     pipe: Any, component: str, architecture: Architecture, prompts: list[str], settings: Calibration, seed: int
 ) -> str:
-    """A name that changes with everything that statistics depend on.
+    """A hash of everything that statistics depend on.
 
-    That is the whole pipeline (scheduler, text encoders, tokenizers, both experts, of which one may be quantized by
-    now), but not the weights of its decoder; the versions of the libraries and of ditq's own code; which transformer
-    is watched, and by which architecture file; prompts, settings and seed.
+    That is the whole pipeline except the weights of its decoder: scheduler, text encoders, tokenizers and both
+    experts, of which one may already be quantized. It also covers the versions of the libraries and the code of ditq,
+    the recorded transformer and its architecture file, and prompts, settings and seed.
     """
     digest = hashlib.sha256(fingerprint(pipe, code=CODE, unread={"vae"}).encode())
-    watched = settings.model_dump(mode="json", exclude={"timesteps"})  # all are recorded, whichever count
-    content = [component, architecture.model_dump(mode="json"), prompts, watched, seed]
+    # All timesteps are recorded; `timesteps` only selects among them later.
+    recording_settings = settings.model_dump(mode="json", exclude={"timesteps"})
+    content = [component, architecture.model_dump(mode="json"), prompts, recording_settings, seed]
     digest.update(json.dumps(content, sort_keys=True, default=repr).encode())
     return digest.hexdigest()[:16]
 
 
 def _folder(root: Path, key: str) -> Path:
-    """The folder of one key, made if it is missing. Nothing in it is deleted: another run may be reading it."""
+    """The folder of one key, created if it is missing. Its files are kept, since another run may be reading them."""
     folder = root / key
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DitqError(
-            f"The calibration cache {folder} cannot be made: {error.strerror or error}. Choose another folder with "
+            f"Cannot create the calibration cache {folder}: {error.strerror or error}. Choose another folder with "
             "cache=PATH (--cache PATH), or set DITQ_CACHE."
         ) from error
     return folder
@@ -141,7 +150,7 @@ def _folder(root: Path, key: str) -> Path:
 
 @torch.no_grad()
 def watch(model: nn.Module, arch: Architecture, run: Callable[[nn.Module], None], calls: int, seed: int) -> Statistics:
-    """Statistics of what a bare transformer sees while ``run`` calls it."""
+    """Statistics of the inputs of a bare transformer's layers while ``run`` calls it."""
     capture = Capture(arch, arch.groups(model), rows=64, seed=seed, calls=calls)
     with capture.watching(model):
         run(model)

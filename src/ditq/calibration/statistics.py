@@ -1,4 +1,4 @@
-"""Statistics one can hold: per input group, per timestep, per condition; saved as safetensors, and merged."""
+"""Calibration statistics per input group, timestep and condition: saved as safetensors, and merged."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ditq.files import atomic
 from ditq.plan import Timesteps
 from ditq.trace.calls import Call, from_plain, to_plain
 
-# Of the file; another one is not read.
+# Version of the file format; other versions are refused.
 VERSION = 2
 
-# Before the names of tensors of calls; no layer is called so.
+# Prefix of the names of tensors that belong to calls. No layer name begins with it.
 _CALLS = "calls/"
 # Tensors of a group, in the order of the attributes of GroupStatistics.
 _PARTS = ("absmax", "sample", "sample_time")
@@ -32,7 +32,7 @@ _PARTS = ("absmax", "sample", "sample_time")
 
 @dataclass
 class GroupStatistics:
-    """Of the tensor that one group of linears reads.
+    """Statistics of the tensor that one group of linears reads.
 
     Attributes:
         absmax: float32 [T, C, K], the largest |x| per timestep, condition (C = 2 under guidance:
@@ -58,7 +58,7 @@ class GroupStatistics:
         return self.timestep_absmax(timesteps, between).amax(0)
 
     def rows(self, between: tuple[int, int] | None = None) -> Tensor:
-        """The sample [R, K] as float32, restricted to a range of timesteps if it has any row there."""
+        """The sample [R, K] as float32, restricted to a range of timesteps if it has rows in that range."""
         if between is not None:
             inside = (self.sample_time >= between[0]) & (self.sample_time <= between[1])
             if inside.any():
@@ -68,9 +68,12 @@ class GroupStatistics:
 
 @dataclass
 class Statistics:
-    """All groups of one model, by the group's name; ``timesteps`` float32 [T] in sampling order.
+    """Statistics of all groups of one model.
 
-    ``calls`` of the transformer that were kept whole: its arguments by name, tensors on the CPU.
+    Attributes:
+        timesteps: float32 [T], in sampling order.
+        groups: statistics by the group's name.
+        calls: transformer calls that were kept whole: arguments by name, tensors on the CPU.
     """
 
     timesteps: Tensor
@@ -78,7 +81,7 @@ class Statistics:
     calls: list[Call] = field(default_factory=list)
 
     def at(self, timesteps: Timesteps) -> Statistics:
-        """Those of the timesteps that count, see :class:`ditq.recipe.Calibration`; calls are kept as they are."""
+        """The statistics of selected timesteps, see :class:`ditq.recipe.Calibration`; calls are kept as they are."""
         if timesteps == "all":
             return self
         chosen = normal_timesteps(len(self.timesteps))
@@ -89,7 +92,7 @@ class Statistics:
         return Statistics(self.timesteps[chosen], groups, self.calls)
 
     def save(self, path: Path) -> None:
-        """Writes one safetensors file with a checksum, under another name first: a killed run leaves no half of one.
+        """Writes one safetensors file with a checksum, atomically: a killed run does not leave a partial file.
 
         Raises:
             DitqError: the file cannot be written; or a call has an argument that cannot be stored.
@@ -104,7 +107,7 @@ class Statistics:
             calls.append(content)
             tensors |= stored
         info = {"version": VERSION, "calls": calls, "sha256": _checksum(tensors, calls)}
-        # Calls of one moment may share tensors, which the format does not; samples, the large ones, never do.
+        # Calls of one timestep may share tensors, which safetensors refuses. Samples, the large ones, never do.
         content = {k: v.clone().contiguous() if k.startswith(_CALLS) else v.contiguous() for k, v in tensors.items()}
         try:
             with atomic(path) as temporary:
@@ -117,7 +120,7 @@ class Statistics:
         """Reads and validates a file written by :meth:`save`.
 
         Raises:
-            CheckpointError: the file is damaged or is not one of ours.
+            CheckpointError: the file is damaged, or was not written by :meth:`save`.
         """
         try:
             with safe_open(path, framework="pt") as stored:
@@ -149,17 +152,17 @@ def _checksum(tensors: Mapping[str, Tensor], calls: list[Any]) -> str:
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of several batches of prompts as one: maxima of maxima, samples and calls side by side.
+    """Merges the statistics of several batches of prompts: the maxima of maxima; samples and calls concatenated.
 
-    Takes the groups out of ``parts``, one after the other: no sample is in memory twice.
+    Removes the groups from ``parts`` one after the other, so that only one group is in memory twice.
     """
     first = parts[0]
     groups = {}
     for name in list(first.groups):
-        all_of = [part.groups.pop(name) for part in parts]
+        group_parts = [part.groups.pop(name) for part in parts]
         groups[name] = GroupStatistics(
-            torch.stack([g.absmax for g in all_of]).amax(0),
-            torch.cat([g.sample for g in all_of]),
-            torch.cat([g.sample_time for g in all_of]),
+            torch.stack([g.absmax for g in group_parts]).amax(0),
+            torch.cat([g.sample for g in group_parts]),
+            torch.cat([g.sample_time for g in group_parts]),
         )
     return Statistics(first.timesteps, groups, [call for part in parts for call in part.calls])

@@ -1,20 +1,20 @@
-"""Which timesteps of the recorded trajectory count."""
+"""Selects timesteps of the recorded trajectory."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Of the released command (--calib_t_mode normal): mean and standard deviation in parts of the trajectory.
+# Mean and standard deviation as fractions of the trajectory, from the released command (--calib_t_mode normal).
 _MEAN = _DEVIATION = 0.4
 
 
 def normal_timesteps(count: int) -> Tensor:
     """The timesteps of PTQ4DM's normally distributed calibration (Shang et al. 2023, arXiv 2211.15736).
 
-    t ~ N(0.4 T, (0.4 T)^2), clamped to the trajectory, t = 0 being the last, cleanest step: more of the clean half,
-    few of the noisy end. T values are drawn, evenly over the quantiles of the distribution instead of at random, so
-    that nothing depends on a seed.
+    t ~ N(0.4 T, (0.4 T)^2), clamped to the trajectory, where t = 0 is the last, cleanest step. Most timesteps lie in
+    the clean half, few at the noisy end. The T values are evenly spaced quantiles of the distribution instead of
+    random draws, so that the result does not depend on a seed.
 
     Returns:
         bool [count] in sampling order, the noisiest timestep first; at least one is true.

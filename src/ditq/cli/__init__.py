@@ -1,4 +1,4 @@
-"""The command line: one file a verb, thin over ``ditq.api``. Torch is imported when a verb runs, not before."""
+"""The command line: one file per verb, thin over ``ditq.api``. Torch is imported only when a verb runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Entry point of ``ditq``: exit status 0 done, 1 the work failed, 2 wrong usage; errors on stderr."""
+    """Entry point of ``ditq``. Exit status: 0 success, 1 failure, 2 wrong usage. Errors go to stderr."""
     from ditq.cli.app import run
 
     sys.exit(run(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Assembles the verbs and turns errors into one paragraph and an exit status."""
+"""Builds the command line from its verbs, and reports errors as one paragraph and an exit status."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ditq.report.terminal import ERRORS, printable
 DESCRIPTION = "Post-training quantization for diffusion transformers. --debug on any verb shows tracebacks."
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 
-# What typer makes of Ctrl-C.
+# Exit status of typer after Ctrl-C.
 _INTERRUPTED = 130
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(version: bool) -> None:
+    if version:
         print(f"ditq {metadata.version('ditq')}")
         raise typer.Exit
 
 
 def build() -> typer.Typer:
-    """The application: every module of ``ditq.cli`` that has ``VERB`` is one."""
+    """The application; every module of ``ditq.cli`` with a ``VERB`` is a verb."""
     app = typer.Typer(help=DESCRIPTION, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                       context_settings=SETTINGS)  # fmt: skip
     app.callback()(_options)
@@ -48,7 +48,7 @@ def _options(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """What stands before the verb."""
+    """Options before the verb."""
 
 
 def run(arguments: list[str]) -> int:
@@ -60,13 +60,13 @@ def run(arguments: list[str]) -> int:
         warnings.filterwarnings("ignore")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=ERRORS)  # a character that the terminal lacks is no reason to die
+            stream.reconfigure(errors=ERRORS)  # replaces characters that the terminal cannot print
     try:
         build()(args=arguments, standalone_mode=True)
     except SystemExit as done:
         if done.code == _INTERRUPTED:
-            print("\nInterrupted; no output was written. Finished calibration batches are kept (--resume goes on from "
-                  "there), and so are the trials of a search (run it again).", file=sys.stderr)  # fmt: skip
+            print("\nInterrupted; no output was written. Finished calibration batches are kept (continue with "
+                  "--resume), and so are the trials of a search (run it again).", file=sys.stderr)  # fmt: skip
             return 1
         return done.code if isinstance(done.code, int) else 1
     except UsageError as error:
@@ -89,7 +89,7 @@ def _fail(error: BaseException, debug: bool, status: int, hint: str = "") -> int
         traceback.print_exception(error)
     else:
         kind = "" if isinstance(error, DitqError) else f"{type(error).__name__}: "
-        # One paragraph, whatever it quotes.
+        # One paragraph, even if the error quotes several lines.
         text = re.sub(r"\s*\n\s*", " ", f"{kind}{error}{hint}")
         print(f"error: {printable(text)}", file=sys.stderr)
     return status

@@ -1,4 +1,4 @@
-"""``ditq architectures``: which transformers ditq knows, in a table made of the architecture files themselves."""
+"""``ditq architectures``: a table of the supported transformers, generated from the architecture files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-# Columns that fit a terminal, with their headings; --json and --markdown have the others.
+# Columns that fit a terminal, with their headings; --json and --markdown print the others too.
 FAMILY = {"architecture": "architecture", "class": "class", "tested": "tested"}
 SIZE = {"checkpoint": "checkpoint", "parameters": "weights", "16 bit": "16 bit", "W8A8": "W8A8", "W4A8": "W4A8"}
 
@@ -43,41 +43,42 @@ and memory is what the plans of `rtn-w8a8` and `rtn-w4a8` say: packed weights, s
 
 
 def architectures(
-    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
-    sizes: Annotated[bool, typer.Option("--sizes", help="Memory of public checkpoints.")] = False,
+    name: Annotated[str | None, typer.Argument(help="Show this architecture in full.")] = None,
+    sizes: Annotated[bool, typer.Option("--sizes", help="Show the memory of public checkpoints.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/architectures.md.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the model families and what is tested, or show one with its roles.
+    """List the model families and how they are tested, or show one with its roles.
 
     Example: ditq architectures pixart
     """
     from ditq import architectures as module
     from ditq.report.terminal import table
 
-    known = [module.load(n) for n in ([name] if name else module.names())]
+    chosen = [module.load(n) for n in ([name] if name else module.names())]
     if markdown:
-        print(page(known), end="")
+        print(page(chosen), end="")
         return
-    rows = checkpoints(known) if sizes else families(known)
+    rows = checkpoints(chosen) if sizes else families(chosen)
     if as_json:
         print_json(rows)
     elif name and not sizes:
-        made = table("architecture", name)
+        printed = table("architecture", name)
         for key, value in list(rows[0].items())[1:]:
-            made.add_row(key, in_words(value))
-        out.print(made)
+            printed.add_row(key, in_words(value))
+        out.print(printed)
     else:
         columns = SIZE if sizes else FAMILY
-        made = table(*columns.values(), caption=None if sizes else "`ditq architectures NAME` shows roles and folds.")
-        made.columns[0].no_wrap = made.columns[1].no_wrap = True
+        caption = None if sizes else "`ditq architectures NAME` shows roles and folds."
+        printed = table(*columns.values(), caption=caption)
+        printed.columns[0].no_wrap = printed.columns[1].no_wrap = True
         for row in rows:
-            made.add_row(*(in_words(row[key]) for key in columns))
-        out.print(made)
+            printed.add_row(*(in_words(row[key]) for key in columns))
+        out.print(printed)
 
 
 def families(known: list[Architecture]) -> list[Row]:
-    """One row for each architecture file."""
+    """One row per architecture file."""
     bundled = _bundled()
     rows = []
     for a in known:
@@ -101,7 +102,7 @@ def families(known: list[Architecture]) -> list[Row]:
 
 
 def checkpoints(known: list[Architecture]) -> list[Row]:
-    """One row for each public config, built on the meta device."""
+    """One row per public config, built on the meta device."""
     import torch
 
     from ditq.conversion import estimate
@@ -113,7 +114,7 @@ def checkpoints(known: list[Architecture]) -> list[Row]:
             with torch.device("meta"):
                 model = a.model_class()(**config)
             w8, w4 = (estimate(model, a, load(recipe)) for recipe in ("rtn-w8a8", "rtn-w4a8"))
-            small, whole = w8.memory()
+            quantized_bytes, full_bytes = w8.memory()
             rows.append(
                 {
                     "checkpoint": name,
@@ -121,8 +122,8 @@ def checkpoints(known: list[Architecture]) -> list[Row]:
                     "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} B",
                     "linears": f"{len(w8.layers)}",
                     "quantized": f"{len(w8.quantized)}",
-                    "16 bit": f"{whole / 1e9:.2f} GB",
-                    "W8A8": f"{small / 1e9:.2f} GB",
+                    "16 bit": f"{full_bytes / 1e9:.2f} GB",
+                    "W8A8": f"{quantized_bytes / 1e9:.2f} GB",
                     "W4A8": f"{w4.memory()[0] / 1e9:.2f} GB",
                 }
             )
@@ -130,23 +131,24 @@ def checkpoints(known: list[Architecture]) -> list[Row]:
 
 
 def page(known: list[Architecture]) -> str:
-    """docs/architectures.md."""
+    """The text of docs/architectures.md."""
     notes = "".join(f"- **{a.name}**: {a.note}\n" for a in known if a.note)
     return PAGE.format(families=as_markdown(families(known)), notes=notes, sizes=as_markdown(checkpoints(known)))
 
 
 def as_markdown(rows: list[Row]) -> str:
-    """A table in Markdown, with a newline at its end."""
+    """A Markdown table that ends in a newline."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(map(in_words, row.values()) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def in_words(value: Any) -> str:
+    """A cell as text; the items of a list are separated by commas."""
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _grouped(roles: list[str]) -> list[str]:
-    """``cross_attn.q/k/v/out`` for four roles of one kind, in their first order."""
+    """Roles grouped by kind, in order of appearance: ``cross_attn.q/k/v/out`` for four roles of one kind."""
     kinds: dict[str, dict[str, None]] = {}
     for role in roles:
         kind, _, part = role.rpartition(".")
@@ -155,7 +157,7 @@ def _grouped(roles: list[str]) -> list[str]:
 
 
 def _bundled() -> dict[str, str]:
-    """The transformer class of each bundled model, where they are installed."""
+    """The transformer class of each bundled model; empty if they are not installed."""
     import json
 
     try:

@@ -1,4 +1,4 @@
-"""Options that several verbs share, prompts, devices, progress bars."""
+"""Shared by several verbs: options, prompts, devices, progress bars and tables."""
 
 from __future__ import annotations
 
@@ -25,26 +25,25 @@ if TYPE_CHECKING:
 
 Pipeline = Annotated[str, typer.Argument(help="A pipeline folder, a hub id, or bundled:NAME.")]
 Seed = Annotated[int, typer.Option(help="Seed of noise, calibration and rotations.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto takes a GPU if there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto: a GPU if there is one, else the CPU.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto: bfloat16 on a GPU, else float32.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no tables.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps; default: the pipeline's.", min=1)]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's.")]
 Frames = Annotated[
-    int | None, typer.Option(help="Frames of a video; default: what the model or the pipeline says.", min=1)
+    int | None, typer.Option(help="Frames of a video; default: that of the model or the pipeline.", min=1)
 ]
-Height = Annotated[int | None, typer.Option(help="Pixels; default: what the model or the pipeline says.", min=1)]
-Width = Annotated[int | None, typer.Option(help="Pixels; default: what the model or the pipeline says.", min=1)]
-FramesPerSecond = Annotated[
-    float | None, typer.Option("--fps", help="Frames a second that videos play at; default: 8.", min=0.1)
-]
-BatchSize = Annotated[int, typer.Option(help="Images drawn at once.", min=1)]
+Height = Annotated[int | None, typer.Option(help="Pixels; default: that of the model or the pipeline.", min=1)]
+Width = Annotated[int | None, typer.Option(help="Pixels; default: that of the model or the pipeline.", min=1)]
+FramesPerSecond = Annotated[float | None, typer.Option("--fps", help="Frame rate of videos; default: 8.", min=0.1)]
+BatchSize = Annotated[int, typer.Option(help="Images generated at once.", min=1)]
 PromptFile = Annotated[
-    Path | None, typer.Option("--prompts", help="Text file, one prompt (or class name, or class number) a line.")
+    Path | None, typer.Option("--prompts", help="Text file, one prompt (or class name, or class number) per line.")
 ]
 ArchitectureOption = Annotated[
-    str | None, typer.Option("--architecture", help="Name or YAML file, for a transformer class ditq does not know.")
+    str | None,
+    typer.Option("--architecture", help="Name or YAML file, for a transformer class that ditq does not support."),
 ]
 
 out = Terminal()
@@ -61,7 +60,7 @@ def pick_device(device: str) -> torch.device:
     """The device of ``--device``.
 
     Raises:
-        UsageError: not a device, or not on this machine.
+        UsageError: the name is not a device, or this machine does not have it.
     """
     import torch
 
@@ -80,7 +79,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     import torch
 
     if dtype == "auto":
-        # On a CPU float32 is what diffusers loads by default, and without bf16 instructions the fast one.
+        # On a CPU, float32 is the default of diffusers, and faster than bf16 without bf16 instructions.
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in known:
@@ -89,7 +88,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def open_pipeline(path: str, device: str = "auto", dtype: str = "auto") -> Any:
-    """Loads a pipeline and puts it on the device; without the bars that libraries draw while loading."""
+    """Loads a pipeline and puts it on the device, without the libraries' own progress bars."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -97,54 +96,62 @@ def open_pipeline(path: str, device: str = "auto", dtype: str = "auto") -> Any:
 
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
-        if library.get_verbosity() == logging.WARNING:  # the default: somebody who set it wants it
+        if library.get_verbosity() == logging.WARNING:  # the default; a level that the user set is kept
             library.set_verbosity_error()
-    where = pick_device(device)
-    return api.load(path, dtype=pick_dtype(dtype, where)).to(where)
+    chosen = pick_device(device)
+    return api.load(path, dtype=pick_dtype(dtype, chosen)).to(chosen)
 
 
 def pick_architecture(pipe: Any, name: str | None) -> Architecture:
-    """The architecture of a pipeline's transformer, or the one that was asked for."""
+    """The architecture of ``--architecture``, by default that of the pipeline's transformer."""
     from ditq import architectures
 
     return architectures.load(name) if name else architectures.match(pipe.transformer)
 
 
 def pick_fps(fps: float | None, pipe: Any) -> float:
-    """Frames a second of ``--fps``.
+    """The frame rate of ``--fps``.
 
     Raises:
-        UsageError: the pipeline draws images.
+        UsageError: the pipeline generates images.
     """
     from ditq.report.video import FRAMES_PER_SECOND
     from ditq.sampling import draws_videos
 
     if fps is not None and not draws_videos(pipe):
-        raise UsageError(f"{type(pipe).__name__} draws images; --fps is for pipelines of videos.")
+        raise UsageError(f"{type(pipe).__name__} generates images; --fps is for video pipelines. Leave it out.")
     return fps or FRAMES_PER_SECOND
 
 
 def read_prompts(file: Path) -> list[str]:
-    """Those of a text file.
+    """The prompts of a text file, one per line.
 
     Raises:
-        UsageError: it is missing or empty.
+        UsageError: the file is missing or empty.
     """
     if not file.is_file():
-        raise UsageError(f"There is no prompts file {file}.")
+        raise UsageError(f"The prompts file {file} does not exist.")
     prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     if not prompts:
-        raise UsageError(f"The prompts file {file} is empty: write one prompt a line.")
+        raise UsageError(f"The prompts file {file} is empty: write one prompt per line.")
     return prompts
 
 
 def pick_prompts(
     path: str, pipe: Any, architecture: Architecture, file: Path | None, split: str, count: int | None = None
 ) -> list[str]:
-    """Prompts from a file, from a bundled model's own lists, or evenly spread classes of the pipeline.
+    """Prompts from a file, from the lists of a bundled model, or evenly spaced classes of the pipeline.
+
+    Args:
+        path: of the pipeline.
+        pipe: the loaded pipeline.
+        architecture: of its transformer.
+        file: of ``--prompts``.
+        split: list of the bundled model, "calibration" or "evaluation".
+        count: number of prompts; None: all.
 
     Raises:
-        UsageError: the file is missing or empty, or there is nothing to choose from.
+        UsageError: the file is missing or empty, or the pipeline needs one.
     """
     if file is not None:
         prompts = read_prompts(file)
@@ -156,18 +163,18 @@ def pick_prompts(
         labels = sorted(set((getattr(pipe, "labels", None) or {}).values())) or list(range(1000))
         prompts = [str(label) for label in labels[:: max(1, len(labels) // 32)]][:32]
     else:
-        raise UsageError("Give --prompts FILE with prompts like those you will draw (32 are enough), one a line.")
+        raise UsageError("Pass --prompts FILE with typical prompts, one per line (32 are enough).")
     return prompts[:count] if count else prompts
 
 
 def plan_file(first: Path, component: str) -> Path:
-    """The plan file of a pipeline's second transformer, beside that of the first: ``NAME.transformer_2.json``."""
+    """The plan file of another transformer, next to that of the first: ``NAME.transformer_2.json``."""
     return first.with_name(f"{first.stem}.{component}.json")
 
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Callable[..., None] | None]:
-    """A callback (stage, done, total, note="") that shows one bar a stage on stderr; None if quiet."""
+    """Yields a callback (stage, done, total, note="") that shows one bar per stage on stderr; None if quiet."""
     if quiet:
         yield None
         return
@@ -188,17 +195,17 @@ def progress_bars(quiet: bool) -> Iterator[Callable[..., None] | None]:
 
 def metrics_table(title: str, rows: Sequence[tuple[str, Mapping[str, Interval], str]]) -> Table:
     """Rows of (model, metrics by name, size) as a table of means with 95 % intervals."""
-    made = table("model", title=title)
+    result = table("model", title=title)
     for column in ("PSNR dB", "SSIM", "latent SQNR", "transformer"):
-        made.add_column(column, justify="right", no_wrap=True)
+        result.add_column(column, justify="right", no_wrap=True)
     for name, metrics, size in rows:
         values = [(metrics[key], digits) for key, digits in (("psnr_db", 1), ("ssim", 3), ("latent_sqnr_db", 1))]
-        made.add_row(name, *(_plus_minus(value, digits) for value, digits in values), size)
-    return made
+        result.add_row(name, *(_plus_minus(value, digits) for value, digits in values), size)
+    return result
 
 
 def comparison_table(title: str, comparison: Comparison) -> Table:
-    """One row a metric, one column a model; what is not measurably different from the reference says so."""
+    """One row per metric, one column per model; signs mark values that differ measurably from the reference."""
     from ditq.metrics.interval import FEWEST
 
     names = list(comparison.models)
@@ -210,27 +217,27 @@ def comparison_table(title: str, comparison: Comparison) -> Table:
         caption = f"n/a: no intervals and no verdicts from fewer than {FEWEST} pairs"
     if skipped:
         caption += f"\nnot measured, see the report for why: {', '.join(skipped)}"
-    made = table("metric", title=title, caption=caption)
+    result = table("metric", title=title, caption=caption)
     for name in (label, *names):
-        made.add_column(name, justify="right", overflow="fold")
+        result.add_column(name, justify="right", overflow="fold")
     signs = {"same": " =", "worse": " -", "better": " +", None: "  "}
     for entry in comparison.measurement.descriptions:
         scores = [comparison.measurement.scores[name][entry.name] for name in names]
-        own = scores[0].reference
+        reference = scores[0].reference
         arrow = "↑" if entry.higher_is_better else "↓"
         unit = f" {entry.unit}" if entry.unit else ""
-        made.add_row(
+        result.add_row(
             f"{entry.title}{unit} {arrow}",
-            _plus_minus(own, _digits(own)) if own else "",
+            _plus_minus(reference, _digits(reference)) if reference else "",
             *(_plus_minus(score, _digits(score)) + signs[score.verdict] for score in scores),
         )
     for row in _costs(comparison):
-        made.add_row(*row)
-    return made
+        result.add_row(*row)
+    return result
 
 
 def _costs(comparison: Comparison) -> list[list[str]]:
-    """Memory and time of the transformers, as far as they are known."""
+    """Rows for memory and time of the transformers, if they were measured."""
     subjects, rows = list(comparison.models.values()), []
     full = comparison.reference.transformer_bytes
     if full:
@@ -245,7 +252,7 @@ def _costs(comparison: Comparison) -> list[list[str]]:
 
 
 def _digits(a: Interval) -> int:
-    """Digits that an interval of this width leaves meaningful; three where there is none."""
+    """Decimal digits that are meaningful with an interval of this width; three significant ones without interval."""
     import math
 
     from ditq.report.wording import three_digits
@@ -257,7 +264,7 @@ def _digits(a: Interval) -> int:
 
 
 def _plus_minus(a: Interval, digits: int) -> str:
-    """A mean and the longer arm of its 95 % interval; the JSON has both ends."""
+    """A mean and the longer side of its 95 % interval; the JSON has both ends."""
     if a.ci95 is None:
         return f"{a.mean:.{digits}f} ± n/a"
     return f"{a.mean:.{digits}f} ± {max(a.ci95[1] - a.mean, a.mean - a.ci95[0]):.{digits}f}"

@@ -1,4 +1,4 @@
-"""``ditq compare``: one 16-bit pipeline and any number of quantized ones, on the same prompts and seeds."""
+"""``ditq compare``: compares quantized pipelines with a 16-bit one on the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -42,24 +42,28 @@ def compare(
     quantized: Annotated[list[str], typer.Argument(help="Quantized pipelines, one or more.")],
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for the report; must not exist.")] = None,
     prompts: PromptFile = None,
-    count: Annotated[int | None, typer.Option(help="Use the first so many prompts.", min=1)] = None,
+    count: Annotated[int | None, typer.Option(help="Use the first N prompts only.", min=1)] = None,
     metrics: Annotated[
-        str, typer.Option(help="Names with commas; basic: PSNR, SSIM, latent SQNR; all: what can be measured here.")
+        str,
+        typer.Option(
+            help="Comma-separated metric names; basic: PSNR, SSIM, latent SQNR; all: every metric available here."
+        ),
     ] = "all",
     network: Annotated[
-        str, typer.Option(help="Feature network; auto takes the model's own, else one that is installed.")
+        str, typer.Option(help="Feature network; auto: that of the model, else an installed one.")
     ] = "auto",
     real: Annotated[
         Path | None,
         typer.Option(help="Folder of real images for KID, FID, precision and recall, or of videos for KVD, FVD."),
     ] = None,
     explain: Annotated[
-        int, typer.Option(help="Prompts for the error of every layer and the speed of a call; 0: neither.", min=0)
+        int,
+        typer.Option(help="Number of prompts to measure layer errors and the speed of a call on; 0: neither.", min=0),
     ] = 4,
     card: Annotated[
-        bool, typer.Option(help="Write a model card and the report into every quantized folder too.")
+        bool, typer.Option(help="Also write a model card and the report into every quantized folder.")
     ] = True,
-    cached: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep images, and use those kept.")] = True,
+    cached: Annotated[bool, typer.Option("--cache/--no-cache", help="Cache images and reuse them.")] = True,
     steps: Steps = None,
     guidance: Guidance = None,
     frames: Frames = None,
@@ -74,7 +78,7 @@ def compare(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what quantization cost: same prompts, same noise, every metric with its interval, one page.
+    """Measure the loss from quantization on the same prompts and noise: metrics with intervals, and a report.
 
     Example: ditq compare bundled:emoji-t2i emoji-w8a8 emoji-w4a8 --out comparison
     """
@@ -97,14 +101,16 @@ def compare(
     size, rate = size_arguments(base, frames=frames, height=height, width=width), pick_fps(fps, base)
     chosen = pick_prompts(reference, base, arch, prompts, "evaluation", count)
     del base
-    where = pick_device(device)
-    measured = BASIC if metrics == "basic" else "all" if metrics == "all" else metrics.replace(" ", "").split(",")
+    chosen_device = pick_device(device)
+    chosen_metrics = (
+        BASIC if metrics == "basic" else "all" if metrics == "all" else metrics.replace(" ", "").split(",")
+    )
     with progress_bars(quiet or as_json) as progress:
         result = comparison.compare(
             reference, quantized, chosen, seed=seed, steps=steps, guidance_scale=guidance, batch_size=batch_size,
-            arguments=size, architecture=arch, metrics=measured, network=network, real=real,
-            cache=PictureCache() if cached else None, explain=explain, device=where, dtype=pick_dtype(dtype, where),
-            progress=progress,
+            arguments=size, architecture=arch, metrics=chosen_metrics, network=network, real=real,
+            cache=PictureCache() if cached else None, explain=explain, device=chosen_device,
+            dtype=pick_dtype(dtype, chosen_device), progress=progress,
         )  # fmt: skip
     data = {
         "reference": reference,
@@ -120,14 +126,14 @@ def compare(
                  "--out": out_dir}  # fmt: skip
         options = [text for name, value in passed.items() if value is not None for text in (name, str(value))]
         command = shlex.join(["ditq", "compare", reference, *quantized, *options])
-        report, pictures = result.report(command=command), result.pictures()
+        report, images = result.report(command=command), result.pictures()
         with new_folder(out_dir) as folder:
             if report.kind == "video":
                 report.sampler["fps"] = rate
-                notes += save_side_by_side(pictures, report.prompts, folder, rate)
-            html.write(report, pictures, folder)
+                notes += save_side_by_side(images, report.prompts, folder, rate)
+            html.write(report, images, folder)
             (folder / "values.json").write_text(json.dumps(result.measurement.values, indent=1))
-            overview(pictures, report.prompts).save(folder / "sheet.png")
+            overview(images, report.prompts).save(folder / "sheet.png")
             if card:
                 notes += [attach.attach(report, model, folder / "report.html") for model in report.models]
     if as_json:

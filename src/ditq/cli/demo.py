@@ -1,4 +1,4 @@
-"""``ditq demo``: a trained model, quantized several ways, beside its 16-bit self: numbers, images and a page."""
+"""``ditq demo``: quantizes a bundled model with several recipes and compares it with 16 bit."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ditq.cli.common import (
 
 RECIPES = ("rtn-static-w8a8", "viditq-w8a8", "rtn-w4a8", "viditq-w4a8", "rtn-w4a4", "viditq-w4a4")
 VIDEO_RECIPES = ("viditq-w8a8", "viditq-w4a8", "rtn-w4a8")
-KEPT = "viditq-w4a8"  # its checkpoint stays in the output folder
-PICTURES, VIDEOS = "bundled:emoji-t2i", "bundled:emoji-video"
-# As the card of emoji-video says: LattePipeline's own 50 steps at 7.5 are those of a model a hundred times its size.
+KEPT = "viditq-w4a8"  # the recipe whose checkpoint is saved
+IMAGES, VIDEOS = "bundled:emoji-t2i", "bundled:emoji-video"
+# From the model card of emoji-video. LattePipeline's defaults, 50 steps at 7.5, are for a model 100 times larger.
 VIDEO_SAMPLER: dict[str, Any] = {"steps": 20, "guidance_scale": 4.0}
-VIDEO_CALIBRATION = 16  # prompts: half of a recipe's, since a video takes as long as eight images
+VIDEO_CALIBRATION = 16  # prompts; half of a recipe's default, since a video takes as long as eight images
 
 
 def demo(
@@ -34,16 +34,16 @@ def demo(
         Path | None, typer.Option("--out", help="Folder for images, numbers and a checkpoint.", show_default=False)
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help=f"A bundled model; default: {PICTURES}, with --video {VIDEOS}.")
+        str | None, typer.Option(help=f"A bundled model; default: {IMAGES}, with --video {VIDEOS}.")
     ] = None,
-    video: Annotated[bool, typer.Option("--video", help="Show a model of videos, as one animation.")] = False,
+    video: Annotated[bool, typer.Option("--video", help="Use a video model and write one animation.")] = False,
     count: Annotated[
-        int | None, typer.Option(help="Held-out prompts to draw; default: 16, of videos 12.", min=1)
+        int | None, typer.Option(help="Number of held-out prompts; default: 16, with --video 12.", min=1)
     ] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a bundled trained model to W8A8, W4A8 and (images) W4A4, draw held-out prompts, compare.
+    """Quantize a bundled model to W8A8, W4A8 and (images) W4A4, generate held-out prompts, and compare.
 
     Example: ditq demo
     """
@@ -62,10 +62,10 @@ def demo(
 
     begin = time.perf_counter()
     html.check_installed()
-    model = model or (VIDEOS if video else PICTURES)
+    model = model or (VIDEOS if video else IMAGES)
     pipe = open_pipeline(model)
     if video and not draws_videos(pipe):
-        raise UsageError(f"{model} draws images; leave out --video, or show {VIDEOS}.")
+        raise UsageError(f"{model} generates images; leave out --video, or use {VIDEOS}.")
     video = draws_videos(pipe)
     out_dir = out_dir or Path("ditq-out/demo-video" if video else "ditq-out/demo")
     sampler = VIDEO_SAMPLER if video else {}
@@ -81,7 +81,7 @@ def demo(
             if progress:
                 progress(stage, done, total)
 
-        # Calibration looks at the 16-bit model only, so one run serves all recipes.
+        # Calibration runs the 16-bit model only, so all recipes share it.
         statistics = calibrate(
             pipe, arch, calibration, settings, seed=seed, progress=lambda d, t: show("calibrate", d, t)
         )
@@ -100,9 +100,9 @@ def demo(
             model, {recipe: quantized(recipe) for recipe in recipes}, prompts, seed=seed, batch_size=16,
             metrics="all", explain=1, progress=show, **sampler,
         )  # fmt: skip
-        report, pictures = result.report(command="ditq demo --video" if video else "ditq demo"), result.pictures()
-        html.write(report, pictures, folder)
-        labelled = dict(zip(("16 bit", *recipes), pictures.values(), strict=True))
+        report, images = result.report(command="ditq demo --video" if video else "ditq demo"), result.pictures()
+        html.write(report, images, folder)
+        labelled = dict(zip(("16 bit", *recipes), images.values(), strict=True))
         overview(labelled, prompts).save(folder / "sheet.png")
         if video:
             notes = save_side_by_side(labelled, prompts, folder)
@@ -124,8 +124,8 @@ def demo(
             f"{seconds:.0f} s on {torch.get_num_threads()} threads; a checkpoint: {out_dir / KEPT}", markup=False
         )
     files = {"side by side": "side-by-side.gif"} if video else {}
-    for what, name in {**files, "pictures": "sheet.png", "report": "report.html"}.items():
-        out.print(f"{what}: {out_dir / name}", markup=False)
+    for label, name in {**files, "images": "sheet.png", "report": "report.html"}.items():
+        out.print(f"{label}: {out_dir / name}", markup=False)
     for note in notes:
         out.print(note, markup=False)
 

@@ -1,4 +1,4 @@
-"""``ditq doctor``: what this machine can run, and why not the rest."""
+"""``ditq doctor``: the engines, runtimes and extras that work on this machine, and why the others do not."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def doctor(as_json: AsJson = False) -> None:
     from ditq.report.terminal import table
 
     versions = {"python": platform.python_version(), **{name: _version(name) or "not installed" for name in PACKAGES}}
-    # On a GPU the engines prove their kernels now, if nothing has done so before: that may take half a minute.
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = registry.report(where)
-    engine_rows: list[dict[str, Any]] = [{**row._asdict(), "device": str(where)} for row in found]
+    # On a GPU, the engines check their kernels here if they have not been checked before; this may take 30 seconds.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engines = registry.report(device)
+    engine_rows: list[dict[str, Any]] = [{**row._asdict(), "device": str(device)} for row in engines]
     reason = runtime.why_unavailable()
     runtime_rows: list[dict[str, Any]] = [
         {"name": runtime.NAME, "available": reason is None, "reason": reason or runtime.NOTE}
@@ -40,22 +40,22 @@ def doctor(as_json: AsJson = False) -> None:
         print_json({"versions": versions, "devices": devices, "engines": engine_rows, "runtimes": runtime_rows,
                     "extras": extras})  # fmt: skip
         return
-    made = table("what", "state", "detail", title="ditq doctor")
+    printed = table("what", "state", "detail", title="ditq doctor")
     for package, version in versions.items():
-        made.add_row(package, version, "")
-    for device in devices:
-        made.add_row("device", "present", device)
+        printed.add_row(package, version, "")
+    for description in devices:
+        printed.add_row("device", "present", description)
     for kind, rows in (("engine", engine_rows), ("runtime", runtime_rows)):
         for row in rows:
-            made.add_row(f"{kind} {row['name']}", "ready" if row["available"] else "absent", row["reason"])
+            printed.add_row(f"{kind} {row['name']}", "ready" if row["available"] else "absent", row["reason"])
     for extra, packages in missing.items():
         hint = f"pip install 'ditq[{extra}]' (missing: {', '.join(packages)})" if packages else ""
-        made.add_row(f"extra {extra}", "absent" if packages else "installed", hint)
-    out.print(made)
+        printed.add_row(f"extra {extra}", "absent" if packages else "installed", hint)
+    out.print(printed)
 
 
 def missing_packages(requirements: list[str]) -> dict[str, list[str]]:
-    """Which packages of each extra are not installed, by extra; of other platforms none is missed.
+    """The packages of each extra that are not installed. Packages for other platforms are ignored.
 
     Args:
         requirements: as in the metadata of a package, e.g. ``"optuna>=5; extra == 'search'"``.
@@ -76,7 +76,7 @@ def missing_packages(requirements: list[str]) -> dict[str, list[str]]:
 
 
 def _extra(marker: str) -> str:
-    """``search`` of ``extra == "search"``; empty for a requirement of every installation."""
+    """``search`` for ``extra == "search"``; empty for a requirement without an extra."""
     return marker.partition('extra == "')[2].partition('"')[0]
 
 

@@ -1,4 +1,4 @@
-"""``ditq export``: a quantized pipeline for another runtime."""
+"""``ditq export``: exports a quantized pipeline to another runtime."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from ditq.cli.common import ArchitectureOption, PromptFile, Quiet, out, progress
 
 
 def export(
-    pipeline: Annotated[str, typer.Argument(help="A folder with a pipeline that ditq has quantized.")],
+    pipeline: Annotated[str, typer.Argument(help="Folder of a pipeline quantized by ditq.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")],
-    engine: Annotated[str, typer.Option(help="openvino: integer kernels of the CPU.")] = "openvino",
+    engine: Annotated[str, typer.Option(help="openvino: integer kernels for CPUs.")] = "openvino",
     shapes: Annotated[
-        str, typer.Option(help="dynamic: one graph for all sizes; static: compiled for each size, faster then.")
+        str, typer.Option(help="dynamic: one graph for all sizes; static: compiled for each size, and faster.")
     ] = "dynamic",
     attention: Annotated[
         str,
         typer.Option(
-            help="f32; bf16 where it is long, with static shapes; auto: bf16 where the CPU has it; "
+            help="f32; bf16: for long sequences, with static shapes; auto: bf16 if the CPU supports it; "
             "int8: queries and keys in 8 bits (calibrated on --prompts)."
         ),
     ] = "auto",
     prompts: PromptFile = None,
     options: Annotated[
-        list[str] | None, typer.Option("--option", help="NAME=VALUE of the runtime, e.g. INFERENCE_NUM_THREADS=4.")
+        list[str] | None,
+        typer.Option("--option", help="NAME=VALUE option of the runtime, e.g. INFERENCE_NUM_THREADS=4."),
     ] = None,
     whole_pipeline: Annotated[
-        bool, typer.Option("--whole-pipeline", help="The VAE's decoder and T5 text encoders too, in floats.")
+        bool, typer.Option("--whole-pipeline", help="Also export the VAE's decoder and T5 text encoders, in float.")
     ] = False,
     allow_float: Annotated[
-        bool, typer.Option("--allow-float", help="Take layers that the runtime cannot multiply in integers.")
+        bool, typer.Option("--allow-float", help="Accept layers that the runtime executes in floating point.")
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of calibration's noise, for --attention int8; default: 0.")
+        int | None, typer.Option(help="Seed of the calibration noise, for --attention int8; default: 0.")
     ] = None,
     architecture: ArchitectureOption = None,
     quiet: Quiet = False,
@@ -51,7 +52,7 @@ def export(
     for option in options or []:
         name, equals, value = option.partition("=")
         if not equals or not name:
-            raise UsageError(f"--option takes NAME=VALUE, got {option!r}.")
+            raise UsageError(f"--option must be NAME=VALUE, got {option!r}.")
         settings[name] = value
     with progress_bars(quiet) as progress:
         text = api.export(

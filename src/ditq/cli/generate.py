@@ -1,4 +1,4 @@
-"""``ditq generate``: draw images or videos with a 16-bit or a quantized pipeline."""
+"""``ditq generate``: generates images or videos with a 16-bit or a quantized pipeline."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ from ditq.cli.common import (
 if TYPE_CHECKING:
     from ditq.report.video import Video
 
-PICTURES, VIDEOS = ("png", "jpg", "webp"), ("gif", "mp4")  # what --format takes; VIDEOS are both written by default
+# Formats that --format accepts. By default images are PNG, and videos are written in both formats.
+IMAGES, VIDEOS = ("png", "jpg", "webp"), ("gif", "mp4")
 
 
 def generate(
     pipeline: Pipeline,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt, or a class; may be given many times.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt, or a class; may be repeated.")] = None,
     prompts: PromptFile = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the images; must not exist.")] = Path("pictures"),
     file_format: Annotated[
         str | None,
-        typer.Option("--format", help=f"Of images: {', '.join(PICTURES)}; of videos: gif, mp4 (default: gif,mp4)."),
+        typer.Option("--format", help=f"For images: {', '.join(IMAGES)}; for videos: gif, mp4 (default: gif,mp4)."),
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -58,7 +59,7 @@ def generate(
     dtype: Dtype = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Draw an image or a video for each prompt; number i starts from the noise of seed + i.
+    """Generate an image or a video for each prompt; number i starts from the noise of seed + i.
 
     Example: ditq generate emoji-w4a8 --prompt "a noto style emoji of a red apple" --out images
     """
@@ -82,36 +83,42 @@ def generate(
             if progress:
                 progress("generate", done, len(chosen))
 
-        drawn = sample(pipe, arch, chosen, Sampling(seed, steps, guidance, batch_size, size), on_batch=tick)
-        for i, image in enumerate(drawn.images):
+        samples = sample(pipe, arch, chosen, Sampling(seed, steps, guidance, batch_size, size), on_batch=tick)
+        for i, image in enumerate(samples.images):
             for suffix in formats:
                 _save(image, folder / f"{i:04d}.{suffix}", rate)
         if video:
-            _sheet_of_frames(drawn.images, chosen, folder / "sheet.png")
+            _sheet_of_frames(samples.images, chosen, folder / "sheet.png")
         (folder / "prompts.txt").write_text("\n".join(map(str, chosen)) + "\n")
     if not quiet:
-        things = counted(len(chosen), "video" if video else "image")
-        length = f" of {counted(len(drawn.images[0]), 'frame')}" if video else ""
-        out.print(f"{things}{length} in {out_dir}")
+        number = counted(len(chosen), "video" if video else "image")
+        length = f" of {counted(len(samples.images[0]), 'frame')}" if video else ""
+        out.print(f"{number}{length} in {out_dir}")
 
 
-def pick_formats(asked: str | None, video: bool, pipeline: str) -> tuple[str, ...]:
-    """The suffixes of ``--format``, checked before anything is drawn.
+def pick_formats(option: str | None, video: bool, pipeline: str) -> tuple[str, ...]:
+    """The suffixes of ``--format``, checked before anything is generated.
+
+    Args:
+        option: comma-separated formats; None: the defaults.
+        video: whether the pipeline generates videos.
+        pipeline: its class name, for errors.
 
     Raises:
-        UsageError: not a format of what the pipeline draws.
+        UsageError: a format that does not fit the images or videos of the pipeline.
         DitqError: MP4 without OpenCV.
     """
     from ditq.errors import UsageError
     from ditq.report.video import check_mp4
 
-    known = VIDEOS if video else PICTURES
-    formats = tuple(dict.fromkeys(x.strip() for x in asked.split(","))) if asked else known if video else known[:1]
+    known = VIDEOS if video else IMAGES
+    formats = tuple(dict.fromkeys(x.strip() for x in option.split(","))) if option else known if video else known[:1]
     if wrong := [x for x in formats if x not in known]:
-        what = "videos" if video else "pictures"
-        hint = " Frames as images are in sheet.png, beside the videos." if video else ""
+        kind = "videos" if video else "images"
+        hint = " Single frames are in sheet.png, next to the videos." if video else ""
         raise UsageError(
-            f"{pipeline} draws {what}: --format takes {', '.join(known)}, with commas between, got {wrong[0]!r}.{hint}"
+            f"{pipeline} generates {kind}: --format must be comma-separated from {', '.join(known)}; "
+            f"got {wrong[0]!r}.{hint}"
         )
     if "mp4" in formats:
         check_mp4()
@@ -130,7 +137,7 @@ def _save(image: Any, path: Path, fps: float) -> None:
 
 
 def _sheet_of_frames(videos: list[Video], prompts: list[str], path: Path) -> None:
-    """A video a row, its frames from left to right."""
+    """Writes an image with one video per row, its frames from left to right."""
     from ditq.report.sheet import sheet
     from ditq.report.video import stills
 

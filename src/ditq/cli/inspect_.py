@@ -1,4 +1,4 @@
-"""``ditq inspect``: what was done to which layer of a checkpoint."""
+"""``ditq inspect``: shows how each layer of a checkpoint is quantized."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ditq.cli.common import AsJson, Pipeline, out, print_json
 def inspect(
     pipeline: Pipeline,
     as_json: AsJson = False,
-    layers: Annotated[bool, typer.Option("--layers", "--full", help="One row for each layer.")] = False,
-    roles: Annotated[bool, typer.Option("--roles", help="One row for each role.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", "--full", help="One row per layer.")] = False,
+    roles: Annotated[bool, typer.Option("--roles", help="One row per role.")] = False,
     verify: Annotated[bool, typer.Option(help="Check every tensor against the plan and its checksum.")] = True,
 ) -> None:
     """Show the plan of a quantized pipeline: formats, balance, bits, bytes. Equal blocks are shown once.
@@ -30,10 +30,10 @@ def inspect(
 
     folder = resolve(pipeline)
     if not isinstance(folder, Path):
-        raise UsageError(f"inspect reads folders; download {pipeline!r} first.")
+        raise UsageError(f"inspect reads folders only; download {pipeline!r} first.")
     plan = read_plan(folder)
     if plan is None:
-        raise UsageError(f"{pipeline} is not quantized by ditq: every layer of its transformer is as it was.")
+        raise UsageError(f"{pipeline} is not quantized by ditq; there is no plan to show.")
     files = sorted((folder / "transformer").glob("*.safetensors"))
     if verify:
         verify_files(files, plan)

@@ -1,4 +1,4 @@
-"""``ditq quantize``: a pipeline in, a quantized pipeline folder out."""
+"""``ditq quantize``: quantizes a pipeline and saves it to a folder."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ def quantize(
     ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(help="A plan file (from ditq search) instead of a recipe; its recipe says how to calibrate."),
+        typer.Option(help="A plan file (from ditq search) instead of a recipe; calibrates as its recipe does."),
     ] = None,
     prompts: PromptFile = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a recipe field, e.g. balance.fold=false.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the calibration cache.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the calibration cache.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder of the calibration cache.")] = None,
     architecture: ArchitectureOption = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of calibration's noise and of rotations; default: 0. A plan has its own.")
+        int | None, typer.Option(help="Seed of calibration noise and rotations; default: 0. A plan has its own.")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize the transformer (of Wan 2.2 A14B both, one after the other) and save the whole pipeline.
+    """Quantize the transformer (both of Wan 2.2 A14B) and save the whole pipeline.
 
     Example: ditq quantize bundled:emoji-t2i --recipe viditq-w4a8 --out emoji-w4a8
     """
@@ -67,11 +67,11 @@ def quantize(
     from ditq.report.tables import plan_json, plan_summary, plan_table
 
     if plan is not None and recipe is not None:
-        raise UsageError("--plan says everything that --recipe would: give one of them.")
+        raise UsageError("--plan replaces --recipe: pass only one of them.")
     job: Plan | Recipe = load(recipe or "viditq-w4a8").override(overrides or []) if plan is None else _read(plan)
-    of_second = None if plan is None else plan_file(plan, "transformer_2")  # ditq search writes one for each
+    second_plan = None if plan is None else plan_file(plan, "transformer_2")  # ditq search writes one per transformer
     settings = None if isinstance(job, Recipe) else _recipe_of(job, overrides or []).calibration
-    check_output(out_dir)  # before minutes of work, not after
+    check_output(out_dir)  # before the slow part
     pipe = open_pipeline(pipeline, device, dtype)
     arch = pick_architecture(pipe, architecture)
     options: dict[str, Any] = {}
@@ -79,13 +79,13 @@ def quantize(
         chosen = pick_prompts(pipeline, pipe, arch, prompts, "calibration")
         options = {"prompts": chosen, "calibration": settings, "cache": cache, "resume": resume}
     else:
-        given = {"--prompts": prompts, "--resume": resume, "--cache": cache}
-        if idle := [name for name, value in given.items() if value]:
-            err.print(f"{' and '.join(idle)}: not used, as this needs no calibration.", markup=False, soft_wrap=True)
+        options_of_calibration = {"--prompts": prompts, "--resume": resume, "--cache": cache}
+        if unused := [name for name, value in options_of_calibration.items() if value]:
+            err.print(f"{' and '.join(unused)}: not used, as this needs no calibration.", markup=False, soft_wrap=True)
     results = {}
     for component in transformer_names(pipe):
-        if component == "transformer_2" and of_second is not None and of_second.is_file():
-            job = _read(of_second)
+        if component == "transformer_2" and second_plan is not None and second_plan.is_file():
+            job = _read(second_plan)
         with progress_bars(quiet or as_json) as progress:
             results[component] = api.quantize(
                 pipe, job, seed=seed, architecture=arch, component=component, progress=progress, **options
@@ -113,14 +113,14 @@ def _read(path: Path) -> Plan:
     try:
         return Plan.from_dict(json.loads(path.read_text()))
     except OSError as error:
-        raise UsageError(f"There is no plan file {path} that can be read; ditq search writes one.") from error
-    except ValueError as error:  # of JSON, of text, or of a field
+        raise UsageError(f"Cannot read the plan file {path}; ditq search writes one.") from error
+    except ValueError as error:  # not JSON, not text, or a wrong field
         reason = error if isinstance(error, CheckpointError) else f"it is not JSON ({error})"
-        raise CheckpointError(f"{path} is no plan: {reason}") from error
+        raise CheckpointError(f"{path} is not a plan file: {reason}") from error
 
 
 def _recipe_of(plan: Plan, overrides: list[str]) -> Recipe:
-    """The recipe a plan was made from, for its calibration; of a recipe that ditq does not know, the defaults."""
+    """The recipe of a plan, for its calibration settings; their defaults if the recipe is not built in."""
     from ditq.errors import UsageError
     from ditq.recipe import Recipe, load, names
 

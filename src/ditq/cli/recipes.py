@@ -1,4 +1,4 @@
-"""``ditq recipes``: what can be asked for."""
+"""``ditq recipes``: lists the recipes."""
 
 from __future__ import annotations
 
@@ -31,28 +31,31 @@ def recipes(
         if as_json:
             print_json(full or module.load(name).model_dump(mode="json"))
         else:
-            shown = full or _file(module.load(name))
-            # Not by the console: it would break lines, and YAML with them.
-            print(yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=1000), end="")
+            content = full or _file(module.load(name))
+            # Not by the console, which would wrap lines and break the YAML.
+            print(yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=1000), end="")
         return
     if as_json:
         print_json([module.load(n).model_dump(mode="json") for n in module.names()])
         return
-    made = table("recipe", "what it is", "for whom", "calibrates", caption="X: 2 to 8 bits a weight; Y: 2 to 8 or 16 "
-                 "bits an input. `ditq recipes NAME` shows a family, `ditq recipes NAME-w4a8` a recipe.")  # fmt: skip
+    caption = (
+        "X: 2 to 8 bits per weight; Y: 2 to 8 or 16 bits per input. `ditq recipes NAME` shows a family, "
+        "`ditq recipes NAME-w4a8` a recipe."
+    )
+    printed = table("recipe", "what it is", "for whom", "calibrates", caption=caption)
     costs = any(family.cost for family in families.values())
     if costs:
-        made.add_column("cost")
-    made.columns[0].no_wrap = made.columns[3].no_wrap = True
+        printed.add_column("cost")
+    printed.columns[0].no_wrap = printed.columns[3].no_wrap = True
     for family in families.values():
         recipe = family.recipe(8, 8)
         cells = [f"{family.name}-wXaY", in_words(recipe), family.for_whom, "yes" if recipe.needs_calibration else "no"]
-        made.add_row(*cells, *([family.cost] if costs else []))
-    out.print(made)
+        printed.add_row(*cells, *([family.cost] if costs else []))
+    out.print(printed)
 
 
 def in_words(recipe: Recipe) -> str:
-    """What a recipe does, without numbers: ``smooth + rotate by error, dynamic``."""
+    """The steps of a recipe without numbers: ``smooth + rotate by error, dynamic``."""
     rules = recipe.balance
     balance = " + ".join(name for name, on in (("smooth", rules.smooth), ("rotate", rules.rotate)) if on)
     parts = [
@@ -66,7 +69,7 @@ def in_words(recipe: Recipe) -> str:
 
 
 def _file(recipe: Recipe) -> dict[str, Any]:
-    """The fields that a file of this recipe needs: all that differ from the defaults."""
+    """The fields for a file of this recipe: all that differ from the defaults."""
     return {"version": recipe.version, **recipe.model_dump(mode="json", exclude_defaults=True)}
 
 

@@ -1,4 +1,4 @@
-"""``ditq search``: a pipeline in, a plan with a group size for every layer out."""
+"""``ditq search``: searches a group size for every layer of a pipeline and writes a plan."""
 
 from __future__ import annotations
 
@@ -41,32 +41,32 @@ def search(
     out_file: Annotated[Path, typer.Option("--out", help="Plan file to write, for ditq quantize --plan.")],
     recipe: Annotated[str, typer.Option(help="A recipe name (see ditq recipes) or a YAML file.")] = "qdit-w4a8",
     strategy: Annotated[
-        str, typer.Option(help="evolution (Q-DiT), or a rival: random, program (integer program), uniform.")
+        str, typer.Option(help="evolution (Q-DiT), or a baseline: random, program (integer program), uniform.")
     ] = "evolution",
     trials: Annotated[int, typer.Option(help="Allocations to evaluate, over all processes.", min=1)] = 500,
     sizes: Annotated[
         str | None,
-        typer.Option(help="Group sizes, each layer takes those that divide it; default: of 32,64,128,192,288."),
+        typer.Option(help="Group sizes; each layer uses those that divide it. Default: of 32,64,128,192,288."),
     ] = None,
     budget: Annotated[
-        str, typer.Option(help="BitOps an image at most: a number, or uniform:G for group size G everywhere.")
+        str, typer.Option(help="Largest BitOps per image: a number, or uniform:G for group size G everywhere.")
     ] = "uniform:128",
     fitness: Annotated[
         str,
         typer.Option(
-            help="prediction (of the transformer along the 16-bit trajectory) or latent (where the trajectory ends): "
-            "errors against 16 bit; or fid, kid, sfid to real images."
+            help="Error against 16 bit: prediction (of the transformer along the 16-bit trajectory) or latent (at the "
+            "end of the trajectory). Distance to real images: fid, kid, sfid."
         ),
     ] = "prediction",
     real: Annotated[Path | None, typer.Option(help="Folder of real images, for fid, kid and sfid.")] = None,
     network: Annotated[str, typer.Option(help="Feature network, for fid, kid and sfid.")] = "auto",
     prompts: PromptFile = None,
-    pictures: Annotated[int, typer.Option(help="Images that each allocation is judged by.", min=1)] = 128,
+    pictures: Annotated[int, typer.Option(help="Number of images to evaluate each allocation on.", min=1)] = 128,
     moments: Annotated[
-        int, typer.Option(help="Random timesteps of each image that --fitness prediction looks at.", min=1)
+        int, typer.Option(help="Random timesteps of each image that --fitness prediction uses.", min=1)
     ] = 1,
     rounding: Annotated[
-        str, typer.Option(help="Of the candidates: recipe (GPTQ once for each layer and size), or nearest (Q-DiT's).")
+        str, typer.Option(help="Of the candidates: recipe (GPTQ once per layer and size), or nearest (as in Q-DiT).")
     ] = "recipe",
     steps: Annotated[int | None, typer.Option(help="Sampling steps of each image.", min=1)] = 10,
     guidance_scale: Guidance = None,
@@ -77,21 +77,21 @@ def search(
     storage: Annotated[
         str | None,
         typer.Option(
-            help="File (or URL of a database) that the search goes on from and that processes share; "
-            "default: beside --out, ending in .search."
+            help="File (or URL of a database) to resume the search from and to share between processes; "
+            "default: next to --out, ending in .search."
         ),
     ] = None,  # fmt: skip
-    population: Annotated[int, typer.Option(help="Individuals in a generation.")] = 50,
-    top_k: Annotated[int, typer.Option(help="Best individuals that have children.")] = 10,
-    crossover: Annotated[int, typer.Option(help="Children of two parents in a generation.")] = 25,
-    mutation: Annotated[int, typer.Option(help="Mutated children in a generation.")] = 25,
-    mutation_probability: Annotated[float, typer.Option(help="For each layer of a mutated child.")] = 0.1,
+    population: Annotated[int, typer.Option(help="Individuals per generation.")] = 50,
+    top_k: Annotated[int, typer.Option(help="Number of best individuals used as parents.")] = 10,
+    crossover: Annotated[int, typer.Option(help="Children of two parents per generation.")] = 25,
+    mutation: Annotated[int, typer.Option(help="Mutated children per generation.")] = 25,
+    mutation_probability: Annotated[float, typer.Option(help="Per layer of a mutated child.")] = 0.1,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Override a recipe field, e.g. balance.fold=false.")
     ] = None,
     component: Annotated[
         str | None,
-        typer.Option(help="Search transformer or transformer_2 only; default: all that the pipeline has."),
+        typer.Option(help="Search transformer or transformer_2 only; default: all transformers of the pipeline."),
     ] = None,
     architecture: ArchitectureOption = None,
     seed: Seed = 0,
@@ -102,8 +102,8 @@ def search(
 ) -> None:
     """Search a group size for every linear layer, within a budget of bit operations.
 
-    Run it again to go on after an interruption, or in several processes at once to share the work. A pipeline of two
-    transformers (Wan 2.2 A14B) gets a plan file for each: PLAN.json and PLAN.transformer_2.json.
+    Run it again to continue after an interruption, or in several processes at once to share the work. A pipeline with
+    two transformers (Wan 2.2 A14B) gets a plan file for each: PLAN.json and PLAN.transformer_2.json.
 
     Example: ditq search bundled:emoji-class --recipe qdit-w4a4 --sizes 32,64,128,256 --out plan.json
     """
@@ -113,12 +113,12 @@ def search(
     from ditq.sampling import size_arguments
 
     if out_file.is_dir():
-        raise UsageError(f"--out {out_file} is a folder; name the plan file.")
+        raise UsageError(f"--out must be a plan file, got the folder {out_file}.")
     try:
         chosen_sizes = [int(size) for size in sizes.split(",")] if sizes else None
     except ValueError:
-        raise UsageError(f"--sizes takes numbers with commas between, e.g. 32,64,128; got {sizes!r}.") from None
-    numbers = Evolution(population, top_k, crossover, mutation, mutation_probability)
+        raise UsageError(f"--sizes must be comma-separated numbers, e.g. 32,64,128; got {sizes!r}.") from None
+    evolution = Evolution(population, top_k, crossover, mutation, mutation_probability)
     pipe = open_pipeline(pipeline, device, dtype)
     arch = pick_architecture(pipe, architecture)
     calibration = pick_prompts(pipeline, pipe, arch, prompts, "calibration")
@@ -134,7 +134,7 @@ def search(
             pipe, recipe, [calibration[i % len(calibration)] for i in range(pictures)], overrides=overrides or [],
             architecture=arch, component=component, seed=seed, steps=steps, guidance_scale=guidance_scale,
             batch_size=batch_size, arguments=size,
-            strategy=numbers if strategy == "evolution" else strategy, trials=trials, sizes=chosen_sizes,
+            strategy=evolution if strategy == "evolution" else strategy, trials=trials, sizes=chosen_sizes,
             budget=budget, fitness=chosen, moments=moments, rounding=rounding, calibration=calibration,
             storage=storage or out_file.with_suffix(".search"), progress=progress, on_trial=on_trial,
         )  # fmt: skip
@@ -148,7 +148,7 @@ def search(
         out.print(result.summary(), markup=False)
         for name in list(files)[1:]:
             out.print(
-                f"the plan of {name} is in {files[name]}, which ditq quantize reads beside the first", markup=False
+                f"the plan of {name} is in {files[name]}; ditq quantize reads it together with the first", markup=False
             )
         out.print(f"saved to {out_file}; next: ditq quantize {pipeline} --plan {out_file} --out DIR", markup=False)
 
@@ -165,7 +165,7 @@ def _json(result: SearchResult) -> dict[str, Any]:
 
 
 def _write(plan: Plan, path: Path) -> None:
-    """Writes a plan file at once: an earlier plan stays whole until the new one is."""
+    """Writes a plan file atomically: an earlier plan is replaced only by a complete one."""
     from ditq.errors import DitqError
     from ditq.files import write_text
 
@@ -182,17 +182,17 @@ def _fitness(name: str, pipeline: str, real: Path | None, network: str) -> Fitne
     from ditq.metrics.fitness import METRICS, distance_to_real
     from ditq.metrics.measure import feature_network
 
-    own = {"prediction": PREDICTION, "latent": LATENT}
-    if name in own:
-        return own[name]
+    errors = {"prediction": PREDICTION, "latent": LATENT}
+    if name in errors:
+        return errors[name]
     if name not in METRICS:
-        raise unknown("fitness", name, [*own, *METRICS])
-    pictures: Real | Path | None = real
-    if pictures is None and pipeline.startswith("bundled:"):
-        network, pictures = BUNDLED_NETWORK, bundled_real()
-    if pictures is None:
-        raise UsageError(f"--fitness {name} compares with real images: --real FOLDER names some.")
-    return distance_to_real(name, pictures, feature_network(network)())
+        raise unknown("fitness", name, [*errors, *METRICS])
+    images: Real | Path | None = real
+    if images is None and pipeline.startswith("bundled:"):
+        network, images = BUNDLED_NETWORK, bundled_real()
+    if images is None:
+        raise UsageError(f"--fitness {name} needs real images; pass --real FOLDER.")
+    return distance_to_real(name, images, feature_network(network)())
 
 
 VERB = search

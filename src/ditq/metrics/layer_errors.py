@@ -1,4 +1,4 @@
-"""Where the error comes from: every quantized linear's output against the 16-bit one, step by step."""
+"""The error of every quantized linear's output against the 16-bit output, step by step."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ from ditq.trace.hooks import After, all_hooked, hooked
 
 
 class LayerErrors(BaseModel):
-    """Error of every quantized linear's output at every timestep, both models fed the same transformer input.
+    """Error of every quantized linear's output at every timestep; both models get the same transformer input.
 
-    Errors of earlier layers in the same call are carried over: it is what reaches this point of the network.
+    The error of a layer includes the errors of earlier layers in the same call.
 
     Attributes:
         layers: names, in the order of the plan.
-        sqnr_db: [layers][timesteps], 10 log10(|y|^2 / |y - y_q|^2), at most 100; None at timesteps at which the
+        roles: role of each layer.
+        timesteps: in sampling order.
+        sqnr_db: [layers][timesteps], 10 log10(|y|^2 / |y - y_q|^2), at most 100. None at timesteps at which the
             transformer of the layer is not called (a pipeline of two experts).
+        prompts: number of prompts.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -46,9 +49,9 @@ class LayerErrors(BaseModel):
 
 
 class StepTime(BaseModel):
-    """Wall time of one transformer call; the models take turns on the same inputs in one run.
+    """Wall time of one transformer call. Both models run in turn on the same inputs.
 
-    ``ratio_to_reference`` is the speed-up: median time of the 16-bit model over that of this one.
+    ``ratio_to_reference`` is the speed-up: the median time of the 16-bit model over that of this model.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -62,18 +65,18 @@ class StepTime(BaseModel):
 
 @dataclass
 class _Sums:
-    """Energies of every layer's output, and of its error, at every timestep; of one transformer."""
+    """Energies of the output and of the error of every layer of one transformer, at every timestep."""
 
     signal: dict[float, dict[str, Tensor]] = field(default_factory=dict)
     noise: dict[float, dict[str, Tensor]] = field(default_factory=dict)
 
     def add(self, t: float, name: str, y: Tensor, error: Tensor) -> None:
         for sums, value in ((self.signal, y), (self.noise, error)):
-            at = sums.setdefault(t, {})
-            at[name] = at.get(name, torch.zeros(())) + value.square().sum().cpu()
+            by_layer = sums.setdefault(t, {})
+            by_layer[name] = by_layer.get(name, torch.zeros(())) + value.square().sum().cpu()
 
     def sqnr_db(self, t: float, name: str) -> float | None:
-        """None at a timestep at which the model was not called."""
+        """SQNR of a layer at a timestep; None if the model was not called at that timestep."""
         return _db(self.signal[t].get(name), self.noise.get(t, {}).get(name)) if t in self.signal else None
 
 
@@ -88,27 +91,29 @@ def layer_errors(
     runs: int = 7,
     on_step: Callable[[int], None] | None = None,
 ) -> tuple[LayerErrors, StepTime, StepTime]:
-    """Samples ``conditions`` by the 16-bit pipeline and gives each of its transformer calls to the quantized one too.
+    """Samples ``conditions`` by the 16-bit pipeline and repeats each transformer call with the quantized transformer.
 
-    Layers kept in 16 bit are left out: a fold may have moved a scale into their weights. Of two transformers, each
-    is compared with its counterpart, and layers of the second have its name before theirs.
+    Layers kept in 16 bit are left out: a fold may have moved a scale into their weights. In a pipeline with two
+    transformers, each is compared with its counterpart, and names of layers of the second begin with its name.
 
     Args:
         reference, quantized: pipelines with transformers of the same names, on one device.
-        sampling: all conditions go in one batch, whatever its batch size.
-        runs: how often one call of each transformer is timed for each pipeline.
+        architecture: of the transformers.
+        conditions: prompts, or names or numbers of classes.
+        sampling: its batch size is ignored; all conditions are sampled in one batch.
+        runs: number of timed calls of each transformer in each pipeline.
         on_step: called with 1 after every transformer call.
 
     Returns:
         The errors, and the times of one transformer call of the reference and of the quantized pipeline.
 
     Raises:
-        DitqError: a transformer is never called in so few steps.
+        DitqError: a transformer is not called in these sampling steps.
     """
     sums: dict[str, _Sums] = {}
     roles: dict[str, dict[str, str]] = {}
     timed: list[TimedCall] = []
-    with ExitStack() as watched:
+    with ExitStack() as comparing:
         for component, model in transformers(reference).items():
             if (other := transformers(quantized).get(component)) is None:
                 continue
@@ -117,10 +122,10 @@ def layer_errors(
             sums[component] = _Sums()
             rescaled = _carriers(architecture, model, plan) if plan else set()
             timed_call = _compared(model, other, architecture, roles[component], rescaled, sums[component], on_step)
-            timed.append(watched.enter_context(timed_call))
+            timed.append(comparing.enter_context(timed_call))
         sample(reference, architecture, conditions, sampling.batch(len(conditions)))
-    if silent := [component for component, call in zip(sums, timed, strict=True) if not call.called]:
-        raise DitqError(f"{silent[0]} is not called in these sampling steps; sample with more of them.")
+    if uncalled := [component for component, call in zip(sums, timed, strict=True) if not call.called]:
+        raise DitqError(f"{uncalled[0]} is not called in these sampling steps; use more steps.")
     times = list(dict.fromkeys(t for one in sums.values() for t in one.signal))
     rows = [(component, name) for component in sums for name in roles[component]]
     errors = LayerErrors(
@@ -143,7 +148,11 @@ def _compared(
     sums: _Sums,
     on_step: Callable[[int], None] | None,
 ) -> Iterator[TimedCall]:
-    """Inside, every call of ``model`` goes to ``quantized`` too; yields the first call, once there was one."""
+    """Repeats every call of ``model`` with ``quantized`` and adds up the errors, inside the ``with`` block.
+
+    Yields:
+        The first call; it is filled in when the model is called.
+    """
     gains: dict[str, Tensor] = {}
     first = TimedCall(model, quantized)
 
@@ -175,7 +184,7 @@ def _compared(
 
 @dataclass
 class TimedCall:
-    """One call that both a 16-bit transformer and its quantized counterpart carry out."""
+    """One call to time with a 16-bit transformer and with its quantized counterpart."""
 
     reference: nn.Module
     quantized: nn.Module
@@ -184,15 +193,16 @@ class TimedCall:
 
     @property
     def called(self) -> bool:
-        """Whether there was a call."""
+        """Whether the arguments of a call were recorded."""
         return bool(self.args or self.kwargs)
 
 
 def step_times(calls: Sequence[TimedCall], runs: int = 7) -> tuple[StepTime, StepTime]:
-    """Times one call of both sides in turn: what slows this machine down slows both.
+    """Times calls of both sides in turn, so that other load on the machine affects both.
 
     Args:
-        calls: one of each transformer of the pipeline; the time of a call is their mean.
+        calls: one call of each transformer of the pipeline; the time of a call is their mean.
+        runs: number of timed calls.
     """
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(runs + 1):
@@ -202,7 +212,7 @@ def step_times(calls: Sequence[TimedCall], runs: int = 7) -> tuple[StepTime, Ste
                 getattr(call, side)(*call.args, **call.kwargs)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if turn:  # the first one warms up
+            if turn:  # the first turn is a warm-up
                 measured.append((time.perf_counter() - begin) / len(calls))
     inputs = (*calls[0].args, *calls[0].kwargs.values())
     batch = next(len(v) for v in inputs if isinstance(v, Tensor) and v.ndim > 1)
@@ -218,7 +228,7 @@ def step_times(calls: Sequence[TimedCall], runs: int = 7) -> tuple[StepTime, Ste
 
 
 def _carriers(architecture: Architecture, model: nn.Module, plan: Plan) -> set[str]:
-    """Linears that a scale was folded into: their outputs differ by a fixed factor per channel."""
+    """Linears into which a scale was folded: their outputs differ by a fixed factor per channel."""
     folded = {layer.name for layer in plan.quantized if layer.smooth is not None and layer.smooth.folded}
     return {
         f"{group.block}.{path}"
@@ -230,7 +240,7 @@ def _carriers(architecture: Architecture, model: nn.Module, plan: Plan) -> set[s
 
 @contextmanager
 def _recording(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """The outputs [rows, N] float32 of these layers in the latest call."""
+    """Yields the outputs [rows, N] float32 of the named layers in the latest call."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> After:

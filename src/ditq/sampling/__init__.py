@@ -1,4 +1,4 @@
-"""Images and videos from diffusers pipelines: sampled with known noise, and cached."""
+"""Samples images and videos from diffusers pipelines with seeded noise, and caches them."""
 
 from ditq.folders import cache_root
 from ditq.sampling.cache import PictureCache

@@ -1,4 +1,4 @@
-"""Drawn images and videos on disk, one file each, so that metrics, reports and searches never draw twice."""
+"""Generated images and videos on disk, one file each, so that metrics, reports and searches reuse them."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ from ditq.folders import cache_root
 
 Video = list[Image.Image]
 
-# The oldest files go when the cache grows beyond this; DITQ_CACHE_BYTES sets another limit.
+# Above this size, the least recently used files are deleted. DITQ_CACHE_BYTES overrides it.
 LIMIT = 20 * 1024**3
 
 
 @dataclass
 class Sample:
-    """One drawn image or video.
+    """One generated image or video.
 
     Attributes:
         image: an image, or the frames of a video.
         trajectory: float32 [steps, ...], the latents after every step.
-        seconds: wall time of the batch divided by its size, measured when it was drawn.
+        timesteps: the timestep of every step.
+        seconds: wall time of the batch divided by its size, measured when it was generated.
     """
 
-    picture: Image.Image | Video
+    image: Image.Image | Video
     trajectory: Tensor
     timesteps: list[float]
     seconds: float
 
 
 class PictureCache:
-    """A folder of samples. A file that is damaged counts as absent and is drawn again."""
+    """A folder of samples. A damaged file counts as missing, and its sample is generated again."""
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
         self.folder = folder or cache_root() / "pictures"
@@ -52,12 +53,12 @@ class PictureCache:
 
     @staticmethod
     def key(fingerprint: str, condition: Any, seed: int, sampler: dict[str, Any]) -> str:
-        """The name of one sample: changes with the pipeline, what to draw, its noise and how it is sampled."""
+        """The name of one sample, a hash of the pipeline, the condition, the seed and the sampler settings."""
         content = json.dumps([fingerprint, condition, seed, sampler], sort_keys=True, default=repr)
         return digests.of_text(content, 32)
 
     def get(self, key: str) -> Sample | None:
-        """The sample of this name, if it is there and whole."""
+        """The sample of this name; None if its file is missing or damaged."""
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
@@ -67,7 +68,7 @@ class PictureCache:
                 return None
             images = [Image.fromarray(frame.numpy()) for frame in frames]
             with suppress(OSError):
-                os.utime(path)  # the oldest to be used is the first to go
+                os.utime(path)  # prune() deletes by this time
             return Sample(
                 images if info["video"] else images[0], trajectory, list(info["timesteps"]), float(info["seconds"])
             )
@@ -75,9 +76,9 @@ class PictureCache:
             return None
 
     def put(self, key: str, sample: Sample) -> None:
-        """Adds a sample; a cache that cannot be written (full disk, read-only) is no reason to stop drawing."""
-        video = not isinstance(sample.picture, Image.Image)
-        images = sample.picture if isinstance(sample.picture, list) else [sample.picture]
+        """Adds a sample. A cache that cannot be written (full disk, read-only) does not stop the sampling."""
+        video = not isinstance(sample.image, Image.Image)
+        images = sample.image if isinstance(sample.image, list) else [sample.image]
         frames = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
         trajectory = sample.trajectory.contiguous()
         info = {
@@ -93,7 +94,7 @@ class PictureCache:
                 save_file({"frames": frames, "trajectory": trajectory}, temporary, {"sample": json.dumps(info)})
 
     def prune(self) -> None:
-        """Deletes the samples that were not used for longest, until the rest fits the limit."""
+        """Deletes the least recently used samples until the cache is within its limit."""
         files = [(path.stat(), path) for path in self.folder.rglob("*.safetensors")]
         total = sum(stat.st_size for stat, _ in files)
         for stat, path in sorted(files, key=lambda entry: entry[0].st_mtime):

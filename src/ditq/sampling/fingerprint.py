@@ -1,4 +1,4 @@
-"""A name for what a pipeline computes, made from its tensors and configs: the key of everything that is cached."""
+"""A hash of a pipeline's tensors, configs and code: the key of everything that is cached."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ditq.components import plan_of
 from ditq.digests import tensor_bytes
 from ditq.environment import LIBRARIES, versions
 
-# Fields of a config that say where a model came from, not what it computes; names with an underscore do so too.
+# Config fields that say where a model came from, not what it computes. So do names that begin with an underscore.
 _ORIGIN = {"transformers_version", "architectures", "dtype", "quantization_config"}
-# Fields of a pipeline's config that decide no image: names of classes.
+# Fields of a pipeline's config that do not affect an image: names of classes.
 _LABELS = {"id2label"}
 # Packages of ditq that every image depends on.
 _CODE = ("architectures", "engines", "layers", "models", "numerics", "sampling")
@@ -27,13 +27,14 @@ _CODE = ("architectures", "engines", "layers", "models", "numerics", "sampling")
 def fingerprint(pipe: Any, *, code: tuple[str, ...] = (), unread: Collection[str] = ()) -> str:
     """SHA-256 (first 24 hex digits) over a pipeline: its class, config, and every component.
 
-    Of a component count its class, config, tensors, dtype and device. A model in memory and the same model loaded
-    from its folder have one fingerprint. The versions of the libraries and ditq's own code belong to it: another
-    kernel computes other images. Reads about 1 GB of weights a second.
+    A component enters with its class, config, tensors, dtype and device. A model in memory and the same model loaded
+    from its folder have the same fingerprint. The versions of the libraries and the code of ditq are part of it,
+    because another kernel computes other images. Hashing reads about 1 GB of weights a second.
 
     Args:
-        code: packages of ditq that the cached values depend on besides those that sample.
-        unread: components whose tensors do not matter; their classes and configs still do.
+        pipe: a diffusers pipeline.
+        code: packages of ditq that the cached values depend on, besides those used for sampling.
+        unread: components whose tensors are skipped; their classes and configs still count.
     """
     digest = hashlib.sha256(code_version(code).encode())
     digest.update(f"{type(pipe).__qualname__} {_pipeline_config(pipe)}".encode())
@@ -43,7 +44,7 @@ def fingerprint(pipe: Any, *, code: tuple[str, ...] = (), unread: Collection[str
         if isinstance(component, nn.Module) and name not in unread:
             plan = plan_of(component)
             digest.update((plan.hash() if plan else "").encode())
-            for module in component.modules():  # graphs of another runtime have no tensors, but digests
+            for module in component.modules():  # exported graphs have digests instead of tensors
                 digest.update(str(getattr(module, "digests", "")).encode())
             for key, tensor in sorted(component.state_dict().items()):
                 digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype} {tensor.device.type}".encode())
@@ -53,19 +54,19 @@ def fingerprint(pipe: Any, *, code: tuple[str, ...] = (), unread: Collection[str
 
 @cache
 def code_version(more: tuple[str, ...] = ()) -> str:
-    """Versions of the libraries that compute, this machine's instruction set, and a digest of ditq's own code."""
-    own = hashlib.sha256()
+    """Versions of the libraries, the GPU or the CPU's instruction set, and a digest of the code of ditq."""
+    code = hashlib.sha256()
     root = resources.files("ditq")
     for folder in (*_CODE, *more):
         for path in sorted((root / folder).rglob("*.py")):  # type: ignore[attr-defined]
-            own.update(path.read_bytes())
+            code.update(path.read_bytes())
     libraries = [f"{name} {number}" for name, number in versions(*LIBRARIES).items()]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    return " ".join([*libraries, device, own.hexdigest()])
+    return " ".join([*libraries, device, code.hexdigest()])
 
 
 def _pipeline_config(pipe: Any) -> str:
-    """Settings of the pipeline itself, such as where the second expert of Wan 2.2 takes over."""
+    """Settings of the pipeline itself, such as the timestep at which Wan 2.2 switches to its second expert."""
     values = dict(getattr(pipe, "config", {}))
     return _json({k: v for k, v in values.items() if k not in pipe.components and k not in _LABELS})
 

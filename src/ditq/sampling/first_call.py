@@ -1,4 +1,4 @@
-"""The first call of a pipeline's transformer: an example of the inputs that a pipeline gives it."""
+"""Records the first call of a pipeline's transformer, as an example of its inputs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from ditq.sampling.sampling import Sampling
 from ditq.trace.calls import Call
 from ditq.trace.hooks import hooked
 
-# The first call is the same in any number of steps, but for its timestep.
+# The number of steps changes only the timestep of the first call.
 _SHORT = Sampling(steps=2)
 
 
-class _Recorded(Exception):  # noqa: N818 - ends a pipeline call early, nothing went wrong
+class _Recorded(Exception):  # noqa: N818 - stops a pipeline call early, not an error
     pass
 
 
 @torch.no_grad()
 def first_call(pipe: Any, architecture: Architecture, conditions: Sequence[str], sampling: Sampling = _SHORT) -> Call:
-    """The keyword arguments of the first call of a pipeline's transformer, which is not carried out.
+    """The keyword arguments of the first call of a pipeline's transformer. The call itself does not run.
 
     Args:
-        conditions: prompts, or names or numbers of classes; as many of them as go together in one batch.
-        sampling: its seed and batch size are not used.
+        pipe: a diffusers pipeline.
+        architecture: of its transformer.
+        conditions: prompts, or names or numbers of classes. Only those that fit in the first batch are used.
+        sampling: steps, guidance scale and arguments; its seed and batch size are not used.
     """
     recorded: list[Call] = []
 

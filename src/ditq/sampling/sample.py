@@ -1,4 +1,4 @@
-"""Runs a diffusers pipeline on a list of conditions, one seed each; keeps images and every step's latents."""
+"""Runs a diffusers pipeline on a list of conditions, one seed each; keeps the images and the latents of every step."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from ditq.sampling.sampling import DEFAULT, Sampling
 
 @dataclass
 class Samples:
-    """What one pipeline drew for a list of conditions.
+    """Images or videos that one pipeline generated for a list of conditions.
 
     Attributes:
-        images: images (PIL) in the order of the conditions; for a video model lists of frames.
-        trajectory: float32 [n, steps, ...], the latents after every sampling step, as the sampler has them.
-        timesteps: of the steps.
-        seconds: wall time of each image, text encoder and decoder included: that of its batch, divided.
-        fingerprint: of the pipeline, where a cache asked for it.
+        conditions: prompts, or names or numbers of classes.
+        seeds: the noise seed of each condition.
+        images: PIL images in the order of the conditions; for a video model, lists of frames.
+        trajectory: float32 [n, steps, ...], the latents after every sampling step, in the layout of the scheduler.
+        timesteps: the timestep of every step.
+        seconds: wall time of each image, text encoder and decoder included: the time of its batch over its size.
+        fingerprint: of the pipeline; empty if no cache was used.
     """
 
     conditions: list[str]
@@ -56,7 +58,7 @@ def condition_list(conditions: Sequence[str]) -> list[str]:
     """Prompts or classes as a list, checked.
 
     Raises:
-        UsageError: a single string, which would be taken for a list of its letters; there is none, or one is blank.
+        UsageError: the argument is a single string, the list is empty, or one prompt is blank.
     """
     if isinstance(conditions, str):
         raise UsageError(
@@ -64,18 +66,18 @@ def condition_list(conditions: Sequence[str]) -> list[str]:
         )
     chosen = list(conditions)
     if not chosen:
-        raise UsageError("There are no prompts. Give at least one, or a file with one prompt a line.")
+        raise UsageError("There are no prompts. Pass at least one, or a file with one prompt per line.")
     for i, condition in enumerate(chosen):
         if not str(condition).strip():
-            raise UsageError(f"Prompt {i + 1} of {len(chosen)} is empty: {condition!r}. Leave it out, or write one.")
+            raise UsageError(f"Prompt {i + 1} of {len(chosen)} is empty: {condition!r}. Remove it or fill it in.")
     return chosen
 
 
 def resolve_conditions(pipe: Any, architecture: Architecture, conditions: Sequence[str]) -> list[Any]:
-    """What the pipeline takes for each condition: the prompt itself, or the number of a class.
+    """The pipeline's argument for each condition: the prompt itself, or the number of a class.
 
     Raises:
-        UsageError: see :func:`condition_list`; or the pipeline has no class of that name.
+        UsageError: see :func:`condition_list`; or the pipeline does not have a class of that name.
     """
     conditions = condition_list(conditions)
     if architecture.pipeline.condition == "prompt":
@@ -92,9 +94,9 @@ def resolve_conditions(pipe: Any, architecture: Architecture, conditions: Sequen
 
             close = difflib.get_close_matches(condition, labels, n=3)
             raise UsageError(
-                f"This pipeline knows no class {condition!r}."
+                f"This pipeline does not have a class {condition!r}."
                 + (f" Close: {', '.join(close)}." if close else "")
-                + f" It has {len(labels)} class names; a class number works too."
+                + f" It has {len(labels)} class names; class numbers are accepted too."
             )
     return out
 
@@ -109,14 +111,17 @@ def sample(
     cache: PictureCache | None = None,
     decode: bool = True,
 ) -> Samples:
-    """One image or video for each condition; number i starts from the noise of seed ``sampling.seed + i``.
+    """Generates one image or video per condition; number i starts from the noise of seed ``sampling.seed + i``.
 
     Args:
+        pipe: a diffusers pipeline.
+        architecture: of its transformer.
         conditions: prompts, or names or numbers of classes.
+        sampling: seed, steps, guidance scale, batch size and further arguments of the pipeline's call.
         on_batch: called with the number of images of every finished batch.
-        cache: what it holds for this pipeline, condition, seed and sampler is not sampled again, whatever the batch
-            size was; new images are added batch by batch, so that an interrupted run goes on from there.
-        decode: False skips the decoder of pipelines that can do without: images are None, and not cached.
+        cache: samples of the same pipeline, condition, seed and sampler are read from it, whatever their batch size
+            was. New samples are added after every batch, so an interrupted run resumes there.
+        decode: False skips the decoder: images are None, and nothing is cached.
 
     Raises:
         UsageError: see :func:`resolve_conditions` and :func:`call_arguments`.
@@ -146,55 +151,58 @@ def sample(
                 output = pipe(**kwargs)
             seconds = (time.perf_counter() - before) / len(batch)
             trajectory = torch.stack(recorded.latents, dim=1)
-            pictures = _pictures(output) if decode else [None] * len(batch)
-            for row, (i, picture) in enumerate(zip(batch, pictures, strict=True)):
-                done[i] = Sample(picture, trajectory[row], recorded.timesteps, seconds)
+            images = _images(output) if decode else [None] * len(batch)
+            for row, (i, image) in enumerate(zip(batch, images, strict=True)):
+                done[i] = Sample(image, trajectory[row], recorded.timesteps, seconds)
                 if cache is not None:
                     cache.put(keys[i], done[i])
             if on_batch:
                 on_batch(len(batch))
-    drawn = [done[i] for i in range(len(resolved))]
+    samples = [done[i] for i in range(len(resolved))]
     return Samples(
-        list(conditions), seeds, [d.picture for d in drawn], torch.stack([d.trajectory for d in drawn]),
-        drawn[0].timesteps, [d.seconds for d in drawn], identity,
+        list(conditions), seeds, [s.image for s in samples], torch.stack([s.trajectory for s in samples]),
+        samples[0].timesteps, [s.seconds for s in samples], identity,
     )  # fmt: skip
 
 
 def batches(pipe: Any, conditions: Sequence[Any], batch_size: int) -> list[list[int]]:
-    """Numbers of conditions that one call of the pipeline draws, in their order; most take any together.
+    """Indices of the conditions of each pipeline call, in their order. Most pipelines batch any conditions.
 
-    LattePipeline has no mask for its text, so only prompts of as many tokens go together.
+    LattePipeline does not mask its text, so it batches only prompts with the same number of tokens.
     """
-    alike: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = {}
     for i, condition in enumerate(conditions):
         length = 0
         if _cuts_single_texts(pipe):
             length = len(pipe.tokenizer(pipe._text_preprocessing(condition, _cleans_captions(pipe))[0]).input_ids)
-        alike.setdefault(length, []).append(i)
-    return [group[i : i + batch_size] for group in alike.values() for i in range(0, len(group), batch_size)]
+        by_length.setdefault(length, []).append(i)
+    return [group[i : i + batch_size] for group in by_length.values() for i in range(0, len(group), batch_size)]
 
 
 def _cuts_single_texts(pipe: Any) -> bool:
-    """LattePipeline: a single prompt is cut to its tokens, several are padded to 120, which draws other videos."""
+    """Whether the pipeline is LattePipeline: it cuts a single prompt to its tokens but pads several to 120.
+
+    The padding changes the videos.
+    """
     return "mask_feature" in inspect.signature(pipe.__call__).parameters
 
 
 def _cleans_captions(pipe: Any) -> bool:
-    """Whether the pipeline takes web addresses and the like out of prompts: by default, if it has what it takes."""
-    asked = inspect.signature(pipe.__call__).parameters["clean_caption"].default
-    return bool(asked and importlib.util.find_spec("bs4") and importlib.util.find_spec("ftfy"))
+    """Whether the pipeline removes web addresses and the like from prompts by default, and has the packages for it."""
+    default = inspect.signature(pipe.__call__).parameters["clean_caption"].default
+    return bool(default and importlib.util.find_spec("bs4") and importlib.util.find_spec("ftfy"))
 
 
 @torch.no_grad()
 def _texts_as_single(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
-    """What the pipeline makes of each prompt by itself, side by side: [B, tokens, channels]."""
+    """Embeddings of prompts that were encoded one by one, stacked: [B, tokens, channels]."""
     pairs = [pipe.encode_prompt(prompt, clean_caption=_cleans_captions(pipe)) for prompt in prompts]
     positive, negative = (torch.cat(texts) for texts in zip(*pairs, strict=True))
     return {"prompt_embeds": positive, "negative_prompt_embeds": negative}
 
 
-def _pictures(output: Any) -> list[Any]:
-    """Images of an image pipeline, lists of frames of a video pipeline."""
+def _images(output: Any) -> list[Any]:
+    """The images of an image pipeline's output; of a video pipeline's, lists of frames."""
     if hasattr(output, "images"):
         return list(output.images)
     return [[Image.fromarray(f) if not isinstance(f, Image.Image) else f for f in video] for video in output.frames]
@@ -206,17 +214,19 @@ def call_arguments(
     batch: list[Any],
     sampling: Sampling,
 ) -> dict[str, Any]:
-    """Keyword arguments of one pipeline call but its noise; what is None is left to the pipeline's default.
+    """Keyword arguments of one pipeline call, except its generators. A setting of None keeps the pipeline's default.
 
     Args:
-        batch: resolved conditions that go together in one call, see :func:`batches`.
-        sampling: its ``arguments`` override what is chosen here.
+        pipe: a diffusers pipeline.
+        architecture: of its transformer.
+        batch: resolved conditions of one call, see :func:`batches`.
+        sampling: its ``arguments`` override those chosen here.
 
     Raises:
-        UsageError: PixArt in one step.
+        UsageError: one sampling step with a PixArt pipeline.
     """
     if sampling.steps == 1 and "PixArt" in type(pipe).__name__:
-        raise UsageError("PixArt's pipelines cannot sample in one step; ask for at least 2.")
+        raise UsageError("PixArt pipelines need at least 2 sampling steps, got 1.")
     accepted = inspect.signature(pipe.__call__).parameters
     kwargs: dict[str, Any] = {architecture.pipeline.condition: batch}
     if sampling.steps is not None:
@@ -224,15 +234,15 @@ def call_arguments(
     if sampling.guidance_scale is not None:
         kwargs["guidance_scale"] = sampling.guidance_scale
     if "use_resolution_binning" in accepted and pipe.transformer.config.sample_size not in (32, 64, 128):
-        # PixArt's pipelines round every size to tables of their published resolutions, by default.
+        # By default PixArt's pipelines round every size to one of their published resolutions.
         kwargs["use_resolution_binning"] = False
-    if "video_length" in accepted:  # LattePipeline has sizes of its own, unless it is told not to
+    if "video_length" in accepted:  # LattePipeline's default size is not the transformer's
         kwargs |= {"video_length": pipe.transformer.config.video_length, "height": None, "width": None}
-    if getattr(accepted.get("output_type"), "default", "pil") != "pil":  # Wan's gives arrays
+    if getattr(accepted.get("output_type"), "default", "pil") != "pil":  # Wan's default is arrays
         kwargs["output_type"] = "pil"
     masked = architecture.forward.text_mask and "prompt_template" not in accepted
     if "max_sequence_length" in accepted and masked and getattr(pipe, "tokenizer", None) is not None:
-        # Masked padding changes no image, but 120 text tokens cost more than a small image's own.
+        # Masked padding does not change the image, but 120 text tokens cost more than those of a small image.
         longest = max(len(ids) for ids in pipe.tokenizer([str(c) for c in batch]).input_ids)
         limit = accepted["max_sequence_length"].default
         kwargs["max_sequence_length"] = min(limit, -(-longest // 8) * 8)
@@ -245,7 +255,7 @@ def call_arguments(
 
 @contextmanager
 def quiet(pipe: Any) -> Iterator[None]:
-    """No progress bar of the pipeline's own inside."""
+    """Disables the pipeline's own progress bar inside the ``with`` block."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -264,9 +274,9 @@ class Recorded:
 
 @contextmanager
 def recorded_steps(pipe: Any, n: int) -> Iterator[Recorded]:
-    """Keeps what every step of the scheduler returns for the first ``n`` rows: pipelines return only the last.
+    """Records the first ``n`` rows that every scheduler step returns; pipelines return only the last step.
 
-    Some pipelines (DiT) step both halves of a guided batch; the first ``n`` rows are the images in any case.
+    Some pipelines (DiT) step both halves of a guided batch; the first ``n`` rows are always the images.
     """
     scheduler = pipe.scheduler
     step = scheduler.step
@@ -278,7 +288,7 @@ def recorded_steps(pipe: Any, n: int) -> Iterator[Recorded]:
         recorded.timesteps.append(float(timestep))
         return result
 
-    # Pipelines look at the signature of step before they call it.
+    # Pipelines inspect the signature of step before they call it.
     recording.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]
     scheduler.step = recording
     try:

@@ -1,4 +1,4 @@
-"""How images and videos are sampled: everything that decides them besides the pipeline and the prompts."""
+"""Sampling settings: everything besides the pipeline and the prompts that determines an image or a video."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Sampling:
         seed: number i of a list of prompts starts from the noise of seed ``seed + i``.
         steps: sampling steps; None: the pipeline's default.
         guidance_scale: of classifier-free guidance; None: the pipeline's default.
-        batch_size: prompts in one call of the pipeline, at most. Results do not depend on it, up to rounding.
-        arguments: more of the pipeline's call, e.g. ``{"height": 256, "width": 256, "num_frames": 17}``.
+        batch_size: largest number of prompts in one pipeline call. It changes results by rounding only.
+        arguments: further arguments of the pipeline's call, e.g. ``{"height": 256, "width": 256, "num_frames": 17}``.
 
     Raises:
-        UsageError: less than one step, or a batch of less than one.
+        UsageError: ``steps`` or ``batch_size`` is less than 1.
     """
 
     seed: int = 0
@@ -34,21 +34,21 @@ class Sampling:
         for name in ("steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"Sampling needs {name} of at least 1, got {value}.")
+                raise UsageError(f"{name} must be at least 1, got {value}.")
 
     def shifted(self, by: int) -> Sampling:
-        """The same with other noise: ``by`` is added to the seed."""
+        """A copy with other noise: ``by`` is added to the seed."""
         return replace(self, seed=self.seed + by)
 
     def batch(self, size: int) -> Sampling:
-        """The same with ``size`` prompts in one call."""
+        """A copy with batch size ``size``."""
         return replace(self, batch_size=size)
 
     @property
     def sampler(self) -> dict[str, Any]:
-        """What decides an image besides its noise, as keywords of :class:`Sampling` and the pipeline's own."""
+        """The settings that affect an image besides its noise, by keyword of :class:`Sampling` and the pipeline."""
         return {"steps": self.steps, "guidance_scale": self.guidance_scale, **self.arguments}
 
 
 DEFAULT = Sampling()
-"""As the pipeline's own defaults are, from seed 0."""
+"""The pipeline's defaults, from seed 0."""

@@ -1,4 +1,4 @@
-"""How large an image or a video shall be, in the words of each pipeline's call."""
+"""Translates the size of an image or a video into the arguments of each pipeline's call."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from ditq.errors import UsageError
 
-# What pipelines of diffusers call the frames that one frame of latents stands for.
+# Attributes in which diffusers pipelines store the number of video frames per latent frame.
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 
 
 def draws_videos(pipe: Any) -> bool:
-    """Whether a pipeline draws videos: its call takes a number of frames, or it is one of ditq's own."""
+    """Whether a pipeline generates videos: its call takes a number of frames, or it is one of ditq's own."""
     from ditq.models.pipeline import VideoPipeline
 
     return _frames_argument(pipe) is not None or isinstance(pipe, VideoPipeline)
@@ -21,23 +21,30 @@ def draws_videos(pipe: Any) -> bool:
 def size_arguments(
     pipe: Any, *, frames: int | None = None, height: int | None = None, width: int | None = None
 ) -> dict[str, Any]:
-    """Arguments of a pipeline's call; what is None is left to the pipeline.
+    """Arguments of a pipeline's call. A size of None keeps the pipeline's default.
+
+    Args:
+        pipe: a diffusers pipeline.
+        frames: of a video.
+        height: in pixels.
+        width: in pixels.
 
     Raises:
-        UsageError: a pipeline of images has no frames; it cannot draw so many, or its size is fixed.
+        UsageError: ``frames`` with an image pipeline, a number of frames that the pipeline cannot generate, or a
+            height or width with a pipeline of one fixed size.
     """
     kind, name = type(pipe).__name__, _frames_argument(pipe)
     accepted = inspect.signature(pipe.__call__).parameters
     arguments: dict[str, Any] = {}
     if frames is not None:
         if not draws_videos(pipe):
-            raise UsageError(f"{kind} draws images, which have no frames; --frames is for pipelines of videos.")
+            raise UsageError(f"{kind} generates images; --frames is for video pipelines. Leave it out.")
         _check_frames(pipe, frames)
         arguments |= {name: frames} if name else {}
     for side, pixels in (("height", height), ("width", width)):
         if pixels is not None:
             if side not in accepted:
-                raise UsageError(f"{kind} draws one size, that of its transformer; leave out --{side}.")
+                raise UsageError(f"{kind} generates one size only, that of its transformer; leave out --{side}.")
             arguments[side] = pixels
     return arguments
 
@@ -48,7 +55,7 @@ def _frames_argument(pipe: Any) -> str | None:
 
 
 def _trained_frames(pipe: Any) -> int | None:
-    """How many frames a transformer with an embedding for each of them has: those of Latte and STDiT."""
+    """The number of frames of a transformer with an embedding per frame (Latte, STDiT); None for the others."""
     config = pipe.transformer.config
     if _frames_argument(pipe) is None:
         return int(config.num_frames)
@@ -61,15 +68,15 @@ def _check_frames(pipe: Any, frames: int) -> None:
     if trained is not None:
         if frames != trained:
             raise UsageError(
-                f"This {kind} draws videos of {trained} frames, as it was trained; got --frames {frames}."
+                f"This {kind} generates videos of {trained} frames, as it was trained; got --frames {frames}."
             )
         return
     factor = next((getattr(pipe, n) for n in _TEMPORAL if hasattr(pipe, n)), 1)
-    extra = 0 if kind.startswith("Allegro") else 1  # elsewhere the first frame stands for itself
+    extra = 0 if kind.startswith("Allegro") else 1  # the other VAEs encode the first frame by itself
     if (frames - extra) % factor:
-        less = (frames - extra) // factor * factor + extra
-        near = [str(n) for n in (less, less + factor) if n > 0]
+        lower = (frames - extra) // factor * factor + extra
+        nearest = [str(n) for n in (lower, lower + factor) if n > 0]
         raise UsageError(
-            f"{kind} draws {factor} frames for each frame of latents{', and one before them' if extra else ''}: "
-            f"--frames {frames} is none of its numbers; the nearest are {' and '.join(near)}."
+            f"{kind} needs --frames {factor}n{f' + {extra}' if extra else ''}, as each latent frame holds {factor} "
+            f"frames; got --frames {frames}. The nearest are {' and '.join(nearest)}."
         )

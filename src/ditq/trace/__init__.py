@@ -1,1 +1,1 @@
-"""Calls of modules: recorded, batched and replayed."""
+"""Records, batches and replays calls of modules."""

@@ -1,4 +1,4 @@
-"""Calls of the transformer that are kept whole: a few timesteps of every sample, for what must run blocks again."""
+"""Keeps whole transformer calls at a few timesteps of every sample, for methods that replay the blocks (GPTQ)."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Call = dict[str, Any]
 
 
 class Recorder:
-    """Keeps ``keep`` calls of each sample of a batch, at timesteps drawn without replacement (reservoir sampling).
+    """Keeps ``keep`` calls of each sample of a batch, at random timesteps without replacement (reservoir sampling).
 
-    A sample is one slot of the batch; under guidance a kept call holds both its conditions, as a batch of two
-    or as two calls. Q-DiT's code calibrates on one random timestep of each of 256 samples. ``keep`` may be raised
+    A sample is one slot of the batch. Under guidance a kept timestep (a *moment*) has both conditions, as a batch of
+    two or as two calls. Q-DiT's code calibrates on one random timestep of each of 256 samples. ``keep`` may be raised
     until the second timestep begins; 0 keeps nothing.
     """
 
     def __init__(self, architecture: Architecture, keep: int, seed: int) -> None:
         self.architecture, self.keep = architecture, keep
         self._generator = torch.Generator().manual_seed(seed)
-        self._kept: dict[int, list[list[Call]]] = {}  # of each slot: moments, each of one or two calls
-        self._count: dict[int, int] = {}  # moments so far
-        self._now: dict[int, list[Call]] = {}  # the slots that keep the moment in progress
-        self._time, self._calls_now = float("nan"), 0
+        self._kept: dict[int, list[list[Call]]] = {}  # by slot: moments of one or two calls
+        self._count: dict[int, int] = {}  # by slot: number of moments so far
+        self._current: dict[int, list[Call]] = {}  # by slot, of those that keep it: the current moment
+        self._time, self._current_calls = float("nan"), 0
 
     @property
     def slots(self) -> int:
-        """Samples of the batch, once its first call was recorded."""
+        """Number of samples in the batch; 0 before the first call."""
         return len(self._kept)
 
     def record(self, call: Mapping[str, Any], time: float) -> None:
-        """Takes a call (arguments by name) and its timestep into account."""
+        """Adds a call (arguments by name) at a timestep."""
         if not self.keep:
             return
         call = {name: value for name, value in call.items() if name != "return_dict"}
@@ -49,19 +49,19 @@ class Recorder:
         guidance = self.architecture.guidance
         in_one = guidance.style == "batch" and len(guidance.order) == 2 and len(sample) % 2 == 0
         slots = len(sample) // 2 if in_one else len(sample)
-        if time != self._time or self._calls_now == (2 if guidance.style == "calls" else 1):
-            self._time, self._calls_now = time, 0
-            self._now = {slot: moment for slot in range(slots) if (moment := self._draw(slot)) is not None}
-        self._calls_now += 1
+        if time != self._time or self._current_calls == (2 if guidance.style == "calls" else 1):
+            self._time, self._current_calls = time, 0
+            self._current = {slot: moment for slot in range(slots) if (moment := self._begin(slot)) is not None}
+        self._current_calls += 1
         flat = {name: value for name, value in leaves(call).items() if isinstance(value, Tensor)}
         shared = {name: value.detach().cpu() for name, value in flat.items() if not _batched(value, sample)}
-        for slot, moment in self._now.items():
+        for slot, moment in self._current.items():
             rows = torch.tensor([slot, slot + slots] if in_one else [slot])
             sliced = {n: v.detach()[rows.to(v.device)].cpu() for n, v in flat.items() if n not in shared}
             moment.append(filled(dict(call), {**sliced, **shared}))
 
-    def _draw(self, slot: int) -> list[Call] | None:
-        """Room for the moment that begins, in place of an earlier one if need be; None if it is not kept."""
+    def _begin(self, slot: int) -> list[Call] | None:
+        """An empty list for the calls of a new moment, which may replace an earlier one; None if it is not kept."""
         kept, count = self._kept.setdefault(slot, []), self._count.get(slot, 0)
         self._count[slot] = count + 1
         moment: list[Call] = []
@@ -75,12 +75,12 @@ class Recorder:
         return moment
 
     def calls(self) -> list[Call]:
-        """What was kept, sample by sample; tensors on the CPU."""
+        """The kept calls, sample by sample; tensors on the CPU."""
         return [call for slot in sorted(self._kept) for moment in self._kept[slot] for call in moment]
 
 
 def call_time(architecture: Architecture, call: Mapping[str, Any]) -> float:
-    """The timestep of a call: that of its first sample, -1 where it has none."""
+    """The timestep of the first sample of a call; -1 if the call has none."""
     value = call.get(architecture.forward.time)
     return -1.0 if value is None else timestep_of(value)
 
@@ -92,11 +92,13 @@ def _batched(value: Tensor, sample: Tensor) -> bool:
 def merged(
     calls: Sequence[Call], architecture: Architecture, *, any_time: bool = False, elements: int = 2**17
 ) -> list[Call]:
-    """The same calls in fewer and larger batches: those of one timestep and of equal sizes side by side.
+    """Merges calls into fewer, larger batches; only calls of one timestep and of equal sizes are merged.
 
     Args:
-        any_time: whether different timesteps go together, where the model takes one for each row of the batch.
-        elements: how many numbers the sample of a batch may have, which bounds memory.
+        calls: recorded calls.
+        architecture: of the transformer.
+        any_time: also merges different timesteps, for models that take one timestep per row.
+        elements: largest number of elements in the sample of a batch, which bounds memory.
     """
     batches: list[list[Call]] = []
     for call in calls:
@@ -113,15 +115,15 @@ def merged(
 def _fit(a: Call, b: Call, architecture: Architecture, any_time: bool) -> bool:
     if not any_time and call_time(architecture, a) != call_time(architecture, b):
         return False
-    mine, others = leaves(a), leaves(b)
+    leaves_a, leaves_b = leaves(a), leaves(b)
     sample = a[architecture.forward.sample]
-    return mine.keys() == others.keys() and all(
-        _alike(mine[name], others[name], sample, b[architecture.forward.sample]) for name in mine
+    return leaves_a.keys() == leaves_b.keys() and all(
+        _alike(leaves_a[name], leaves_b[name], sample, b[architecture.forward.sample]) for name in leaves_a
     )
 
 
 def _alike(a: Any, b: Any, sample: Tensor, other: Tensor) -> bool:
-    """Whether two leaves can stand side by side in one batch, or are equal."""
+    """Whether two leaves are equal or can be concatenated along the batch."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b) and bool(a == b)
     if _batched(a, sample) and _batched(b, other):
@@ -138,11 +140,12 @@ def _joined(batch: list[Call], architecture: Architecture) -> Call:
 
 
 def attended(x: Tensor, mask: Tensor | None, text: Literal["all", "last"] | None) -> Tensor:
-    """Rows [R, K] of an input [..., K], without those of padded text, which is never attended to.
+    """Rows [R, K] of an input [..., K], without the rows of padded text, which attention ignores.
 
     Args:
-        mask: [B, length], not 0 where there is text; None: nothing is known, and all rows count.
-        text: which rows of x [B, rows, K] are text's, see ``InputGroup.text``.
+        x: [..., K].
+        mask: [B, length], nonzero for text; None keeps all rows.
+        text: which rows of ``x`` [B, rows, K] are text, see ``InputGroup.text``.
     """
     rows = x.reshape(-1, x.shape[-1])
     if mask is None or text is None:
@@ -154,7 +157,7 @@ def attended(x: Tensor, mask: Tensor | None, text: Literal["all", "last"] | None
 
 
 def to_plain(call: Call, prefix: str) -> tuple[Any, dict[str, Tensor]]:
-    """A call as JSON and tensors, named below ``prefix``.
+    """A call as JSON and tensors, whose names begin with ``prefix``.
 
     Raises:
         DitqError: an argument is neither a tensor nor a plain value.
@@ -171,7 +174,7 @@ def to_plain(call: Call, prefix: str) -> tuple[Any, dict[str, Tensor]]:
             kind = "tuple" if isinstance(value, tuple) else "list"
             return {kind: [plain(inner, f"{name}.{i}") for i, inner in enumerate(value)]}
         if value is not None and not isinstance(value, (bool, int, float, str)):
-            raise DitqError(f"Argument {name.partition('.')[2]!r} of the transformer cannot be kept: {value!r}.")
+            raise DitqError(f"Argument {name.partition('.')[2]!r} of the transformer cannot be saved: {value!r}.")
         return {"value": value}
 
     return plain(call, prefix), tensors

@@ -1,4 +1,4 @@
-"""Forward hooks that last as long as a ``with`` block: the one place where they are registered and removed."""
+"""Forward hooks that are removed at the end of a ``with`` block. All forward hooks are registered here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-# (module, positional arguments, keyword arguments); may return both arguments changed, as torch's own hooks do.
+# (module, positional arguments, keyword arguments); may return both kinds of arguments changed, as in torch.
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
 # (module, positional arguments, keyword arguments, output); may return another output.
 After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
@@ -23,12 +23,15 @@ def hooked(
     first: bool = False,
     always: bool = False,
 ) -> Iterator[None]:
-    """Inside, every call of ``module`` runs ``before`` and ``after``.
+    """Runs ``before`` and ``after`` around every call of ``module`` inside the ``with`` block.
 
     Args:
-        first: ``before`` runs ahead of the hooks that the module has already. Some of ditq's own hooks belong to a
-            block (the folded modulation): only ahead of them are its arguments those that the model passes.
-        always: ``after`` runs also where the call fails.
+        module: the module to hook.
+        before: forward pre-hook.
+        after: forward hook.
+        first: runs ``before`` ahead of the module's existing hooks. Some hooks of ditq change a block's arguments
+            (the folded modulation); ahead of them, the arguments are still those that the model passes.
+        always: runs ``after`` even if the call fails.
     """
     with ExitStack() as handles:
         if before is not None:
@@ -42,7 +45,7 @@ def hooked(
 
 @contextmanager
 def all_hooked(hooks: Iterable[AbstractContextManager[None]]) -> Iterator[None]:
-    """Inside, all of several :func:`hooked` are in force: ``all_hooked(hooked(m, before) for m in modules)``."""
+    """Applies several :func:`hooked` at once: ``all_hooked(hooked(m, before) for m in modules)``."""
     with ExitStack() as entered:
         for hook in hooks:
             entered.enter_context(hook)

@@ -1,4 +1,4 @@
-"""Arguments and outputs of the blocks of a stack: what all share, and what one block hands to the next."""
+"""Captures arguments and outputs of the blocks of a stack, and which outputs one block passes to the next."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BlockCall:
     Attributes:
         arguments: as bound to the block's forward, defaults included.
         outputs: the tensors that the block returned.
-        returns: the kind of container that held them.
+        returns: the kind of container of the outputs.
     """
 
     arguments: dict[str, Any]
@@ -37,17 +37,18 @@ class StackCall:
     """The calls of all blocks of a stack during one call of the model.
 
     Attributes:
-        outside: names (``"0.norm1.emb"``) of modules inside blocks that the model itself calls too.
+        blocks: one call per block.
+        outside: names (``"0.norm1.emb"``) of modules inside blocks that the model also calls outside of them.
     """
 
     blocks: list[BlockCall]
     outside: set[str] = field(default_factory=set)
 
     def chain(self) -> dict[str, int] | None:
-        """Which output of a block becomes which argument of the next, where nothing else differs between blocks.
+        """Maps the arguments of each block to the outputs of the block before it.
 
         Returns:
-            ``{argument leaf: number of the output}``; None if the model does more between two blocks than that.
+            ``{argument leaf: index of the output}``; None if the mapping or another argument differs between blocks.
         """
         pairs = zip(self.blocks, self.blocks[1:], strict=False)
         links = [handed_over(before.arguments, before.outputs, after.arguments) for before, after in pairs]
@@ -61,7 +62,7 @@ def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
     """Runs ``model`` on a call and records arguments and outputs of the blocks of ``stack``.
 
     Raises:
-        DitqError: a block was not called exactly once, or returned something else than tensors.
+        DitqError: a block was not called exactly once, or returned anything but tensors.
     """
     blocks: Any = model.get_submodule(stack)
     calls: dict[int, BlockCall] = {}
@@ -72,7 +73,7 @@ def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if i in calls:
                 raise DitqError(
-                    f"The model calls block {stack}.{i} twice; only plain stacks of blocks can be exported."
+                    f"The model calls block {stack}.{i} twice. Only models that call every block once can be exported."
                 )
             calls[i] = BlockCall(bound(block, f"Block {stack}.{i}", args, kwargs))
             inside[0] += 1
@@ -91,17 +92,17 @@ def capture(model: nn.Module, stack: str, call: Mapping[str, Any]) -> StackCall:
     missing = [i for i in range(len(blocks)) if i not in calls]
     if missing:
         raise DitqError(f"The model does not call block {stack}.{missing[0]} on the example inputs.")
-    # A module that is called inside another one comes with it.
-    top = {n for n in outside if not any(n.startswith(f"{other}.") for other in outside)}
-    return StackCall([calls[i] for i in range(len(blocks))], top)
+    # A submodule of a listed module needs no entry of its own.
+    outermost = {n for n in outside if not any(n.startswith(f"{other}.") for other in outside)}
+    return StackCall([calls[i] for i in range(len(blocks))], outermost)
 
 
 @torch.no_grad()
 def capture_module(module: nn.Module, name: str, run: Callable[[], Any]) -> BlockCall:
-    """The first call of a module while ``run`` runs.
+    """Captures the first call of a module during ``run``.
 
     Raises:
-        DitqError: there was none, or it returned something else than tensors.
+        DitqError: the module was not called, or returned anything but tensors.
     """
     calls: list[BlockCall] = []
 
@@ -117,21 +118,23 @@ def capture_module(module: nn.Module, name: str, run: Callable[[], Any]) -> Bloc
 
 
 def returned(output: Any, name: str) -> tuple[tuple[Tensor, ...], Returns]:
-    """The tensors that a module returned, and the kind of container.
+    """The tensors that a module returned, and the kind of their container.
 
     Raises:
-        DitqError: something else is among them.
+        DitqError: the output has anything but tensors.
     """
     returns: Returns = "tensor" if isinstance(output, Tensor) else "tuple"
-    if isinstance(output, Mapping):  # of transformers' outputs only those with nothing but the last states
+    if isinstance(output, Mapping):  # of transformers: only with last_hidden_state and nothing else
         returns, output = "BaseModelOutput", tuple(output.values())[: 1 if set(output) == {"last_hidden_state"} else 0]
     outputs = output if isinstance(output, tuple) else (output,)
     if not outputs or not all(isinstance(x, Tensor) for x in outputs):
-        raise DitqError(f"{name} returns something else than tensors and cannot be exported.")
+        raise DitqError(f"{name} does not return tensors only and cannot be exported.")
     return outputs, returns
 
 
 def _note(outside: set[str], name: str, inside: list[int]) -> Any:
+    """A hook that adds ``name`` to ``outside`` if no block is running."""
+
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not inside[0]:
             outside.add(name)

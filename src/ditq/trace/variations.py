@@ -1,4 +1,4 @@
-"""Example calls of a transformer: two small ones that differ in every size that may change between calls."""
+"""Two small example calls of a transformer that differ in every size that may change between calls."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ditq.architectures import Architecture
 from ditq.errors import UsageError
 from ditq.trace.calls import Call
 
-# (batch, side in patches, text tokens) of the two calls: no size is 1, none is that of both.
+# (batch, side in patches, text tokens) of the two calls. No size is 1, and no size occurs in both.
 SIZES = ((2, 4, 5), (3, 6, 7))
 
 
 def variations(call: Mapping[str, Any], architecture: Architecture, model: nn.Module) -> tuple[Call, Call]:
-    """Two small calls made of a real one, different in batch, height, width and length of the text.
+    """Two small calls made from a recorded one, different in batch, height, width and length of the text.
 
-    Values are repeated or left out, so that they stay what the model is used to.
+    Tensors are repeated or cut, so that their values keep the range of real inputs.
 
     Raises:
-        UsageError: the call lacks the sample.
+        UsageError: the call does not have the sample.
     """
     forward = architecture.forward
     sample = call.get(forward.sample)
