@@ -149,7 +149,7 @@ def test_components_that_stay_in_torch_are_named(folders: tuple[str, Path, Path]
     found = components.export_components(pipe, tmp_path, {"name": "openvino"})
     assert found == {
         "vae": "decoder was not called on the example inputs.",
-        "text_encoder": "a Odd (known are AutoencoderKL, T5EncoderModel, UMT5EncoderModel)",
+        "text_encoder": "a Odd (supported: AutoencoderKL, T5EncoderModel, UMT5EncoderModel)",
     }
     assert not list((tmp_path / "vae").iterdir())
 
