@@ -336,12 +336,12 @@ class Plan(_Frozen):
 
     def diff(self, other: Plan) -> dict[str, tuple[str, str]]:
         """Layers that differ, as ``{name: (this plan's, the other's)}`` in words."""
-        here, there = {x.name: x for x in self.layers}, {x.name: x for x in other.layers}
+        layers, others = {x.name: x for x in self.layers}, {x.name: x for x in other.layers}
         words = lambda x: "absent" if x is None else f"{x.weight}, {x.activation}, {x.balance}"  # noqa: E731
         return {
-            name: (words(here.get(name)), words(there.get(name)))
-            for name in [*here, *(n for n in there if n not in here)]
-            if here.get(name) != there.get(name)
+            name: (words(layers.get(name)), words(others.get(name)))
+            for name in [*layers, *(n for n in others if n not in layers)]
+            if layers.get(name) != others.get(name)
         }
 
     def to_json(self) -> str:

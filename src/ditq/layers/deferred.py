@@ -96,7 +96,7 @@ class Product:
         return self._alone
 
     def fused(self, gate: Tensor | None, residual: Tensor) -> Tensor | None:
-        """The sum residual + gate * y [M, N], or None where the product has run already."""
+        """The sum residual + gate * y [M, N], or None if the product has run already."""
         if self._alone is not None or self._fused:
             return None
         y = self._run(gate, residual)

@@ -31,7 +31,7 @@ def norm_kernel(
     kept = (row < M)[:, None] & (c < K)
     rows = tl.where(row < M, row, 0).to(tl.int64)
     y = tl.load(x_ptr + (rows * x_row)[:, None] + c, kept, 0.0).to(tl.float32)
-    # The mean first: E[x^2] - E[x]^2 cancels where the mean is large.
+    # The mean first: E[x^2] - E[x]^2 cancels if the mean is large.
     y = tl.where(kept, y - (tl.sum(y, 1) / K)[:, None], 0.0)
     y *= (1.0 / tl.sqrt(tl.sum(y * y, 1) / K + eps))[:, None]
     if weight_ptr is not None:
