@@ -149,7 +149,7 @@ def test_components_that_stay_in_torch_are_named(folders: tuple[str, Path, Path]
     found = components.export_components(pipe, tmp_path, {"name": "openvino"})
     assert found == {
         "vae": "decoder was not called on the example inputs.",
-        "text_encoder": "a Odd (known are AutoencoderKL, T5EncoderModel, UMT5EncoderModel)",
+        "text_encoder": "a Odd (supported: AutoencoderKL, T5EncoderModel, UMT5EncoderModel)",
     }
     assert not list((tmp_path / "vae").iterdir())
 
@@ -288,7 +288,7 @@ def test_attention_of_both_experts_has_its_own_scales(experts: Path, tmp_path: P
             draw(pipe)
         return found
 
-    monkeypatch.setattr(attention_ranges, "drawn", few)
+    monkeypatch.setattr(attention_ranges, "sampled_ranges", few)
     text = api.export(experts, tmp_path / "out", attention="int8", prompts=PROMPTS[:1])
     assert watched == [("transformer", PROMPTS[:1]), ("transformer_2", PROMPTS[:1])]
     assert text.count("attentions multiply 8-bit queries and keys") == 2

@@ -1,7 +1,7 @@
-"""What will be done to each layer: tensor formats, layer plans, and the Plan that is saved with a checkpoint.
+"""What is done to each layer: tensor formats, layer plans, and the Plan that is saved with a checkpoint.
 
-A Plan is resolved and explicit. It is validated when made and when read, prints as a table, sums to
-memory and average bits, diffs against another plan, and hashes (the key of every cached trial).
+A Plan is resolved and explicit. It is validated when it is created and when it is read. It computes memory and average
+bits, the difference from another plan, and a hash (the key of every cached trial).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class _Frozen(BaseModel):
 
 
 TensorFormat = Grid
-"""Its name in ditq 0.1."""
+"""The name of Grid in ditq 0.1."""
 
 
 class Smooth(_Frozen):
-    """Static channel balancing: inputs divided and weight columns multiplied by one scale per input channel.
+    """Static channel balancing: one scale per input channel divides the inputs and multiplies the weight columns.
 
-    ``folded`` names where 1/s went: into the producer of the input (``norm``, ``v``, ``glu``) or, ``None``,
-    into the layer itself, which then divides at run time. ``salience`` is how max|X_j| in the scale is computed:
-    the maximum over all timesteps, or PTQ4DiT's mean of the timesteps' maxima (``ditq.numerics.salience_weights``).
+    ``folded`` names the producer of the input that 1/s was folded into (``norm``, ``v``, ``glu``). With ``None`` the
+    layer itself divides at run time. ``salience`` is how max|X_j| in the scale is computed: the maximum over all
+    timesteps, or PTQ4DiT's weighted mean of the timesteps' maxima (``ditq.numerics.salience_weights``).
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)]
@@ -58,10 +58,10 @@ class Rotate(_Frozen):
 
 
 class Gptq(_Frozen):
-    """How GPTQ rounds: damping in parts of the Hessian's mean diagonal, order of the columns, columns at once.
+    """How GPTQ rounds: damping relative to the Hessian's mean diagonal, order of the columns, columns per block.
 
-    ``activation`` takes columns of large inputs first, with scales of groups from the weights as they were;
-    ``natural`` finds the scales of a group when its first column is next. See ``ditq.numerics.gptq``.
+    ``activation`` rounds columns of large inputs first, and computes the scales of groups from the original weights;
+    ``natural`` computes the scales of a group when it reaches its first column. See ``ditq.numerics.gptq``.
     """
 
     damping: Annotated[float, Field(gt=0)] = 0.01
@@ -83,8 +83,8 @@ class StoredTensor:
     """A tensor that a checkpoint must have.
 
     Attributes:
-        dtype: by torch's name. Those of float32 hold scales, positive and finite.
-        range: the smallest and the largest number allowed among integers; None: any of the dtype.
+        dtype: torch's name of it. float32 tensors hold scales, positive and finite.
+        range: the smallest and the largest integer allowed; None: any of the dtype.
     """
 
     shape: tuple[int, ...]
@@ -97,10 +97,10 @@ class StoredTensor:
 
 
 class LayerPlan(_Frozen):
-    """What is done to one linear layer. ``weight`` None: it stays in 16 bit, ``reason`` says why.
+    """What is done to one linear layer. With ``weight`` None it stays in 16 bit, and ``reason`` says why.
 
-    ``rounding_gain`` is by how many decibels GPTQ lowered the output error on its calibration inputs, compared
-    with rounding to nearest; a layer that it could not improve is rounded to nearest, and ``reason`` says so.
+    ``rounding_gain``: by how many decibels GPTQ lowered the output error on its calibration inputs, compared with
+    rounding to nearest. A layer that GPTQ could not improve is rounded to nearest, and ``reason`` says so.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -124,16 +124,16 @@ class LayerPlan(_Frozen):
     def _consistent(self) -> Self:
         if self.weight is None:
             if self.rounding != "nearest":
-                raise ValueError(f"layer {self.name!r} keeps 16-bit weights but plans how to round them")
+                raise ValueError(f"layer {self.name!r} keeps 16-bit weights, but its plan has a rounding")
             if self.activation or self.smooth or self.rotate or self.timesteps:
-                raise ValueError(f"layer {self.name!r} keeps 16-bit weights but plans something for its inputs")
+                raise ValueError(f"layer {self.name!r} keeps 16-bit weights, but its plan changes its inputs")
             return self
         if self.weight.granularity == "token" or self.weight.dynamic:
             raise ValueError(f"layer {self.name!r}: weights are static, per tensor, channel or group")
         for name, grid in (("weights", self.weight), ("activations", self.activation)):
             if grid is not None and grid.group_size is not None and grid.group_size < MIN_GROUP_SIZE:
                 raise ValueError(
-                    f"layer {self.name!r}: groups of {name} have at least {MIN_GROUP_SIZE} channels, got "
+                    f"layer {self.name!r}: groups of {name} must have at least {MIN_GROUP_SIZE} channels, got "
                     f"{grid.group_size}"
                 )
         self.weight.groups(self.in_features)
@@ -146,11 +146,13 @@ class LayerPlan(_Frozen):
                 raise ValueError(f"layer {self.name!r}: static activation scales are symmetric")
             self.activation.groups(self.in_features)
         if self.gptq is not None and self.rounding != "gptq":
-            raise ValueError(f"layer {self.name!r} has settings of GPTQ but rounds to {self.rounding}")
+            raise ValueError(f"layer {self.name!r} has GPTQ settings, but its rounding is {self.rounding!r}")
         if self.rounding == "gptq" and self.timesteps:
-            raise ValueError(f"layer {self.name!r}: GPTQ and own integers per range of timesteps do not go together")
+            raise ValueError(f"layer {self.name!r}: GPTQ cannot be combined with integers per timestep range")
         if self.rotate is not None and self.in_features % self.rotate.block:
-            raise ValueError(f"layer {self.name!r}: rotation block {self.rotate.block} does not divide its inputs")
+            raise ValueError(
+                f"layer {self.name!r}: rotation block {self.rotate.block} must divide its {self.in_features} inputs"
+            )
         for begin, end in self.timesteps or ():
             if begin > end:
                 raise ValueError(f"layer {self.name!r}: timestep range [{begin}, {end}] is empty")
@@ -170,7 +172,7 @@ class LayerPlan(_Frozen):
 
     @property
     def balance(self) -> str:
-        """Short words for smooth and rotate, e.g. ``"smooth 0.35 (norm) + hadamard 256"``."""
+        """Smoothing and rotation in a few words, e.g. ``"smooth 0.35 (norm) + hadamard 256"``."""
         parts = []
         if self.smooth:
             parts.append(f"smooth {self.smooth.alpha:g} ({self.smooth.folded or 'online'})")
@@ -180,15 +182,15 @@ class LayerPlan(_Frozen):
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """What stands before the names of its tensors in a checkpoint: ``NAME.``, or one for each timestep range."""
+        """Prefixes of its tensors' names in a checkpoint: ``NAME.``, or one for each timestep range."""
         if not self.timesteps:
             return (f"{self.name}.",)
         return tuple(f"{self.name}.ranges.{i}." for i in range(len(self.timesteps)))
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """What one quantized layer (of one timestep range) stores beside its bias; nothing if it stays in 16 bit.
+        """The tensors of one quantized layer (of one timestep range) except its bias; none if it stays in 16 bit.
 
-        The only place that says so: memory, the loader's buffers and the check of a checkpoint follow from it.
+        This is the only definition: memory, the loader's buffers and the check of a checkpoint follow from it.
         """
         if self.weight is None:
             return {}
@@ -208,7 +210,7 @@ class LayerPlan(_Frozen):
         return out
 
     def stored_bytes(self) -> int:
-        """Bytes of its tensors in a checkpoint; the bias, or a weight that is not quantized, in 16 bit."""
+        """Bytes of its tensors in a checkpoint. The bias, and a weight that is not quantized, are in 16 bit."""
         bias = 2 * self.out_features if self.bias else 0
         if self.weight is None:
             return 2 * self.parameters + bias
@@ -216,11 +218,11 @@ class LayerPlan(_Frozen):
 
 
 class Fold(_Frozen):
-    """A change of structure that lets a norm carry 1/s, so that a loader can rebuild it.
+    """A change of structure that lets a norm carry 1/s. A loader rebuilds it from this record.
 
-    ``norm`` gained a weight. Where its shift and scale come through an argument of the block that
-    all blocks share (``argument``), the shift rows of that argument are multiplied by the buffer
-    ``ditq_modulation`` of the block, in a forward pre-hook.
+    ``norm`` gained a weight. If its shift and scale come from an argument of the block that all blocks share
+    (``argument``), a forward pre-hook multiplies the shift rows of that argument by the block's buffer
+    ``ditq_modulation``.
     """
 
     norm: str
@@ -234,7 +236,7 @@ class Fold(_Frozen):
 class Plan(_Frozen):
     """The explicit plan of one transformer, and the single source of truth about a checkpoint.
 
-    ``calibration_timesteps``: which timesteps of the calibration its scales come from.
+    ``calibration_timesteps``: the timesteps of the calibration that the scales come from.
     """
 
     format_version: Literal[1] = 1
@@ -255,9 +257,9 @@ class Plan(_Frozen):
     @classmethod
     def _names_are_unique(cls, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
         names = [layer.name for layer in layers]
-        twice = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
-        if twice:
-            raise ValueError(f"layers named twice: {', '.join(twice[:5])}")
+        duplicates = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+        if duplicates:
+            raise ValueError(f"layers named twice: {', '.join(duplicates[:5])}")
         return layers
 
     def __iter__(self) -> Iterator[LayerPlan]:  # type: ignore[override]
@@ -279,7 +281,7 @@ class Plan(_Frozen):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether carrying it out takes statistics of the inputs."""
+        """Whether the plan needs statistics of the inputs."""
         return any(
             layer.smooth is not None
             or layer.rounding == "gptq"
@@ -289,24 +291,24 @@ class Plan(_Frozen):
 
     @property
     def needs_calls(self) -> bool:
-        """Whether carrying it out takes whole calls of the transformer."""
+        """Whether the plan needs recorded calls of the transformer."""
         return any(layer.rounding == "gptq" for layer in self.quantized)
 
     @property
     def average_bits(self) -> float:
-        """Bits of a weight, averaged over all parameters of the transformer, 16-bit ones included."""
+        """Average bits per parameter of the transformer, 16-bit ones included."""
         linear = sum(layer.parameters for layer in self.layers)
         total = sum(layer.weight_bits * layer.parameters for layer in self.layers) + 16 * self.other_parameters
         return total / max(1, linear + self.other_parameters)
 
     @property
     def average_activation_bits(self) -> float:
-        """Bits of a linear layer's input, weighted by its multiply-accumulates per token."""
+        """Average bits of the linear layers' inputs, weighted by multiply-accumulates per token."""
         linear = sum(layer.parameters for layer in self.layers)
         return sum(layer.activation_bits * layer.parameters for layer in self.layers) / max(1, linear)
 
     def fold_tensors(self) -> dict[str, StoredTensor]:
-        """The tensors of the folds by their full names: one factor for the modulation of each block."""
+        """The tensors of the folds by full name: one factor for the modulation of each block."""
         return {
             f"{fold.block}.{MODULATION}": StoredTensor((fold.chunks * fold.width,), "float32")
             for fold in self.folds
@@ -314,7 +316,7 @@ class Plan(_Frozen):
         }
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """Every tensor that a checkpoint of this plan has beside the model's own parameters, by its full name."""
+        """All tensors that a checkpoint of this plan adds to the model's own parameters, by full name."""
         out = self.fold_tensors()
         for layer in self.quantized:
             stored = layer.tensors()
@@ -329,17 +331,17 @@ class Plan(_Frozen):
         return sum(layer.stored_bytes() for layer in self.layers) + other, 2 * (linear + self.other_parameters)
 
     def hash(self) -> str:
-        """Sixteen hexadecimal digits that change with anything in the plan."""
+        """Sixteen hexadecimal digits, a digest of the whole plan."""
         return digests.of_json(self.model_dump(mode="json"))
 
     def diff(self, other: Plan) -> dict[str, tuple[str, str]]:
-        """Layers that differ, as ``{name: (mine, other's)}`` in words."""
-        mine, theirs = {x.name: x for x in self.layers}, {x.name: x for x in other.layers}
+        """Layers that differ, as ``{name: (this plan's, the other's)}`` in words."""
+        layers, others = {x.name: x for x in self.layers}, {x.name: x for x in other.layers}
         words = lambda x: "absent" if x is None else f"{x.weight}, {x.activation}, {x.balance}"  # noqa: E731
         return {
-            name: (words(mine.get(name)), words(theirs.get(name)))
-            for name in [*mine, *(n for n in theirs if n not in mine)]
-            if mine.get(name) != theirs.get(name)
+            name: (words(layers.get(name)), words(others.get(name)))
+            for name in [*layers, *(n for n in others if n not in layers)]
+            if layers.get(name) != others.get(name)
         }
 
     def to_json(self) -> str:
@@ -347,13 +349,13 @@ class Plan(_Frozen):
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
-        """Validates a plan that someone else may have written.
+        """Validates a plan from an untrusted source.
 
         Raises:
-            CheckpointError: it is not a plan, has a wrong field (which is named), or is newer than this ditq.
+            CheckpointError: it is not a plan, has an invalid field (which is named), or is newer than this ditq.
         """
         if not isinstance(data, dict):
-            raise CheckpointError(f"A plan is a JSON object, got {type(data).__name__}.")
+            raise CheckpointError(f"A plan must be a JSON object, got {type(data).__name__}.")
         version = data.get("format_version", FORMAT_VERSION)
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise CheckpointError(
@@ -367,8 +369,8 @@ class Plan(_Frozen):
 
 
 def first_error(error: ValidationError) -> str:
-    """The first complaint of pydantic in one line: where, what is wrong, the value."""
+    """Pydantic's first error in one line: the field, the message, the value."""
     item = error.errors()[0]
-    place = ".".join(str(part) for part in item["loc"]) or "plan"
+    field = ".".join(str(part) for part in item["loc"]) or "plan"
     got = repr(item.get("input"))
-    return f"{place}: {item['msg']} (got {got[:80]}{'…' if len(got) > 80 else ''})"
+    return f"{field}: {item['msg']} (got {got[:80]}{'…' if len(got) > 80 else ''})"

@@ -1,4 +1,4 @@
-"""What the user asks for: formats for roles, balance, rounding, options. A few lines of YAML, validated.
+"""Recipes: formats for roles, balance, rounding, options. A few lines of YAML, validated.
 
 The recipes that come with ditq are families: one file each, in ``recipes/``, that fits any width. ``viditq-w4a8`` is
 family ``viditq`` with 4-bit weights and 8-bit activations; ``a16`` leaves activations in 16 bit.
@@ -27,7 +27,7 @@ class _Strict(BaseModel):
 
 
 class RoleFormats(_Strict):
-    """Formats of the layers whose role matches; ``weights: null`` keeps them in 16 bit."""
+    """Formats of the layers with a matching role; ``weights: null`` keeps them in 16 bit."""
 
     weights: Grid | None
     activations: Grid | None = None
@@ -40,15 +40,16 @@ class Balance(_Strict):
         smooth: divide each input channel by a static scale, and multiply the weight's column by it.
         rotate: Hadamard rotation of the input channels, after smoothing.
         choose: ``always`` applies all of the above; ``error`` tries every combination of them, none included, on
-            calibration inputs and keeps the one with the smallest output error, input group by input group.
-        alpha: migration strength of the smoothing scale, 0 to 1; of several, the one with the smallest error is taken.
+            calibration inputs, and keeps the one with the smallest output error for each input group.
+        alpha: migration strength of the smoothing scale, 0 to 1. Of several values, ditq keeps the one with the
+            smallest error.
         salience: how the magnitude of an input channel is computed: ``max`` over the timesteps, or ``spearman``,
             PTQ4DiT's weighted mean of the timesteps' maxima.
         where: balance ``all`` inputs, or only the ``foldable`` ones, whose producer can carry the smoothing scale.
         fold: move smoothing scales into the producer of the input where that is exact.
         power_of_two: round smoothing scales to powers of two.
-        block: width of the rotation; 0 is the widest that is known for the layer.
-        timesteps: ranges [first, last] that get smoothing scales and integers of their own.
+        block: width of the rotation; 0: the widest with a known Hadamard matrix.
+        timesteps: ranges [first, last] with separate smoothing scales and integers.
     """
 
     smooth: bool = False
@@ -68,7 +69,7 @@ class Balance(_Strict):
         values = alpha if isinstance(alpha, list | tuple) else [alpha]
         numbers = [a for a in values if isinstance(a, int | float) and not isinstance(a, bool) and 0 <= a <= 1]
         if not values or len(numbers) < len(values):
-            raise ValueError("alpha is a number from 0 to 1, or a list of such numbers")
+            raise ValueError("alpha must be a number from 0 to 1, or a list of such numbers")
         return alpha
 
     @field_validator("timesteps")
@@ -88,17 +89,17 @@ class Calibration(_Strict):
     """How much of the sampling trajectory calibration records.
 
     Attributes:
-        prompts: at most this many of the given prompts are used.
+        prompts: the largest number of prompts that are used.
         batch_size: prompts that are sampled together. Default: 8 images; ``auto``: up to 32 small images. Videos: as
-            many as have 2^17 latent numbers together, at most 8.
+            many as fit in 2^17 latent numbers, at most 8.
         steps, guidance_scale: of the sampler; ``guidance_scale`` null is the pipeline's default.
-        rows: bound of the sample of every layer's input.
-        calls: timesteps of each prompt's trajectory, chosen at random, whose transformer calls are kept whole, both
-            halves of the guidance included; GPTQ replays them block by block. At least this many are kept, more where
-            prompts or tokens are few (``ditq.calibration.capture.ROWS_PER_INPUT``); 0 keeps none.
+        rows: the largest number of input rows that are kept of each layer.
+        calls: random timesteps of each prompt's trajectory at which whole transformer calls are recorded, both halves
+            of the guidance included; GPTQ replays them block by block. With few prompts or tokens more calls are
+            recorded (``ditq.calibration.capture.ROWS_PER_INPUT``); 0 records none.
         arguments: of the pipeline's call, e.g. ``{height: 256, width: 256, num_frames: 17}``.
-        timesteps: which ones count in ranges, scales and the sample: ``all``, or ``normal``, those of PTQ4DM's skewed
-            normal distribution.
+        timesteps: those that ranges, scales and input rows come from: ``all``, or ``normal``, PTQ4DM's skewed normal
+            distribution.
     """
 
     prompts: Annotated[int, Field(ge=1)] = 32
@@ -115,17 +116,18 @@ class Recipe(_Strict):
     """A quantization recipe.
 
     Attributes:
-        method, paper: labels, shown in tables and reports; they decide nothing.
+        method, paper: labels for tables and reports, without effect.
         weights, activations: formats of every quantized layer.
         keep: roles (or role prefixes) that stay in 16 bit.
         keep_layers: regular expressions of layer names that stay in 16 bit.
-        roles: formats that differ for some roles, e.g. ``ffn.down``.
-        balance: transforms of the inputs; calibration: what the method looks at.
+        roles: formats of single roles, e.g. ``ffn.down``, in place of ``weights`` and ``activations``.
+        balance: transforms of the inputs.
+        calibration: the calibration data.
         clip: range of the weights, ``minmax`` or ``mse`` (searched by squared error).
-        rounding: of the weights, ``nearest`` or ``gptq`` (block by block, on inputs from the quantized blocks
-            before; ``gptq`` holds its settings). Can be combined with any balance.
-        fit_groups: where ``group_size`` does not divide the inputs of a layer, the largest divisor below it
-            is taken; otherwise it is an error.
+        rounding: of the weights, ``nearest`` or ``gptq`` (block by block, on inputs from the already quantized blocks;
+            ``gptq`` holds its settings). Can be combined with any balance.
+        fit_groups: if ``group_size`` does not divide the inputs of a layer, use the largest divisor below it;
+            without this it is an error.
     """
 
     version: Literal[1] = 1
@@ -168,20 +170,20 @@ class Recipe(_Strict):
 
     @property
     def needs_calls(self) -> bool:
-        """Whether calls of the transformer are kept whole: blocks must be run again."""
+        """Whether calibration records whole calls of the transformer, to replay its blocks."""
         return self.rounding == "gptq"
 
     def formats(self, name: str, role: str) -> tuple[Grid | None, Grid | None, str]:
-        """Weight format, activation format and, where it is kept in 16 bit, the reason."""
+        """Weight format, activation format and, for a layer kept in 16 bit, the reason."""
         for prefix in self.keep:
             if role == prefix or role.startswith(prefix + "."):
                 return None, None, f"role {role} is kept in 16 bit"
         for pattern in self.keep_layers:
             if re.search(pattern, name):
                 return None, None, f"keep_layers: {pattern}"
-        if (own := self.own(role)) is not None:
-            reason = f"the recipe keeps role {role} in 16 bit" if own.weights is None else ""
-            return own.weights, own.activations if own.weights else None, reason
+        if (formats := self.own(role)) is not None:
+            reason = f"the recipe keeps role {role} in 16 bit" if formats.weights is None else ""
+            return formats.weights, formats.activations if formats.weights else None, reason
         return self.weights, self.activations, ""
 
     def own(self, role: str) -> RoleFormats | None:
@@ -196,20 +198,20 @@ class Recipe(_Strict):
             UsageError: an assignment has no ``=``, names no field of a recipe, or would have no effect.
         """
         data = self.model_dump(mode="json")
-        # Mappings that take any key; validation has the last word.
-        made = {id(data["roles"]), id(data["calibration"]["arguments"])}
+        # Mappings that take any key; validation decides.
+        open_mappings = {id(data["roles"]), id(data["calibration"]["arguments"])}
         for assignment in assignments:
             key, equals, value = assignment.partition("=")
             if not equals:
                 raise UsageError(f"--set takes key=value, got {assignment!r}.")
             target, parts = data, _path(key.strip())
             for i, part in enumerate(parts):
-                if not isinstance(target, dict) or (part not in target and id(target) not in made):
+                if not isinstance(target, dict) or (part not in target and id(target) not in open_mappings):
                     raise unknown("recipe field", key, _fields(data))
                 if i < len(parts) - 1:
                     if target.get(part) is None:
                         target[part] = {}
-                        made.add(id(target[part]))
+                        open_mappings.add(id(target[part]))
                     target = target[part]
             try:
                 target[parts[-1]] = yaml.safe_load(value)
@@ -224,11 +226,11 @@ class Recipe(_Strict):
 
         Args:
             keys: dotted names of the fields that were set, e.g. ``balance.alpha``.
-            source: what stands before a name in the error.
+            source: prefix of a field's name in the error.
 
         Raises:
-            UsageError: names the field and what would give it an effect. Calibration settings of a recipe that needs
-                no calibration cause a warning only, so that one list of settings serves several recipes.
+            UsageError: a field has no effect; the message says what to change. Calibration settings of a recipe that
+                needs no calibration cause a warning only, so that one list of settings serves several recipes.
         """
         idle = self._idle()
         for key in keys:
@@ -240,7 +242,7 @@ class Recipe(_Strict):
                     warn(message)
 
     def _idle(self) -> dict[str, str]:
-        """Fields without effect here, each with what would give it one."""
+        """Fields without effect in this recipe, each with the change that would give it one."""
         rules, idle = self.balance, dict[str, str]()
         if not rules.smooth:
             remedy = "it needs balance.smooth=true"
@@ -255,7 +257,7 @@ class Recipe(_Strict):
         if self.rounding != "gptq":
             idle |= {"gptq": "it needs rounding=gptq", "calibration.calls": "it needs rounding=gptq"}
         formats = [self.weights, self.activations]
-        formats += [fmt for own in self.roles.values() for fmt in (own.weights, own.activations)]
+        formats += [fmt for of_role in self.roles.values() for fmt in (of_role.weights, of_role.activations)]
         if not any(fmt is not None and fmt.group_size for fmt in formats):
             idle["fit_groups"] = "no format has groups"
         if not self.needs_calibration:
@@ -292,10 +294,11 @@ class Family(_Strict):
 
     Attributes:
         name: of the file.
-        for_whom: whom it suits, in a few words.
+        for_whom: who should use it, in a few words.
         cost: measured on ``bundled:emoji-t2i`` at w4a8, see benchmarks/quality/recipe_cost.py.
-        widths: those that ditq's tables measure; any other from w2a2 to w8a16 works too.
-        fields: of the recipe, without bits; fields in ``at_most_4_bits`` count where weights have 4 bits or fewer.
+        widths: those measured in ditq's tables; any other from w2a2 to w8a16 works too.
+        fields: of the recipe, without bits.
+        at_most_4_bits: fields that replace those of ``fields`` for weights of 4 bits or fewer.
     """
 
     name: str
@@ -306,7 +309,7 @@ class Family(_Strict):
     fields: dict[str, Any]
 
     def recipe(self, weight_bits: int, activation_bits: int) -> Recipe:
-        """The recipe of one width; 16 activation bits leave activations alone."""
+        """The recipe of one width; 16 activation bits leave activations unquantized."""
         fields = {**self.fields, **(self.at_most_4_bits if weight_bits <= 4 else {})}
         fields["name"] = f"{self.name}-w{weight_bits}a{activation_bits}"
         fields["weights"] = {"bits": weight_bits, **fields["weights"]}
@@ -317,17 +320,17 @@ class Family(_Strict):
 @cache
 def families() -> dict[str, Family]:
     """The recipes that come with ditq, by name."""
-    found = {}
+    by_name = {}
     for path in sorted((p for p in (resources.files("ditq") / "recipes").iterdir()), key=lambda p: p.name):
         if path.name.endswith(".yaml"):
             name, data = path.name.removesuffix(".yaml"), yaml.safe_load(path.read_text())
-            own = {key: data.pop(key) for key in ("for_whom", "cost", "widths", "at_most_4_bits") if key in data}
-            found[name] = Family(name=name, fields=data, **own)
-    return found
+            family = {key: data.pop(key) for key in ("for_whom", "cost", "widths", "at_most_4_bits") if key in data}
+            by_name[name] = Family(name=name, fields=data, **family)
+    return by_name
 
 
 def names() -> list[str]:
-    """Every recipe that ditq's tables measure; other widths of the same families work too."""
+    """All recipes measured in ditq's tables; other widths of the same families work too."""
     return sorted(f"{name}-{width}" for name, family in families().items() for width in family.widths)
 
 
@@ -335,7 +338,7 @@ def _bundled(name: str) -> Recipe | None:
     """The recipe of this name; None if no family has it.
 
     Raises:
-        UsageError: the family exists, the width does not.
+        UsageError: the family exists, but the width is missing or not supported.
     """
     match = re.fullmatch(r"(.+?)(?:-w(\d{1,3})a(\d{1,3}))?", name)
     if match is None or match[1] not in families():
@@ -355,7 +358,7 @@ def _bundled(name: str) -> Recipe | None:
     return family.recipe(weight_bits, activation_bits)
 
 
-# What recipe files of ditq 0.1 implied by their method, and must say now.
+# Fields that the method of a recipe file implied in ditq 0.1, and that the file must set now.
 _IMPLIED = {
     "smoothquant": ("balance", "smooth", True),
     "ptq4dit": ("balance", "smooth", True),
@@ -365,10 +368,10 @@ _IMPLIED = {
 
 
 def load(recipe: str | Path | Recipe) -> Recipe:
-    """A recipe by name (``viditq-w4a8``), from a YAML file, or as it is.
+    """A recipe by name (``viditq-w4a8``), from a YAML file, or unchanged if it is a recipe already.
 
     Raises:
-        UsageError: no such recipe (the families are listed), or not a valid one.
+        UsageError: no such recipe (the message lists the families), or an invalid one.
 
     Example:
         >>> recipe = load("viditq-w4a8").override(["balance.rotate=false", "clip=minmax"])
@@ -378,8 +381,8 @@ def load(recipe: str | Path | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if not str(recipe).endswith((".yaml", ".yml")):
-        found = _bundled(str(recipe))
-        if found is None:
+        bundled = _bundled(str(recipe))
+        if bundled is None:
             known = [f"{name}-wXaY" for name in families()]
             close = difflib.get_close_matches(str(recipe), [*names(), *families()], n=1)
             raise UsageError(
@@ -387,7 +390,7 @@ def load(recipe: str | Path | Recipe) -> Recipe:
                 f"{', '.join(known)} (X = 2 to 8, Y = 2 to 8 or 16; e.g. viditq-w4a8, rtn-w8a8), or the "
                 "path of a .yaml file."
             )
-        return found
+        return bundled
     path = Path(recipe)
     if not path.is_file():
         raise UsageError(f"There is no recipe file {path}.")
@@ -406,13 +409,13 @@ def load(recipe: str | Path | Recipe) -> Recipe:
 
 
 def _check_implied(recipe: Recipe, path: Path) -> None:
-    """Refuses a file of ditq 0.1 that left to its method what a recipe has to say now."""
+    """Refuses a file of ditq 0.1 that leaves a field to its method, see :data:`_IMPLIED`."""
     section, field, value = _IMPLIED.get(recipe.method, ("", "", None))
     if not section:
         return
-    found = getattr(recipe.balance, field) if section == "balance" else recipe.rounding
-    if found != value:
+    actual = getattr(recipe.balance, field) if section == "balance" else recipe.rounding
+    if actual != value:
         spelling = f"{section}: {{{field}: true}}" if field else f"{section}: {value}"
         raise UsageError(
-            f"{path}: method {recipe.method!r} is a label and decides nothing. Add `{spelling}`, or change the label."
+            f"{path}: method {recipe.method!r} is a label without effect. Add `{spelling}`, or change the label."
         )

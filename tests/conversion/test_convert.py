@@ -176,7 +176,7 @@ def test_plan_of_a_missing_layer_is_refused_by_name(name: str) -> None:
 
 def test_plan_that_says_nothing_about_a_layer_is_refused_by_name(name: str) -> None:
     model, layers = drafted(name)
-    with pytest.raises(UsageError, match=f"nothing about layer {layers[2].name!r}"):
+    with pytest.raises(UsageError, match=f"does not contain layer {layers[2].name!r}"):
         carry_out(model, name, [layer for layer in layers if layer is not layers[2]])
 
 

@@ -170,7 +170,7 @@ def test_gate_residual_and_low_rank(tokens: int | None, residual: bool, branch: 
 @pytest.mark.parametrize("device", DEVICES)
 def test_half_a_branch_is_refused(device: str) -> None:
     x, w = integers(4, 32, 8, None, True), integers(4, 32, 8, None, True)
-    with pytest.raises(ValueError, match="give both or neither"):
+    with pytest.raises(ValueError, match="pass both or neither"):
         run(device, arguments(x, w, 8, low=torch.ones(4, 2)))
 
 

@@ -144,7 +144,7 @@ def test_attention_that_is_not_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = type("Pipe", (), {"transformer": tiny_model("dit")})
     monkeypatch.setattr(attention_ranges, "sample", lambda *args, **kwargs: None)
     with pytest.raises(UsageError, match="does not use torch's scaled_dot_product_attention"):
-        attention_ranges.drawn(pipe, architectures.load("dit"), ["a"])
+        attention_ranges.sampled_ranges(pipe, architectures.load("dit"), ["a"])
 
 
 def test_other_functions_pass_through() -> None:

@@ -43,7 +43,7 @@ def test_emoji_pictures_with_queries_and_keys_in_8_bits() -> None:
     prompts, calibration = (ditq_bundled.prompts("emoji-t2i", part)[:4] for part in ("evaluation", "calibration"))
     ditq.quantize(pipe, "smoothquant-static-w8a8", prompts=calibration, overrides=SHORT[:2])
     drawn = sample(pipe, arch, prompts, Sampling(steps=8))
-    largest = attention_ranges.drawn(pipe, arch, calibration)
+    largest = attention_ranges.sampled_ranges(pipe, arch, calibration)
     report = compile_in_place(pipe.transformer, arch, first_call(pipe, arch, prompts[:1]), largest=largest)
     assert report.attentions == 2 * len(largest) == 16
     assert {*report.executions.values()} == {"int8"}

@@ -298,15 +298,15 @@ def damaged(folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any
         (lambda d: d.pop("group_size"), "group_size"),
         (lambda d: d.update(group_size=100), "group_size"),
         (lambda d: d.update(segments=[]), "segments"),
-        (lambda d: d["segments"].append(d["segments"][0]), "one place or one file"),
+        (lambda d: d["segments"].append(d["segments"][0]), "the same place or file"),
         (lambda d: d["segments"][0].update(file="../other.xml"), "file"),
         (lambda d: d["segments"][0].update(outputs=2), "inputs and outputs"),
         (lambda d: d["segments"][0]["inputs"].pop(), "inputs and outputs"),
         (lambda d: d["segments"][0]["inputs"][0].update(shape=[None, -1]), "shape"),
         (lambda d: d["segments"][0]["inputs"][0].update(dtype="float16"), "dtype"),
         (lambda d: d["segments"][0].update(parameters=["x"]), "another version of diffusers"),
-        (lambda d: d["segments"][0].update(place="blocks"), "has not"),
-        (lambda d: d["segments"][0].update(kept=["norm1.nothing"]), "has not"),
+        (lambda d: d["segments"][0].update(place="blocks"), "does not have"),
+        (lambda d: d["segments"][0].update(kept=["norm1.nothing"]), "does not have"),
         (lambda d: d["segments"][0]["layers"][0].update(storage="i5"), "storage"),
         (lambda d: d["segments"][0]["layers"][0].update(columns=0), "columns"),
     ],
@@ -330,7 +330,7 @@ def test_changed_and_missing_files_are_refused(
     with pytest.raises(CheckpointError, match=f"{file} was changed"):
         load(copied, model)
     (copied / file).unlink()
-    with pytest.raises(CheckpointError, match=f"lacks {file}"):
+    with pytest.raises(CheckpointError, match=f"does not contain {file}"):
         load(copied, model)
     (copied / FILE).unlink()
     with pytest.raises(CheckpointError, match="holds no exported model"):
@@ -347,7 +347,7 @@ def test_changed_and_missing_files_are_refused(
         ("rtn-static-w8a8", GROUPS, r"transformer_blocks.0.attn1.to_q, .* and 18 more with weights int8 .*static"),
         ("rtn-w4a4", GROUPS, "activations int4 sym/token, dynamic: .* to 8 bits, not to 4"),
         ("rtn-w8a8", (*GROUPS, "activations.symmetric=false"), "without zero points"),
-        ("smoothquant-w8a8", ("balance.timesteps=[[0, 500], [501, 1000]]",), "own integers for each range"),
+        ("smoothquant-w8a8", ("balance.timesteps=[[0, 500], [501, 1000]]",), "integers per timestep range"),
     ],
 )
 def test_plans_that_cannot_be_executed_exactly(
@@ -371,11 +371,13 @@ def test_shapes_that_openvino_multiplies_in_floats(tmp_path: Path) -> None:
     weights = "weights={bits: 4, granularity: group, group_size: 8}"
     model = quantized("pixart", "rtn-w4a8", (weights, "roles.ffn.down={weights: {bits: 4, granularity: channel}}"))
     arch, call = architectures.load("pixart"), example_inputs("pixart")
-    with pytest.raises(DitqError, match=r"18 layers in floats.*128 -> 128, i4 weights.*groups of 8 are no multiple"):
+    with pytest.raises(
+        DitqError, match=r"18 layers in floats.*128 -> 128, i4 weights.*groups of 8 are not a multiple"
+    ):
         export(model, arch, call, tmp_path)
     report = export(model, arch, call, tmp_path, allow_float=True)
     assert set(report.executions.values()) == {"float"}
-    assert "In floats (its weight groups of 8 are no multiple of 16)" in report.summary()
+    assert "In floats (its weight groups of 8 are not a multiple of 16)" in report.summary()
 
 
 def test_kernels_that_this_cpu_does_not_have(
@@ -507,7 +509,7 @@ def test_calls_that_the_graph_does_not_know(stack: CompiledStack, changes: dict[
 def test_missing_tensors_are_named(stack: CompiledStack) -> None:
     call = block_call()
     del call["timestep"]
-    with pytest.raises(UsageError, match="the tensor 'timestep', which this call lacks"):
+    with pytest.raises(UsageError, match="the tensor 'timestep', which is missing in this call"):
         stack(**call)
 
 
@@ -702,7 +704,9 @@ class Counting(Toy):
 
 @pytest.mark.usefixtures("_toy_calls")
 def test_numbers_that_depend_on_sizes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DitqError, match=r"Argument 'scale' of blocks is no tensor and no constant \(0\.2, 0\.14"):
+    with pytest.raises(
+        DitqError, match=r"Argument 'scale' of blocks is neither a tensor nor a constant \(0\.2, 0\.14"
+    ):
         export(Counting(), TOY, TOY_CALLS[0], tmp_path)
 
 

@@ -342,7 +342,7 @@ def test_group_size_is_the_widest_that_suits_all() -> None:
         (linear(8, activation=token_format(granularity="group", group=8)), 16, "8 input channels are fewer than 16"),
         (linear(64, 1, weight=weight_format(4, "group", group=16)), 16, "a single output"),
         (linear(64, weight=weight_format(4)), 128, "groups of 128 are wider than its 64"),
-        (linear(64, weight=weight_format(4, "group", group=8)), 16, "weight groups of 8 are no multiple"),
+        (linear(64, weight=weight_format(4, "group", group=8)), 16, "weight groups of 8 are not a multiple"),
         (linear(64, activation=token_format(granularity="group", group=8)), 16, "activation groups of 8"),
     ],
 )

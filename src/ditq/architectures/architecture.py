@@ -1,4 +1,4 @@
-"""The schema of an architecture file, and the answers the rest of ditq asks of it."""
+"""The schema of an architecture file, and the groups and roles of linears that follow from it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class _Strict(BaseModel):
 
 
 class Input(_Strict):
-    """What produces the tensor a group of linears reads, exactly one of:
+    """The producer of the tensor that a group of linears reads, exactly one of:
 
-    ``norm``: a norm, modulated by ``linear`` (a module of the block) or by ``argument`` (of the block's
-    forward; shared by all blocks) whose ``shift`` chunks of ``chunks`` are shifts; or by nothing.
-    ``v``: attention over these value projections; those that a model lacks do not count.
+    ``norm``: a norm, optionally modulated by ``linear`` (a module of the block) or by ``argument`` (of the block's
+    forward, shared by all blocks). Of its ``chunks`` chunks, those numbered in ``shift`` are shifts.
+    ``v``: attention over these value projections; those that a model does not have are ignored.
     ``glu``: the first half of this linear's outputs, times an activation of the second half.
-    ``online``: nothing that could carry a scale. ``joined`` is attention beside an activation.
+    ``online``: an operation that cannot carry a scale. ``joined`` is attention concatenated with an activation.
     """
 
     norm: str | None = None
@@ -46,29 +46,30 @@ class Input(_Strict):
     @model_validator(mode="after")
     def _one_producer(self) -> Self:
         if sum((self.norm is not None, bool(self.v), self.glu is not None, self.online is not None)) != 1:
-            raise ValueError("an input names exactly one of norm, v, glu, online")
+            raise ValueError("an input must name exactly one of norm, v, glu, online")
         if self.linear and self.argument:
             raise ValueError("a norm is modulated by a linear of the block or by an argument, not by both")
         return self
 
     @property
     def foldable(self) -> Literal["norm", "v", "glu"] | None:
-        """Where a static scale can go for free."""
+        """The kind of producer that a static scale can be folded into; None if there is none."""
         return "norm" if self.norm else "v" if self.v else "glu" if self.glu else None
 
     @property
     def carriers(self) -> tuple[str, ...]:
-        """Linears whose outputs, all or the first half of them, carry the scale of a ``v`` or ``glu`` input."""
+        """Linears whose outputs (all, or the first half) carry the scale of a ``v`` or ``glu`` input."""
         return self.v or ((self.glu,) if self.glu else ())
 
 
 class Group(_Strict):
     """Linears of a block that read the same tensor, with the role of each.
 
-    ``separate``: each reads a tensor of its own, but a scale has to serve them all, since it is folded into
-    something that feeds them all (the values of both streams of a joint attention).
-    ``text``: where the rows of a sequence of both kinds are text's; text alone is known by its roles.
-    ``has``, ``lacks``: the group is there only in blocks that have, or lack, this module.
+    ``separate``: each linear reads a tensor of its own, but they share a scale, since it is folded into a common
+    producer (the values of both streams of a joint attention).
+    ``text``: where the text tokens are in a sequence of image and text tokens. Sequences of text only are recognized
+    by their roles.
+    ``has``, ``lacks``: the group exists only in blocks that have, or do not have, this module.
     """
 
     input: Input
@@ -89,21 +90,21 @@ class Forward(_Strict):
 
 
 class Guidance(_Strict):
-    """How classifier-free guidance reaches the transformer: halves of one batch, or separate calls."""
+    """How classifier-free guidance calls the transformer: halves of a batch, separate calls, or an embedded scale."""
 
     style: Literal["batch", "calls", "embedded"]
     order: tuple[Condition, ...] = ()
 
 
 class Pipeline(_Strict):
-    """The pipeline classes of diffusers that run the transformer, and which of their arguments names what to draw."""
+    """The pipeline classes of diffusers that run the transformer, and their argument for the condition."""
 
     condition: Literal["prompt", "class_labels"]
     classes: tuple[str, ...] = ()
 
 
 class Example(_Strict):
-    """A tiny model of this family and inputs for it, so that every architecture file is tested by itself."""
+    """A tiny model of this family and inputs for it, with which the tests check every architecture file."""
 
     config: dict[str, Any]
     inputs: dict[str, dict[str, Any]]
@@ -130,7 +131,7 @@ class InputGroup:
 
     @property
     def text(self) -> Literal["all", "last"] | None:
-        """Which rows of a sequence are text's: all of them, the last, or none."""
+        """Which rows of a sequence are text tokens: all, the last ones, or none."""
         role = self.linears[0].role
         if self.input.online == "text" or ".txt." in role or role.startswith("refiner."):
             return "all"
@@ -138,12 +139,12 @@ class InputGroup:
 
     @property
     def name(self) -> str:
-        """The first linear's name stands for the group."""
+        """The name of the first linear."""
         return self.linears[0].name
 
     @property
     def tensors(self) -> tuple[InputGroup, ...]:
-        """The group once for each tensor that it reads: itself, unless its linears read separate ones."""
+        """One group for each input tensor: this group, unless its linears read separate tensors."""
         if not self.separate:
             return (self,)
         return tuple(replace(self, linears=(linear,), separate=False) for linear in self.linears)
@@ -152,8 +153,8 @@ class InputGroup:
 class Architecture(_Strict):
     """One model family.
 
-    ``module``: where its classes are. ``sizes``: configs of public checkpoints, where they differ from the class.
-    ``note``: what a user should know about the support of this family.
+    ``module``: the module of its classes. ``sizes``: configs of public checkpoints, where they differ from the class
+    defaults. ``note``: limits of the support for this family.
     """
 
     name: str
@@ -176,7 +177,7 @@ class Architecture(_Strict):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return other
 
     def model_class(self) -> Any:
@@ -187,7 +188,7 @@ class Architecture(_Strict):
         """All input groups of the stacks, in the order of the blocks.
 
         Raises:
-            UsageError: a layer of the file is missing in the model, or is not an ``nn.Linear``.
+            UsageError: the model does not have a layer of the file, or it is not an ``nn.Linear``.
         """
         return list(self._groups(model))
 
@@ -208,10 +209,10 @@ class Architecture(_Strict):
         Raises:
             UsageError: a linear has no role in the architecture file, or two.
         """
-        found = [linear for group in self.groups(model) for linear in group.linears]
-        known = {linear.name for linear in found}
+        linears = [linear for group in self.groups(model) for linear in group.linears]
+        grouped = {linear.name for linear in linears}
         for name, module in model.named_modules():
-            if not isinstance(module, nn.Linear) or name in known:
+            if not isinstance(module, nn.Linear) or name in grouped:
                 continue
             roles = {role for pattern, role in self.other.items() if re.search(pattern, name)}
             if len(roles) != 1:
@@ -219,8 +220,8 @@ class Architecture(_Strict):
                     f"Linear layer {name!r} has {len(roles) or 'no'} role in architecture {self.name!r}; "
                     "add it to 'stacks' or 'other' of the architecture file (see CONTRIBUTING.md, Add a model)."
                 )
-            found.append(Linear(name, roles.pop(), module))
-        return found
+            linears.append(Linear(name, roles.pop(), module))
+        return linears
 
 
 def present(model: nn.Module, name: str) -> bool:
@@ -245,8 +246,8 @@ def _linear(model: nn.Module, name: str, architecture: str) -> nn.Linear:
     module = _get(model, name, architecture)
     if not isinstance(module, nn.Linear):
         raise UsageError(
-            f"Architecture {architecture!r} names {name!r}, which is a {type(module).__name__} and no nn.Linear "
-            "(fused projections must be unfused, adapters unloaded first)."
+            f"Architecture {architecture!r} names {name!r}, which is a {type(module).__name__}, not an nn.Linear "
+            "(unfuse fused projections and unload adapters first)."
         )
     return module
 
@@ -273,16 +274,16 @@ def names() -> list[str]:
 
 @cache
 def roles() -> frozenset[str]:
-    """Every role that an architecture of ditq gives to a linear."""
-    found: set[str] = set()
+    """All roles in the architectures that come with ditq."""
+    known: set[str] = set()
     for architecture in _bundled().values():
         groups = [group for stack in architecture.stacks.values() for group in stack]
-        found.update(architecture.other.values(), *(group.linears.values() for group in groups))
-    return frozenset(found)
+        known.update(architecture.other.values(), *(group.linears.values() for group in groups))
+    return frozenset(known)
 
 
 def load(architecture: str | Path | Architecture) -> Architecture:
-    """An architecture by name, or from a YAML file of one's own.
+    """An architecture by name, or from your own YAML file.
 
     Raises:
         UsageError: no such name or file, or the file is not valid.
@@ -295,17 +296,17 @@ def load(architecture: str | Path | Architecture) -> Architecture:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return _parse(path.read_text(), str(path))
     raise UsageError(
-        f"Unknown architecture {str(architecture)!r}. Known: {', '.join(names())}. Or give the path of a .yaml file "
+        f"Unknown architecture {str(architecture)!r}. Known: {', '.join(names())}. Or pass the path of a .yaml file "
         "(copy one from ditq/architectures, see CONTRIBUTING.md, Add a model)."
     )
 
 
 def pipeline_class(name: str) -> Any:
-    """The pipeline class of this name if it is one of ours, else ``DiffusionPipeline``, which finds diffusers' own."""
+    """The pipeline class of ditq with this name, else ``DiffusionPipeline``, which looks up those of diffusers."""
     import diffusers
 
-    own = (a for a in _bundled().values() if a.module != "diffusers" and name in a.pipeline.classes)
-    for architecture in own:
+    outside_diffusers = (a for a in _bundled().values() if a.module != "diffusers" and name in a.pipeline.classes)
+    for architecture in outside_diffusers:
         return getattr(import_module(architecture.module), name)
     return diffusers.DiffusionPipeline
 
@@ -314,14 +315,14 @@ def match(model: nn.Module) -> Architecture:
     """The architecture of a transformer, by the name of its class.
 
     Raises:
-        UsageError: no file names this class; says how to add one.
+        UsageError: no file names this class; the message says how to add one.
     """
-    wanted = type(model).__name__
+    class_name = type(model).__name__
     for architecture in _bundled().values():
-        if wanted in architecture.classes:
+        if class_name in architecture.classes:
             return architecture
     raise UsageError(
-        f"ditq does not know the architecture of {wanted}. Known: "
+        f"ditq has no architecture file for {class_name}. Known: "
         + ", ".join(f"{a.name} ({', '.join(a.classes)})" for a in _bundled().values())
         + ". To add one, copy a file of ditq/architectures, name the role and the producer of every linear "
         "(see CONTRIBUTING.md, Add a model), and pass it with architecture=PATH or --architecture PATH."

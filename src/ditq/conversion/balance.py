@@ -1,11 +1,11 @@
-"""Chooses how the input of a group of linears is balanced: smoothed, rotated, both or neither.
+"""Chooses the balance of each input group: smoothing, rotation, both or neither.
 
-One function for every method: SmoothQuant (Xiao et al. 2023, eq. 4), QuaRot's online rotation (Ashkboos et al. 2024),
-PTQ4DiT (Wu et al. 2024) and ViDiT-Q's static-dynamic channel balancing (Zhao et al. 2025) differ in their
-:class:`ditq.recipe.Balance` only. ViDiT-Q sets by hand which layers are balanced, and alpha; ``choose: error`` finds
-both, input group by input group, by the output error on calibration inputs.
+One function serves every method: SmoothQuant (Xiao et al. 2023, eq. 4), QuaRot's online rotation (Ashkboos et al.
+2024), PTQ4DiT (Wu et al. 2024) and ViDiT-Q's static-dynamic channel balancing (Zhao et al. 2025) differ only in their
+:class:`ditq.recipe.Balance`. ViDiT-Q sets alpha and the balanced layers by hand; ``choose: error`` selects both for
+each input group, by the output error on calibration inputs.
 
-A second kind of rotation goes into :func:`options` here, ``Rotate.kind`` of the plan and ``ditq.numerics.hadamard``.
+To add a second kind of rotation, extend :func:`options`, ``Rotate.kind`` of the plan and ``ditq.numerics.hadamard``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Option = tuple[Smooth | None, Rotate | None]
 
 
 def smooth_of(group: InputGroup, rules: Balance, alpha: float) -> Smooth:
-    """The smoothing of a group at one ``alpha``, folded where the rules and the architecture allow it."""
+    """The smoothing of a group at one ``alpha``, folded if the rules and the architecture allow it."""
     fold = rules.fold and rules.timesteps is None
     return Smooth(
         alpha=alpha,
@@ -38,10 +38,10 @@ def smooth_of(group: InputGroup, rules: Balance, alpha: float) -> Smooth:
 
 
 def rotate_of(width: int, rules: Balance, seed: int) -> Rotate:
-    """The widest Hadamard rotation known for ``width`` inputs, or the block size that the rules name.
+    """The widest Hadamard rotation for ``width`` inputs, or the rotation with the block size of the rules.
 
     Raises:
-        UsageError: the block does not divide the width, or no Hadamard matrix of its size is known.
+        UsageError: the block does not divide the width, or has no known Hadamard matrix.
     """
     block = rules.block
     if block and (width % block or not is_supported(block)):
@@ -54,25 +54,25 @@ def rotate_of(width: int, rules: Balance, seed: int) -> Rotate:
 
 
 def options(group: InputGroup, width: int, rules: Balance, seed: int) -> list[Option]:
-    """What the rules allow for the input of ``group``; never empty. Of equal errors, the first one wins."""
+    """The combinations that the rules allow for the input of ``group``; never empty. The first one wins ties."""
     if rules.where == "foldable" and group.input.foldable is None:
         return [(None, None)]
     smooths = [smooth_of(group, rules, alpha) for alpha in rules.alphas] if rules.smooth else []
     rotation = rotate_of(width, rules, seed) if rules.rotate else None
-    both: list[Option] = [(smooth, rotation) for smooth in smooths] or [(None, rotation)]
+    complete: list[Option] = [(smooth, rotation) for smooth in smooths] or [(None, rotation)]
     if rules.choose == "always":
-        return both
-    found: list[Option] = [(None, None), *((smooth, None) for smooth in smooths)]
+        return complete
+    allowed: list[Option] = [(None, None), *((smooth, None) for smooth in smooths)]
     if rotation is not None:
-        found += [(None, rotation), *((smooth, rotation) for smooth in smooths)]
-    return found
+        allowed += [(None, rotation), *((smooth, rotation) for smooth in smooths)]
+    return allowed
 
 
 def choose_balance(
     group: InputGroup,
     layers: Sequence[LayerPlan],
     rules: Balance,
-    seen: GroupStatistics | None,
+    statistics: GroupStatistics | None,
     timesteps: Tensor | None,
     seed: int,
 ) -> Option:
@@ -80,8 +80,8 @@ def choose_balance(
 
     Args:
         layers: draft plans of the group's linears that are quantized (at least one).
-        seen: statistics of the input, None where the recipe needs no calibration.
-        timesteps: float32 [T] that ``seen.absmax`` is indexed by.
+        statistics: of the input; None if the recipe needs no calibration.
+        timesteps: float32 [T], the timesteps of ``statistics.absmax``.
 
     Raises:
         UsageError: the choice needs calibration and there is none.
@@ -89,14 +89,14 @@ def choose_balance(
     possible = options(group, layers[0].in_features, rules, seed)
     if len(possible) == 1 and possible[0][0] is None:
         return possible[0]
-    if seen is None or timesteps is None:
+    if statistics is None or timesteps is None:
         raise UsageError("Smoothing needs calibration: pass prompts, or a calibration cache.")
     if len(possible) == 1:
         return possible[0]
-    x = seen.rows()
+    x = statistics.rows()
     x = x[:: max(1, len(x) // SEARCH_ROWS)].to(group.linears[0].module.weight.device)
     errors, exact = [], dict[str, Tensor]()
     for smooth, rotation in possible:
-        scale = None if smooth is None else group_scale(smooth, group, seen, timesteps)
+        scale = None if smooth is None else group_scale(smooth, group, statistics, timesteps)
         errors.append(output_error(x, group, layers, scale, rotation, exact))
     return possible[errors.index(min(errors))]

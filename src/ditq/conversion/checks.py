@@ -15,11 +15,11 @@ from ditq.plan import LayerPlan
 def check(
     model: nn.Module, architecture: Architecture, plans: Mapping[str, LayerPlan], statistics: Statistics | None
 ) -> None:
-    """Whether layer plans can be carried out on ``model`` with these statistics.
+    """Raises unless the layer plans can be carried out on ``model`` with these statistics.
 
     Raises:
-        UsageError: a plan names a layer that the model does not have, or of another size; or it needs statistics that
-            are not there; or layers that share an input differ in its smoothing.
+        UsageError: a plan names a layer that the model does not have, or that has another size; or statistics that
+            it needs are missing; or layers that share an input differ in its smoothing.
         NothingQuantizedError: no layer has integer weights.
     """
     _check_names(model, architecture, plans)
@@ -32,12 +32,12 @@ def check(
 
 
 def smoothed_layer(group: InputGroup, plans: Mapping[str, LayerPlan]) -> LayerPlan | None:
-    """A smoothed layer of the group, which stands for all: the linears of a group share one input."""
+    """The first smoothed layer of the group; all have the same smoothing, since they share one input."""
     smoothed = [plans[x.name] for x in group.linears if plans[x.name].smooth is not None]
     if not smoothed:
         return None
     if len({plan.smooth for plan in smoothed}) > 1:
-        raise UsageError(f"Layers that share the input of {group.name!r} must share its smoothing.")
+        raise UsageError(f"Layers that share the input of {group.name!r} must have the same smoothing.")
     return smoothed[0]
 
 
@@ -48,16 +48,16 @@ def _check_names(model: nn.Module, architecture: Architecture, plans: Mapping[st
         raise UsageError(
             f"The plan names layer {missing[0]!r}, which this {type(model).__name__} does not have"
             + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
-            + f". Its layers look like {next(iter(linears))!r}."
+            + f". Its layer names look like {next(iter(linears))!r}."
         )
-    absent = [name for name in linears if name not in plans]
-    if absent:
-        raise UsageError(f"The plan says nothing about layer {absent[0]!r}; every linear must be in it.")
+    unplanned = [name for name in linears if name not in plans]
+    if unplanned:
+        raise UsageError(f"The plan does not contain layer {unplanned[0]!r}; it must contain every linear.")
     for name, plan in plans.items():
         module = linears[name].module
         if (module.in_features, module.out_features) != (plan.in_features, plan.out_features):
             raise UsageError(
-                f"The plan says {plan.in_features} -> {plan.out_features} for layer {name!r}, the model has "
+                f"The plan has {plan.in_features} -> {plan.out_features} for layer {name!r}, the model has "
                 f"{module.in_features} -> {module.out_features}."
             )
 
@@ -65,20 +65,20 @@ def _check_names(model: nn.Module, architecture: Architecture, plans: Mapping[st
 def _check_statistics(
     groups: Iterable[InputGroup], plans: Mapping[str, LayerPlan], statistics: Statistics | None
 ) -> None:
-    """Whether every layer has the statistics that it needs."""
+    """Raises if statistics that a layer needs are missing."""
     group_of = {linear.name: group for group in groups for linear in group.linears}
     for name, plan in plans.items():
         group = group_of.get(name)
-        needs = "smooths its input" if plan.smooth else "has its own integers per timestep" if plan.timesteps else ""
+        reason = "smooths its input" if plan.smooth else "has integers per timestep range" if plan.timesteps else ""
         if plan.activation is not None and not plan.activation.dynamic:
-            needs = "has static activation scales"
+            reason = "has static activation scales"
         if plan.rounding == "gptq" and (statistics is None or not statistics.calls or group is None):
             raise UsageError(
                 f"Layer {name!r} is rounded by GPTQ: "
                 + ("calls of the transformer are needed, pass prompts." if group else "its input is not known.")
             )
-        if needs and (statistics is None or group is None or group.name not in statistics.groups):
-            raise UsageError(f"Layer {name!r} {needs}: calibration of its input is needed, pass prompts.")
+        if reason and (statistics is None or group is None or group.name not in statistics.groups):
+            raise UsageError(f"Layer {name!r} {reason}: calibration of its input is needed, pass prompts.")
         folded = plan.smooth.folded if plan.smooth else None
         if folded is not None and group is not None and folded != group.input.foldable:
-            raise UsageError(f"The plan folds into {folded!r}, but {name!r} reads {group.input}.")
+            raise UsageError(f"The plan folds into {folded!r}, but the input of {name!r} is {group.input}.")

@@ -26,13 +26,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(eq=False)
 class Conversion:
-    """One plan on its way into one model: what the steps of :func:`convert` share.
+    """The state that the steps of :func:`convert` share while one plan is carried out on one model.
 
     Attributes:
-        plans: of every linear, by its name.
-        statistics: of the timesteps that count; None where the plan needs none.
-        scales: smoothing scale [K] of every input group by the group's name, None where it is not smoothed.
-        clock: the timestep of the call in progress, for layers with own integers per range of timesteps.
+        plans: of every linear, by name.
+        statistics: of the timesteps that the plan uses; None if it needs none.
+        scales: smoothing scale [K] of every input group by the group's name; None for a group without smoothing.
+        clock: the timestep of the current call, for layers with integers per timestep range.
     """
 
     model: nn.Module
@@ -52,10 +52,10 @@ def convert(
     *,
     progress: Progress | None = None,
 ) -> Plan:
-    """Carries out ``plan`` on ``model``, in place, and returns it completed: folds, storage, what rounding gained.
+    """Carries out ``plan`` on ``model``, in place, and returns it completed by folds, storage and rounding gains.
 
     Args:
-        statistics: of calibration; scales come from its timesteps that ``plan.calibration_timesteps`` names.
+        statistics: of calibration; scales come from the timesteps that ``plan.calibration_timesteps`` names.
 
     Raises:
         UsageError, NothingQuantizedError: see :func:`ditq.conversion.checks.check`; the model is unchanged then.
@@ -64,10 +64,10 @@ def convert(
     work = Conversion(model, architecture, {layer.name: layer for layer in plan.layers}, statistics)
     check(model, architecture, work.plans, statistics)
     groups = architecture.groups(model)
-    # Weights decide the scales, and folding changes weights: first all scales, then all folds.
+    # Scales depend on weights, and folding changes weights: compute all scales first, then fold.
     work.scales = {group.name: _scale(work, group) for group in groups}
     folds = [record for group in groups if (record := _fold(work, group))]
-    del groups  # or float weights of finished blocks would be kept
+    del groups  # they hold the float weights of finished blocks
     storage = round_to_storage(model)
     if any(layer.timesteps for layer in plan.quantized):
         work.clock.attach(model, architecture.forward.time)
@@ -100,14 +100,14 @@ def _fold(work: Conversion, group: InputGroup) -> Fold | None:
     if scale is None or layer is None or layer.smooth is None or layer.smooth.folded is None:
         return None
     record = fold(work.model, work.architecture, group, scale)
-    for linear in group.linears:  # those that stay in 16 bit see the divided input too
+    for linear in group.linears:  # those that stay in 16 bit read the divided input too
         if work.plans[linear.name].smooth is None:
             linear.module.weight.mul_(scale.to(linear.module.weight.dtype))
     return record
 
 
 def _replace_all(work: Conversion, progress: Progress | None) -> dict[str, LayerPlan]:
-    """Puts quantized layers in; returns the completed plan of every linear."""
+    """Replaces linears by quantized layers; returns the completed plan of every linear."""
     done, total = 0, sum(plan.weight is not None for plan in work.plans.values())
     final: dict[str, LayerPlan] = {}
     for group, linear, hessian in _jobs(work):
@@ -120,15 +120,15 @@ def _replace_all(work: Conversion, progress: Progress | None) -> dict[str, Layer
             if progress:
                 progress(done, total)
         final[linear.name] = plan
-        del hessian  # before those of the next block come
+        del hessian  # free it before those of the next block are allocated
     return final
 
 
 def _jobs(work: Conversion) -> Iterator[tuple[InputGroup | None, Linear, InputHessian | None]]:
-    """Every linear with its group, if any, and the Hessian of its balanced input where GPTQ rounds it.
+    """Every linear with its group, if any, and the Hessian of its balanced input if GPTQ rounds it.
 
-    One is to be replaced before the next is asked for: the inputs of a block come from the quantized ones before it.
-    Groups of finished blocks are let go, and the float weights that they hold with them.
+    The caller replaces each linear before it takes the next one: the inputs of a block are the outputs of the already
+    quantized blocks. Groups of finished blocks are released together with their float weights.
     """
     groups: dict[str, list[InputGroup]] = {}
     for group in work.architecture.groups(work.model):
@@ -153,6 +153,6 @@ def _jobs(work: Conversion) -> Iterator[tuple[InputGroup | None, Linear, InputHe
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Puts ``layer`` where ``name`` is."""
+    """Replaces the submodule ``name`` by ``layer``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, layer)

@@ -1,4 +1,4 @@
-"""The formats that a recipe gives to every linear of a model, before anything is measured or changed."""
+"""Draft plans: the recipe's formats for every linear of a model, before anything is measured or changed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[
         weight, activation, reason = recipe.formats(linear.name, linear.role)
         weight, activation = (_fitted(fmt, linear, recipe.fit_groups) for fmt in (weight, activation))
         if activation is not None and linear.name not in quantizable:
-            # Not in a stack: nothing is known about its input. It is rounded where its role is given a format for it
-            # that needs no calibration, else only the weight is quantized.
+            # This linear is outside of the stacks, so its input is not calibrated. The input is quantized only if the
+            # recipe has a dynamic format for this role; otherwise only the weight is quantized.
             activation = activation if recipe.own(linear.role) and activation.dynamic else None
         rounding = recipe.rounding if weight and linear.name in quantizable else "nearest"
         try:
@@ -50,10 +50,10 @@ def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[
 
 
 def _fitted(fmt: Grid | None, linear: Linear, fit: bool) -> Grid | None:
-    """The format with a group size that divides the inputs of the layer: the recipe's, or the largest one below.
+    """The format with a group size that divides the layer's inputs: the recipe's, or the largest divisor below it.
 
     Raises:
-        UsageError: it does not divide them, and there is none below or the recipe does not allow another.
+        UsageError: it does not divide them, and there is no divisor below it or the recipe does not allow one.
     """
     if fmt is None or fmt.group_size is None:
         return fmt
@@ -64,7 +64,7 @@ def _fitted(fmt: Grid | None, linear: Linear, fit: bool) -> Grid | None:
     try:
         fmt.groups(columns)
     except ValueError as error:
-        hint = "" if fit else " Or let ditq choose: fit_groups: true (--set fit_groups=true)."
+        hint = "" if fit else " To let ditq choose one, set fit_groups: true (--set fit_groups=true)."
         raise UsageError(f"Layer {linear.name!r}: {error}{hint}") from error
     return fmt
 
@@ -72,15 +72,15 @@ def _fitted(fmt: Grid | None, linear: Linear, fit: bool) -> Grid | None:
 def _check_targets(linears: list[Linear], recipe: Recipe) -> None:
     """Refuses roles that no architecture has, and patterns of names that match no layer.
 
-    A role that only this model lacks is fine: one recipe serves models with and without cross-attention.
+    A role that only this model does not have is allowed: one recipe serves models with and without cross-attention.
     """
-    own = {linear.role for linear in linears}
-    known = own | architectures.roles()
+    model_roles = {linear.role for linear in linears}
+    known = model_roles | architectures.roles()
     for field, prefixes in (("keep", recipe.keep), ("roles", tuple(recipe.roles))):
         for prefix in prefixes:
             if not any(role == prefix or role.startswith(f"{prefix}.") for role in known):
                 raise UsageError(
-                    f"{field} of the recipe: unknown role {prefix!r}. This model has {', '.join(sorted(own))}."
+                    f"{field} of the recipe: unknown role {prefix!r}. This model has {', '.join(sorted(model_roles))}."
                 )
     for pattern in recipe.keep_layers:
         if not any(re.search(pattern, linear.name) for linear in linears):
@@ -91,7 +91,7 @@ def _check_targets(linears: list[Linear], recipe: Recipe) -> None:
 
 
 def estimate(model: nn.Module, architecture: Architecture, recipe: Recipe) -> Plan:
-    """The plan of a recipe without balance, for its roles, bits and memory. The model may be on the meta device.
+    """The plan of a recipe without its balance: roles, bits and memory. The model may be on the meta device.
 
     Raises:
         UsageError: a linear has no role, or the recipe's group size does not fit a layer.

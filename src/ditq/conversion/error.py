@@ -12,7 +12,7 @@ from ditq.conversion.scales import balanced
 from ditq.numerics import Grid, fake_quantize
 from ditq.plan import LayerPlan, Rotate
 
-# The search looks at this many rows at most: its cost grows with candidates x layers x rows.
+# The search uses at most this many rows: its cost grows with candidates x layers x rows.
 SEARCH_ROWS = 512
 
 
@@ -31,23 +31,24 @@ def output_error(
 ) -> float:
     """Mean over the layers of ||X W^T - Q(X') Q(W')^T||^2 / ||X W^T||^2, for inputs ``x`` [R, K].
 
-    ``exact`` keeps X W^T of each layer between calls with the same ``x``.
+    ``exact`` caches X W^T of each layer between calls with the same ``x``.
     """
     exact = {} if exact is None else exact
     plans = {layer.name: layer for layer in layers}
     inputs = balanced(x, scale, rotate_plan, weight=False)
-    rounded: dict[Grid | None, Tensor] = {}
+    rounded_inputs: dict[Grid | None, Tensor] = {}
     total = 0.0
     for linear in group.linears:
         plan = plans.get(linear.name)
         if plan is None:
             continue
         w = linear.module.weight.detach().float()
-        if plan.activation not in rounded:
-            rounded[plan.activation] = _rounded(inputs, plan.activation)
+        if plan.activation not in rounded_inputs:
+            rounded_inputs[plan.activation] = _rounded(inputs, plan.activation)
         if linear.name not in exact:
             exact[linear.name] = x @ w.T
         y = exact[linear.name]
-        approximate = rounded[plan.activation] @ _rounded(balanced(w, scale, rotate_plan, weight=True), plan.weight).T
+        rounded_weight = _rounded(balanced(w, scale, rotate_plan, weight=True), plan.weight)
+        approximate = rounded_inputs[plan.activation] @ rounded_weight.T
         total += float(torch.dist(y, approximate).square() / torch.linalg.vector_norm(y).square().clamp_min(1e-30))
     return total / len(plans)

@@ -1,4 +1,4 @@
-"""Moves a static smoothing scale 1/s into the producer of an input, where that is exact."""
+"""Folds a static smoothing scale 1/s into the producer of an input, where that is exact."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ BUFFER = MODULATION
 
 @torch.no_grad()
 def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale: Tensor) -> Fold | None:
-    """Divides the input of ``group`` by ``scale`` [K] at its producer; the consumers' weights are not touched.
+    """Divides the input of ``group`` by ``scale`` [K] at its producer; the consumers' weights are not changed.
 
-    ``norm``: the norm's weight and bias, and the shift rows of what modulates it, are divided. The
-    (1 + scale) factor is left alone: (1 + scale) / s - 1 cancels in 16 bit where s is large.
-    ``v``, ``glu``: the rows of the value projections, or of the half that is not activated, are divided.
+    ``norm``: divides the norm's weight and bias, and the shift rows of its modulation. The (1 + scale) factor is not
+    changed: (1 + scale) / s - 1 cancels in 16 bit if s is large.
+    ``v``, ``glu``: divides the rows of the value projections, or of the half that is not activated.
 
     Returns:
-        What a loader must rebuild before it loads weights, or None for ``v`` and ``glu``, which change weights only.
+        The change of structure that a loader must rebuild before it loads weights; None for ``v`` and ``glu``, which
+        change weights only.
     """
     source = group.input
     width = len(scale)
@@ -71,10 +72,10 @@ def fold(model: nn.Module, architecture: Architecture, group: InputGroup, scale:
 
 @torch.no_grad()
 def unfold(model: nn.Module, architecture: Architecture, folds: Iterable[Fold]) -> None:
-    """Takes norm folds back, so that the model has the plain structure of its class again.
+    """Undoes norm folds, so that the model has the plain structure of its class again.
 
-    The consumers must be plain linears by now; their columns are divided by s. Norms that had a weight
-    of their own before folding keep their changed values, which the plain class can hold.
+    The consumers must be plain linears already; their columns are divided by s. Norms that had a weight before folding
+    keep their changed values, which the plain class can store.
     """
     groups = {f"{g.block}.{g.input.norm}": g for g in architecture.groups(model) if g.input.norm}
     folds = list(folds)
@@ -93,12 +94,12 @@ def unfold(model: nn.Module, architecture: Architecture, folds: Iterable[Fold]) 
 
 
 def prepare(model: nn.Module, record: Fold) -> None:
-    """Gives a norm its weight, and a block its factor of the shared modulation, where they have none yet.
+    """Adds a weight to a norm, and the factor of the shared modulation to a block, if they do not have one yet.
 
     Called before folding, and by the loader before weights are loaded (then on the meta device).
 
     Raises:
-        UsageError: the model has no such norm or block, or the module is not a norm that can carry a weight.
+        UsageError: the model does not have this norm or block, or the module is not a norm that can carry a weight.
     """
     try:
         norm: Any = model.get_submodule(record.norm)
@@ -127,7 +128,7 @@ def _scale_argument(block: nn.Module, argument: str) -> None:
 
     def scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         factor = module._buffers.get(BUFFER)
-        if factor is None:  # unfolded since
+        if factor is None:  # unfolded in the meantime
             return args, kwargs
         value = kwargs[argument] if argument in kwargs else args[position]
         if value.shape[-1] != factor.numel():

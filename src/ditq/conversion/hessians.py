@@ -1,8 +1,7 @@
 """Hessians for GPTQ: block by block, each on the outputs of the already quantized blocks before it.
 
-The Hessian of a linear is that of its balanced input (smoothed, rotated), which is what its integer weight is
-multiplied with; all Hessians of one block are found in one pass over the kept calls, as in the GPTQ and Q-DiT
-code.
+The Hessian of a linear is that of its balanced input (smoothed, rotated), by which its integer weight is multiplied.
+One pass over the recorded calls computes all Hessians of a block, as in the GPTQ and Q-DiT code.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from ditq.trace.hooks import Before, all_hooked, hooked
 
 @dataclass(eq=False)
 class InputHessian:
-    """2 X^T X, float32 [K, K], of the balanced inputs X that some layers share, and what they share of its inverse."""
+    """2 X^T X, float32 [K, K], of balanced inputs X that layers share, and the cached factors of its inverse."""
 
     matrix: Tensor
     _factors: dict[Gptq, Tensor] = field(default_factory=dict)
 
     def factor(self, settings: Gptq) -> Tensor:
-        """See :func:`ditq.numerics.inverse_factor`; found once."""
+        """See :func:`ditq.numerics.inverse_factor`; computed once."""
         if settings not in self._factors:
             self._factors[settings] = inverse_factor(self.matrix, settings.damping, settings.order)
         return self._factors[settings]
@@ -52,24 +51,24 @@ def walk_blocks(
 ) -> Iterator[tuple[str, Hessians]]:
     """Each block in the order of its call, with the Hessians of its layers that GPTQ rounds.
 
-    The caller quantizes a block before it asks for the next one, whose Hessians then take the place of the last.
+    The caller quantizes a block before it takes the next one. The Hessians of a block are freed then.
 
     Args:
-        groups: of each block of the model, whose norms and value projections are folded already; those of blocks
-            that are done may be taken out, and their float weights with them.
-        scales: smoothing scale of each group, by its name.
-        calls: kept calls of the transformer, see :class:`ditq.calibration.Statistics`.
+        groups: of each block of the model, whose norms and value projections are folded already. The caller may remove
+            those of finished blocks, to free their float weights.
+        scales: smoothing scale of each group, by name.
+        calls: recorded calls of the transformer, see :class:`ditq.calibration.Statistics`.
         prepare: see :class:`BlockWalk`.
     """
     rounded = {
-        block for block, own in groups.items()
-        if any(plans[linear.name].rounding == "gptq" for group in own for linear in group.linears)
+        block for block, of_block in groups.items()
+        if any(plans[linear.name].rounding == "gptq" for group in of_block for linear in group.linears)
     }  # fmt: skip
-    together = not any(_looks_beyond_rows(plan) for plan in plans.values())
-    walk = BlockWalk(model, list(groups), merged(calls, architecture, any_time=together), prepare)
+    rows_only = not any(_depends_on_call(plan) for plan in plans.values())
+    walk = BlockWalk(model, list(groups), merged(calls, architecture, any_time=rows_only), prepare)
     for name in walk.order:
         hessians: Hessians = {}
-        if rounded:  # some block from here on
+        if rounded:  # this block or a later one
             walk.enter(name)
         if name in rounded:
             rounded.remove(name)
@@ -78,10 +77,10 @@ def walk_blocks(
         hessians.clear()
 
 
-def _looks_beyond_rows(plan: LayerPlan) -> bool:
-    """Whether what a layer makes of one row depends on the time, or on the other rows of its call."""
-    own_range = plan.activation is not None and plan.activation.dynamic and plan.activation.granularity == "tensor"
-    return bool(plan.timesteps) or own_range
+def _depends_on_call(plan: LayerPlan) -> bool:
+    """Whether the output for one row depends on the timestep, or on the other rows of the call."""
+    range_of_call = plan.activation is not None and plan.activation.dynamic and plan.activation.granularity == "tensor"
+    return bool(plan.timesteps) or range_of_call
 
 
 def _hessians(
@@ -92,13 +91,13 @@ def _hessians(
     scales: Mapping[str, Tensor | None],
 ) -> Hessians:
     """Hessians of the balanced inputs of the layers of one block; layers of the same input and balance share one."""
-    found: Hessians = {}
+    hessians: Hessians = {}
     mask: list[Tensor | None] = [None]
-    with _observed(groups, plans, scales, found, mask):
+    with _observed(groups, plans, scales, hessians, mask):
         for call in walk.run():
             argument = architecture.forward.text_mask
             mask[0] = call.get(argument) if argument else None
-    return found
+    return hessians
 
 
 @contextmanager
@@ -106,10 +105,10 @@ def _observed(
     groups: Sequence[InputGroup],
     plans: Mapping[str, LayerPlan],
     scales: Mapping[str, Tensor | None],
-    found: Hessians,
+    hessians: Hessians,
     mask: list[Tensor | None],
 ) -> Iterator[None]:
-    """Inside, inputs of linears add to their Hessians, and linears behind a folded norm compute what they should."""
+    """Inside, inputs of linears are added to ``hessians``, and linears after a folded producer compute correctly."""
 
     def hooks() -> Iterator[AbstractContextManager[None]]:
         for scale, tensor in ((scales[group.name], tensor) for group in groups for tensor in group.tensors):
@@ -123,7 +122,7 @@ def _observed(
                         shared[key] = InputHessian(torch.zeros(width, width, device=linear.module.weight.device))
                         online = scale if plan.smooth and plan.smooth.folded is None else None
                         yield hooked(linear.module, _observer(shared[key].matrix, plan, online, mask, tensor.text))
-                    found[linear.name] = shared[key]
+                    hessians[linear.name] = shared[key]
                 if plan.smooth and plan.smooth.folded and scale is not None:
                     yield hooked(linear.module, _unfolded(scale))
 
@@ -146,7 +145,7 @@ def _observer(
 
 
 def _unfolded(scale: Tensor) -> Before:
-    """The input as it was: the weight is multiplied by the scale only when it is quantized."""
+    """Restores the input before folding: the weight is multiplied by the scale only when it is quantized."""
 
     def multiply(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

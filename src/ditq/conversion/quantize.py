@@ -1,4 +1,4 @@
-"""A recipe on a model: draft, choose the balance of every input group, carry it out."""
+"""Applies a recipe to a model: drafts the plan, chooses the balance of every input group, carries the plan out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plan_layers(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[LayerPlan]:
-    """The layer plans a recipe leads to, with the balance that was chosen; the model is not changed.
+    """The layer plans of a recipe, with the chosen balance; the model is not changed.
 
     Raises:
         UsageError: the recipe needs calibration and there are no statistics.
@@ -41,8 +41,8 @@ def plan_layers(
     for i, group in enumerate(groups):
         layers = [plans[x.name] for x in group.linears if plans[x.name].weight]
         if layers:
-            seen = statistics.groups[group.name] if statistics else None
-            smooth, rotate = choose_balance(group, layers, recipe.balance, seen, timesteps, seed)
+            inputs = statistics.groups[group.name] if statistics else None
+            smooth, rotate = choose_balance(group, layers, recipe.balance, inputs, timesteps, seed)
             for layer in layers:
                 plans[layer.name] = layer.model_copy(update={"smooth": smooth, "rotate": rotate})
         if progress:

@@ -15,13 +15,13 @@ from ditq.plan import LayerPlan, Rotate, Smooth
 def group_scale(
     smooth: Smooth,
     group: InputGroup,
-    seen: GroupStatistics,
+    statistics: GroupStatistics,
     timesteps: Tensor,
     between: tuple[int, int] | None = None,
 ) -> Tensor:
     """The smoothing scale s, float32 [K], that all linears of a group share."""
-    of_each = torch.stack([linear.module.weight.detach().float().abs().amax(0).cpu() for linear in group.linears])
-    weights, inputs = of_each.amax(0), seen.timestep_absmax(timesteps, between)
+    per_linear = torch.stack([linear.module.weight.detach().float().abs().amax(0).cpu() for linear in group.linears])
+    weights, inputs = per_linear.amax(0), statistics.timestep_absmax(timesteps, between)
     if smooth.salience == "spearman":
         salience = salience_weights(inputs, weights) @ inputs.double()
     else:
@@ -41,13 +41,13 @@ def balanced(x: Tensor, scale: Tensor | None, rotate_plan: Rotate | None, *, wei
 
 
 def static_scale(
-    plan: LayerPlan, seen: GroupStatistics | None, scale: Tensor | None, between: tuple[int, int] | None = None
+    plan: LayerPlan, statistics: GroupStatistics | None, scale: Tensor | None, between: tuple[int, int] | None = None
 ) -> Tensor | None:
-    """Scales [1, G] of a static activation grid: the largest balanced input seen over the largest code.
+    """Scales [1, G] of a static activation grid: the largest balanced calibration input over the largest code.
 
     Args:
         scale: smoothing scale [K] of the group, or None.
-        between: a range of timesteps, [first, last]; None takes all.
+        between: a range of timesteps, [first, last]; None: all.
 
     Returns:
         None for a dynamic grid, and for activations in 16 bit.
@@ -55,12 +55,12 @@ def static_scale(
     grid = plan.activation
     if grid is None or grid.dynamic:
         return None
-    if seen is None:
+    if statistics is None:
         raise UsageError(f"Layer {plan.name!r} has static activation scales: calibration is needed, pass prompts.")
     if plan.rotate is None:
-        largest = seen.absmax.amax((0, 1)) / (scale.cpu() if scale is not None and plan.smooth else 1.0)
+        largest = statistics.absmax.amax((0, 1)) / (scale.cpu() if scale is not None and plan.smooth else 1.0)
     else:
-        x = balanced(seen.rows(between), scale.cpu() if scale is not None else None, plan.rotate, weight=False)
+        x = balanced(statistics.rows(between), scale.cpu() if scale is not None else None, plan.rotate, weight=False)
         largest = x.abs().amax(0)
     _, top = grid.code_range
     groups = largest.reshape(1, grid.groups(plan.in_features), -1)  # [1, G, g]

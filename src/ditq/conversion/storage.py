@@ -1,4 +1,4 @@
-"""What is stored of a converted model: the 16-bit type of its other parameters, and their number."""
+"""The 16-bit storage type of a converted model's unquantized parameters, and the number of parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ditq.plan import LayerPlan
 
 
 def round_to_storage(model: nn.Module) -> Literal["bfloat16", "float16", "float32"]:
-    """Rounds every parameter to the 16-bit type that costs least, so that what is saved equals what runs.
+    """Rounds every parameter to the 16-bit type with the smaller error, so that the saved model equals this one.
 
     A pipeline loaded in float32 computes in float32; its unquantized parameters are stored in 16 bit.
     """
@@ -31,7 +31,7 @@ def round_to_storage(model: nn.Module) -> Literal["bfloat16", "float16", "float3
 
 
 def count_parameters(model: nn.Module, plans: Mapping[str, LayerPlan]) -> int:
-    """Parameters of the model as it was: quantized layers counted by their plans."""
+    """Number of parameters before quantization: quantized layers are counted by their plans."""
     inside = tuple(f"{name}." for name, plan in plans.items() if plan.weight is not None)
     outside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
     quantized = [plan for plan in plans.values() if plan.weight is not None]

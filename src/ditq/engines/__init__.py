@@ -1,4 +1,4 @@
-"""Who executes a quantized linear: one small operation set, several engines, each declaring what it can do."""
+"""Engines execute quantized linears: they share a small set of operations, and each declares what it supports."""
 
 from ditq.engines.base import Engine, QuantizedWeight
 from ditq.engines.registry import choose, describe, engines, fuses, fusion, use_engine

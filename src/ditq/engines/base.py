@@ -1,4 +1,4 @@
-"""The operations every engine offers, and what it must say about itself."""
+"""The interface of engines: their operations, and what they declare about themselves."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ditq.numerics import Grid, Quantized, Rotation, rotate
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A packed integer weight as it lies in memory.
+    """A packed integer weight in memory.
 
     Attributes:
         packed: uint8 [N, ceil(K * bits / 8)], see ``ditq.numerics.packing``.
         scale: float32 [N, G], or [1, 1] per tensor.
-        zero_point: int8 of the same shape, None where symmetric.
+        zero_point: int8 of the same shape; None if symmetric.
         columns: K, the number of input features.
     """
 
@@ -33,17 +33,17 @@ class QuantizedWeight:
 class Engine(ABC):
     """Executes quantized linears. Stateless; one instance per process.
 
-    ``priority`` orders the engines that can do a job, the highest first.
+    ``priority`` orders the engines that support a job, the highest first.
     """
 
     name: str
     priority: int = 0
     note: str = ""
-    """What a user should know of it where it can run."""
+    """A note for users, shown where the engine can run."""
 
     @abstractmethod
     def why_unavailable(self) -> str | None:
-        """Why this engine cannot run on this machine at all (with the way out), or None."""
+        """Why this engine cannot run on this machine at all, and what to do about it; or None."""
 
     @abstractmethod
     def why_unsupported(self, weight: Grid, activation: Grid | None, device: torch.device) -> str | None:
@@ -52,21 +52,21 @@ class Engine(ABC):
     def prove(self, device: torch.device) -> str | None:
         """Why this engine's results cannot be trusted on this device, or None.
 
-        An engine of compiled kernels runs them on small inputs here, and compares the results with their reference.
-        The registry calls this once per process and device, in a thread of its own, before it chooses the engine
-        there; see :func:`ditq.engines.registry.choose`. An exception counts as a failure. It must not choose engines
-        itself.
+        An engine with compiled kernels runs them here on small inputs and compares the results with their references.
+        The registry calls this method once per process and device, in a separate thread, before it first chooses the
+        engine on the device; see :func:`ditq.engines.registry.choose`. An exception counts as a failure. The method
+        must not choose engines itself.
         """
         return None
 
     @abstractmethod
     def quantize_activations(self, x: Tensor, format: Grid, scale: Tensor | None) -> Quantized:
-        """Integers of activations ``x`` [M, K]; ``scale`` is given for static formats only."""
+        """Integers of activations ``x`` [M, K]; ``scale`` is for static formats only."""
 
     def quantize_input(
         self, x: Tensor, smooth: Tensor | None, rotation: Rotation | None, format: Grid, scale: Tensor | None
     ) -> Quantized:
-        """Integers of the balanced input, in one step where an engine can: see :func:`balance`."""
+        """Integers of the balanced input, see :func:`balance`; an engine may fuse both steps."""
         return self.quantize_activations(balance(x, smooth, rotation), format, scale)
 
     @abstractmethod
@@ -112,7 +112,7 @@ class Activation(NamedTuple):
 
 
 class FusingEngine(Engine):
-    """An engine that does what stands around a linear layer together with it, where that is worth the while."""
+    """An engine that fuses the operations before and after a linear layer into its kernels."""
 
     @abstractmethod
     def quantize_result(
@@ -123,7 +123,7 @@ class FusingEngine(Engine):
         format: Grid,
         scale: Tensor | None,
     ) -> Quantized | None:
-        """Integers of what a norm or a nonlinearity gives, balanced; None where there is no kernel for it."""
+        """Integers of the balanced output of a norm or a nonlinearity; None if there is no kernel for it."""
 
     @abstractmethod
     def gated_linear(
@@ -147,9 +147,9 @@ def balance(x: Tensor, smooth: Tensor | None, rotation: Rotation | None) -> Tens
 
 
 def too_old(device: torch.device, smallest: tuple[int, int], what: str) -> str | None:
-    """Why a CUDA device cannot do ``what``, which needs this compute capability, or None."""
-    found = torch.cuda.get_device_capability(device)
-    if found >= smallest:
+    """Why a CUDA device cannot run ``what``, which needs the compute capability ``smallest``; or None."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= smallest:
         return None
     name = torch.cuda.get_device_name(device)
-    return f"{name} has compute capability {found[0]}.{found[1]}; {what} need {smallest[0]}.{smallest[1]}"
+    return f"{name} has compute capability {capability[0]}.{capability[1]}; {what} need {smallest[0]}.{smallest[1]}"

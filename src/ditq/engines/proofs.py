@@ -1,4 +1,4 @@
-"""Runs the proofs of engines, once per process and device, and keeps what they found."""
+"""Runs the proofs of engines once per process and device, and caches the results."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _lock = threading.Lock()
 
 
 def has_one(engine: Engine) -> bool:
-    """Whether the engine has anything to prove."""
+    """Whether the engine has a proof."""
     return type(engine).prove is not Engine.prove
 
 
 def failure(engine: Engine, device: torch.device) -> str | None:
-    """Why the engine's results cannot be trusted on this device, in a sentence for users; None where they can.
+    """Why the engine's results cannot be trusted on this device, in a sentence for users; None if they can.
 
     Raises:
         DitqError: a CUDA graph is being recorded, and the proof has not run yet.
@@ -30,7 +30,7 @@ def failure(engine: Engine, device: torch.device) -> str | None:
     if not has_one(engine):
         return None
     if device.type == "cuda" and device.index is None and torch.cuda.is_initialized():
-        device = torch.device("cuda", torch.cuda.current_device())  # the thread of the proof has its own current one
+        device = torch.device("cuda", torch.cuda.current_device())  # the proof's thread has its own current device
     key = (engine.name, device)
     with _lock:
         if key not in _differences:
@@ -49,12 +49,12 @@ def failure(engine: Engine, device: torch.device) -> str | None:
 
 
 def warn_once(name: str, device: torch.device, reason: str, instead: str) -> None:
-    """Says that another engine runs on this device, and why; once per process."""
+    """Warns that another engine runs on this device, and why; once per process and device."""
     if (name, device) not in _warned:
         _warned.add((name, device))
         warn(
-            f"The {name} engine is not used: {reason}. The {instead} engine runs instead: its results are right, but "
-            "it is slower. Please report this message together with the output of `ditq doctor`."
+            f"The {name} engine is not used: {reason}. The {instead} engine runs instead: its results are correct, "
+            "but it is slower. Please report this message together with the output of `ditq doctor`."
         )
 
 
@@ -65,21 +65,21 @@ def forget() -> None:
 
 
 def _run_apart(engine: Engine, device: torch.device) -> str | None:
-    """``engine.prove(device)`` in a thread of its own.
+    """``engine.prove(device)`` in a separate thread.
 
-    An engine may be chosen first while torch.compile traces, or under fake tensors, inference mode or autocast. All
-    of these belong to a thread: in a new one the proof is plain eager code, and nothing records it.
+    An engine may first be chosen while torch.compile traces, or under fake tensors, inference mode or autocast. All
+    of these are local to a thread: in a new one the proof is plain eager code, and nothing records it.
     """
-    found: list[str | None] = []
+    results: list[str | None] = []
 
     def run() -> None:
         try:
             with torch.no_grad():
-                found.append(engine.prove(device))
+                results.append(engine.prove(device))
         except Exception as error:
-            found.append(f"{type(error).__name__}: {error}")
+            results.append(f"{type(error).__name__}: {error}")
 
     thread = threading.Thread(target=run, name=f"ditq proves {engine.name}")
     thread.start()
     thread.join()
-    return found[0] if found else "it ended without a result"
+    return results[0] if results else "it ended without a result"

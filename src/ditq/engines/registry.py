@@ -1,4 +1,4 @@
-"""Finds the engines (a package of ``ditq.engines`` that has ``ENGINE``) and picks one for a job, saying why."""
+"""Finds the engines (packages of ``ditq.engines`` with an ``ENGINE``) and chooses one for each job."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _fusion: ContextVar[bool] = ContextVar("ditq_fusion", default=True)
 @cache
 def engines() -> dict[str, Engine]:
     """All engines by name, the preferred ones first. Importing one must not import its heavy libraries."""
-    found = []
+    loaded = []
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if info.ispkg:
-            found.append(importlib.import_module(f"{__package__}.{info.name}").ENGINE)
-    return {engine.name: engine for engine in sorted(found, key=lambda e: -e.priority)}
+            loaded.append(importlib.import_module(f"{__package__}.{info.name}").ENGINE)
+    return {engine.name: engine for engine in sorted(loaded, key=lambda e: -e.priority)}
 
 
 @contextmanager
 def use_engine(name: str) -> Iterator[None]:
-    """Runs everything inside with this engine, or fails: nothing falls back in silence.
+    """Runs everything inside with this engine. A layer that it cannot run raises; nothing falls back silently.
 
     Raises:
         UsageError: no engine has this name.
@@ -50,13 +50,13 @@ def use_engine(name: str) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """The engine that :func:`use_engine` asks for here, if any."""
+    """The engine that :func:`use_engine` selects here, if any."""
     return _forced.get()
 
 
 @contextmanager
 def fusion(on: bool) -> Iterator[None]:
-    """Whether layers inside wait for what follows them, so that an engine may do it in the same pass (the default)."""
+    """Whether layers inside defer their results (the default), so that an engine can fuse operations."""
     token = _fusion.set(on)
     try:
         yield
@@ -65,7 +65,7 @@ def fusion(on: bool) -> Iterator[None]:
 
 
 def fuses(device: torch.device) -> bool:
-    """Whether it is worth the while to wait for what follows a layer on this device: an engine there can do both."""
+    """Whether layers should defer their results on this device: an engine there can fuse the next operation."""
     if not _fusion.get():
         return False
     try:
@@ -74,40 +74,40 @@ def fuses(device: torch.device) -> bool:
         return False
 
 
-# What an engine that fuses has to run at the least.
+# Formats that every fusing engine must support.
 _COMMON = (
     Grid(bits=8, granularity="channel"), Grid(bits=8, granularity="token", dynamic=True)
 )  # fmt: skip
 
 
-def choose(weight: Grid, activation: Grid | None, device: torch.device, wanted: str | None = None) -> Engine:
+def choose(weight: Grid, activation: Grid | None, device: torch.device, name: str | None = None) -> Engine:
     """The preferred engine that can run these formats on this device. Compiled code keeps the one it was traced with.
 
-    An engine is proved first (:meth:`Engine.prove`). Where that fails, the next one runs on this device, with one
-    warning; an engine that was asked for by name raises instead.
+    An engine is proved first (:meth:`Engine.prove`). If the proof fails, ditq warns once and the next engine runs on
+    this device; an engine selected by name raises instead.
 
     Args:
-        wanted: a layer's own engine; :func:`use_engine` wins.
+        name: of the layer's engine; :func:`use_engine` takes precedence.
 
     Raises:
-        DitqError: none can, and the reason of each is given; or a CUDA graph is being recorded and the engine is not
-            proved yet.
+        DitqError: no engine can run the formats (the message gives the reason of each); or a CUDA graph is being
+            recorded and the engine is not proved yet.
     """
-    return _chosen[_name(weight, activation, device, wanted)]
+    return _chosen[_choose_name(weight, activation, device, name)]
 
 
 _chosen: dict[str, Engine] = {}
 
 
-def _name(weight: Grid, activation: Grid | None, device: torch.device, wanted: str | None) -> str:
-    engine = _choose(weight, activation, device, _forced.get() or wanted)
+def _choose_name(weight: Grid, activation: Grid | None, device: torch.device, name: str | None) -> str:
+    engine = _choose(weight, activation, device, _forced.get() or name)
     _chosen[engine.name] = engine
     return engine.name
 
 
-# torch.compile takes the answer as a constant; tracing the search would break the graph at each layer.
+# torch.compile treats the result as a constant; tracing the search would break the graph at each layer.
 # The decorator torch.compiler.assume_constant_result sets this too, and imports the whole compiler.
-_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_choose_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -136,8 +136,8 @@ class EngineReport(NamedTuple):
 
     Attributes:
         available: whether it can run there.
-        reason: why not, or a note on its state.
-        proved: whether its kernels agreed with their references there; None: it has nothing to prove, or cannot run.
+        reason: why it cannot run, or a note on its state.
+        proved: whether its kernels agreed with their references there; None: it has no proof, or cannot run.
     """
 
     name: str
@@ -148,25 +148,25 @@ class EngineReport(NamedTuple):
 
 def report(device: torch.device) -> list[EngineReport]:
     """All engines on a device, the preferred ones first. Runs the proofs that have not run in this process yet."""
-    found = []
+    reports = []
     for engine in engines().values():
         reason, proved = engine.why_unavailable() or engine.why_unsupported(*_COMMON, device), None
         if reason is None and proofs.has_one(engine):
             reason = proofs.failure(engine, device)
             proved = reason is None
         note = (engine.note or "ready") + ("; its kernels agree with their references here" if proved else "")
-        found.append(EngineReport(engine.name, reason is None, reason or note, proved))
-    return found
+        reports.append(EngineReport(engine.name, reason is None, reason or note, proved))
+    return reports
 
 
 def forget() -> None:
-    """Forgets choices, proofs and warnings, so that engines are chosen and proved anew."""
+    """Clears the caches of choices, proofs and warnings."""
     _choose.cache_clear()
     proofs.forget()
 
 
 def describe(plan: Plan, device: torch.device) -> str:
-    """Which engines run the formats of a plan on a device, in words."""
+    """The engines that run the formats of a plan on a device, as text."""
     pairs = dict.fromkeys((x.weight, x.activation) for x in plan.quantized if x.weight and x.activation)
     chosen = {choose(w, a, device).name for w, a in pairs}
     return f"{' and '.join(sorted(chosen)) or 'dequantized weights, 16-bit products'} on {device}"

@@ -1,4 +1,4 @@
-"""The plan carried out: linear layers that hold integers and ask an engine to multiply them."""
+"""Quantized layers: linear layers that store integer weights and multiply them on an engine."""
 
 from ditq.layers.quantized_linear import QuantizedLinear
 from ditq.layers.timesteps import Clock, TimestepLinear

@@ -1,13 +1,15 @@
-"""Deferred results: of a norm for its modulation and quantizer, of a linear layer for its nonlinearity, or for the
-gate and the residual it is added to. An engine that fuses does these in one pass; any other use computes what was
-asked for, step by step, as it would have been without deferring.
+"""Deferred (lazy) results, so that an engine can fuse a layer with the operations after it.
 
-Only in eager code without gradients, and only where such an engine runs (``engines.fuses``): a compiler fuses by
-itself.
+A norm is fused with its modulation and the quantizer, a linear layer with its nonlinearity, or with its gate and the
+residual it is added to. Any other use of a deferred result computes it step by step, as without deferring.
 
-A deferred result reads its inputs later than the code says. So it keeps their versions, which torch counts up with
-every change in place, and raises when one has changed since. Tensors of inference mode have no version: what is made
-of them is computed at once. Pipelines of diffusers run under ``torch.no_grad``, which keeps versions.
+Results are deferred only in eager code without gradients, and only on a device with an engine that fuses
+(``engines.fuses``). A compiler fuses by itself.
+
+A deferred result reads its inputs later than the code that created it. So it keeps their versions, which torch
+increments with every change in place, and raises if one has changed in the meantime. Tensors of inference mode have no
+version: results computed from them are not deferred. Pipelines of diffusers run under ``torch.no_grad``, which keeps
+versions.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from ditq.engines.base import Activation, Norm
 from ditq.errors import DitqError
 
 
-def waits(x: Tensor) -> bool:
-    """Whether what is made of ``x`` may be deferred."""
+def can_defer(x: Tensor) -> bool:
+    """Whether results computed from ``x`` may be deferred."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
@@ -42,9 +44,9 @@ def waits(x: Tensor) -> bool:
 
 
 def version(x: Tensor) -> int | None:
-    """Counts the changes of ``x`` in place; None where torch does not count them (inference mode).
+    """The number of changes of ``x`` in place; None if torch does not count them (inference mode).
 
-    A deferred tensor has the version 0 until its result is changed: computing it is no change.
+    A deferred tensor has version 0 until its result is changed: computing it does not count as a change.
     """
     if type(x) is Deferred:
         return x.changes()
@@ -55,7 +57,7 @@ def version(x: Tensor) -> int | None:
 
 
 class Read(NamedTuple):
-    """A tensor that is read later, and its version at the time of the call; ``what`` names it in errors."""
+    """A tensor that is read later, with its version at the time of the call; ``what`` names it in errors."""
 
     what: str
     tensor: Tensor
@@ -72,9 +74,9 @@ def read(what: str, tensor: Tensor) -> Read:
 class Product:
     """The integer product of one call of a layer, run once.
 
-    It runs with a gate and a residual, or alone for all other uses. A fused result does not contain the product, so
-    if code uses the layer's output after it was added to a residual, the product has to run again: ``again`` is
-    called then, for the layer to defer no more.
+    It runs fused with a gate and a residual, or alone for all other uses. A fused result does not contain the product.
+    If code uses the layer's output after it was added to a residual, the product runs again. ``again`` is called
+    first, so that the layer stops deferring.
 
     Args:
         run: ``run(gate, residual)`` computes residual + gate * y, [M, N].
@@ -94,7 +96,7 @@ class Product:
         return self._alone
 
     def fused(self, gate: Tensor | None, residual: Tensor) -> Tensor | None:
-        """The sum residual + gate * y [M, N], or None where the product has run already."""
+        """The sum residual + gate * y [M, N], or None if the product has run already."""
         if self._alone is not None or self._fused:
             return None
         y = self._run(gate, residual)
@@ -104,7 +106,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Output:
-    """The output of a linear layer, times a gate [samples, N] where there is one."""
+    """The output of a linear layer, optionally times a gate [samples, N]."""
 
     product: Product
     gate: Tensor | None = None
@@ -112,7 +114,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Half:
-    """The first or second half of the columns of ``x`` [M, 2 K], after a nonlinearity where there is one."""
+    """The first or second half of the columns of ``x`` [M, 2 K], optionally after a nonlinearity."""
 
     x: Tensor
     second: bool
@@ -123,14 +125,14 @@ Work = Norm | Activation | Output | Half
 
 
 class Deferred(Tensor):
-    """A tensor of which only shape, dtype and device are known until :meth:`value` computes it.
+    """A tensor with shape, dtype and device, whose values :meth:`value` computes.
 
     Args:
-        work: what an engine needs to know to go on from here; its rows are those of the result.
+        work: description of the result for an engine that fuses; its rows are those of the result.
         compute: the result itself, or a function that computes it.
-        reads: what ``compute`` reads later.
-        before: the deferred tensor that ``compute`` takes a step from.
-        fused_reads: what ``work`` reads; None: what ``compute`` and all before it read.
+        reads: the tensors that ``compute`` reads.
+        before: the deferred tensor that ``compute`` starts from.
+        fused_reads: the tensors that ``work`` reads; None: those of ``compute`` and of all steps before it.
     """
 
     _work: Work
@@ -147,29 +149,29 @@ class Deferred(Tensor):
         compute: Tensor | Callable[[], Tensor], reads: Sequence[Read] = (), before: Deferred | None = None,
         fused_reads: Sequence[Read] | None = None,
     ) -> Deferred:  # fmt: skip
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        made._work, made._reads, made._before = work, tuple(reads), before
+        deferred = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        deferred._work, deferred._reads, deferred._before = work, tuple(reads), before
         if fused_reads is None:
             fused_reads = (*(() if before is None else before._fused_reads), *reads)
-        made._fused_reads = tuple(fused_reads)
-        made._compute = None if isinstance(compute, Tensor) else compute
+        deferred._fused_reads = tuple(fused_reads)
+        deferred._compute = None if isinstance(compute, Tensor) else compute
         if isinstance(compute, Tensor):
-            made._value, made._computed_version = compute, compute._version
-        return made
+            deferred._value, deferred._computed_version = compute, compute._version
+        return deferred
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     @property
     def work(self) -> Work | None:
-        """What an engine may do in the place of :meth:`value`; None where that would not be the same any more."""
+        """The work that an engine may fuse in place of :meth:`value`; None if tensors have changed in the meantime."""
         return self._work if self._untouched() and all(r.unchanged() for r in self._fused_reads) else None
 
     def value(self) -> Tensor:
         """The tensor, computed once.
 
         Raises:
-            DitqError: what it is computed from was changed in place.
+            DitqError: a tensor that it is computed from was changed in place.
         """
         if self._compute is not None:
             for r in self._reads:
@@ -185,7 +187,7 @@ class Deferred(Tensor):
         return self._value
 
     def changes(self) -> int:
-        """How often the result was changed in place."""
+        """The number of changes of the result in place."""
         return 0 if self._compute is not None else self._value._version - self._computed_version
 
     def _untouched(self) -> bool:
@@ -195,7 +197,7 @@ class Deferred(Tensor):
         self, work: Work, compute: Callable[[Tensor], Tensor], *reads: Read, shape: Sequence[int] | None = None,
         fused_reads: Sequence[Read] | None = None,
     ) -> Deferred:  # fmt: skip
-        """What one more step makes of it."""
+        """The deferred result of one more step."""
 
         def step() -> Tensor:
             value = self.value()
@@ -212,14 +214,14 @@ class Deferred(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LOOKS:
+        if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         step = _STEPS.get(func)
         if step is not None and kwargs.keys() <= _KEYWORDS[step] and not torch.compiler.is_compiling():
-            found = step(func, *args, **kwargs)
-            if found is not None:
-                return found
+            result = step(func, *args, **kwargs)
+            if result is not None:
+                return result
         args, kwargs = tree_map_only(Deferred, Deferred.value, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -234,8 +236,8 @@ class Deferred(Tensor):
 def _changed(what: str, tensor: Tensor) -> DitqError:
     return DitqError(
         f"{what}, {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}, was changed in place before a "
-        "result that needs it was computed: ditq defers norms and linear layers, to run them in one kernel with what "
-        "follows. Use the result first, change a copy (`x = x * 2` and not `x.mul_(2)`), or run the model in "
+        "result that needs it was computed. ditq defers norms and linear layers, to fuse them with the next "
+        "operation. Use the result first, change a copy (`x = x * 2` instead of `x.mul_(2)`), or run the model in "
         "`with ditq.engines.fusion(False):`."
     )
 
@@ -259,24 +261,24 @@ def output(
 
 
 class DeferredLayerNorm(nn.LayerNorm):
-    """A norm that waits for the linear layer it feeds."""
+    """A norm that defers its output, to be fused with the quantizer of the next linear layer."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if waits(input) and len(self.normalized_shape) == 1 and _counted(self.weight, self.bias):
+        if can_defer(input) and len(self.normalized_shape) == 1 and _has_version(self.weight, self.bias):
             return normed(self, input.value() if isinstance(input, Deferred) else input)
         return super().forward(input)
 
 
-def _counted(*tensors: Tensor | None) -> bool:
-    """Whether torch counts the changes of all of these."""
+def _has_version(*tensors: Tensor | None) -> bool:
+    """Whether torch counts the changes of all these tensors."""
     return not any(t is not None and t.is_inference() for t in tensors)
 
 
-# ------------------------------------------------------------- the steps; each may decline by returning None
+# ------------------------------------- the steps; each returns None if it does not apply
 
 
 def _times(func: Any, input: Any, other: Any) -> Tensor | None:
-    """By the factor of a modulation or a gate, or of one half of the columns by the other, activated."""
+    """Multiplication by the factor of a modulation or by a gate, or of a value half by its activated gate half."""
     x, other = (input, other) if isinstance(input, Deferred) else (other, input)
     work = x.work
     if isinstance(other, Deferred):
@@ -298,7 +300,7 @@ def _times(func: Any, input: Any, other: Any) -> Tensor | None:
 
 
 def _plus(func: Any, input: Any, other: Any, alpha: float = 1) -> Tensor | None:
-    """The shift of a modulation, or the residual, with which the layer is run at last."""
+    """Addition of the shift of a modulation, or of the residual, which runs the fused layer."""
     x, other = (input, other) if isinstance(input, Deferred) else (other, input)
     if alpha != 1 or isinstance(other, Deferred) or not isinstance(other, Tensor):
         return None
@@ -314,13 +316,17 @@ def _plus(func: Any, input: Any, other: Any, alpha: float = 1) -> Tensor | None:
 
 
 def _by_sample(x: Tensor, other: Any) -> Tensor | None:
-    """``other`` as [samples, K], where it is one row for each of as many equal runs of rows of x [..., K]."""
-    if not isinstance(other, Tensor) or torch.promote_types(x.dtype, other.dtype) != x.dtype or not _counted(other):
+    """``other`` as [samples, K] if it has one row per sample of x [..., K] (equally many rows each); else None."""
+    if (
+        not isinstance(other, Tensor)
+        or torch.promote_types(x.dtype, other.dtype) != x.dtype
+        or not _has_version(other)
+    ):
         return None
-    ahead = x.ndim - other.ndim
-    if ahead < 0 or not other.ndim or other.shape[-1] != x.shape[-1]:
+    missing = x.ndim - other.ndim
+    if missing < 0 or not other.ndim or other.shape[-1] != x.shape[-1]:
         return None
-    shape = (1,) * ahead + tuple(other.shape[:-1])
+    shape = (1,) * missing + tuple(other.shape[:-1])
     same = next((i for i, (n, m) in enumerate(zip(shape, x.shape, strict=False)) if n != m), len(shape))
     if any(n != 1 for n in shape[same:]):
         return None
@@ -331,7 +337,7 @@ def _activated(func: Any, x: Any, name: str) -> Tensor | None:
     work = x.work
     if isinstance(work, Output) and work.gate is None:
         y = x.value()
-        # It reads what is computed now, and nothing that the layer read.
+        # The activation reads the computed output, and no longer the inputs of the layer.
         return x.then(Activation(y.reshape(-1, y.shape[-1]), name, False), func, fused_reads=())
     if isinstance(work, Half) and not work.function:
         return x.then(replace(work, function=name), func)
@@ -348,7 +354,7 @@ def _silu(func: Any, input: Any, inplace: bool = False) -> Tensor | None:
 
 
 def _chunk(func: Any, input: Any, chunks: int, dim: int = 0) -> tuple[Tensor, ...] | None:
-    """Into the value and the gate of a gated nonlinearity."""
+    """Splits into the value and the gate of a gated nonlinearity."""
     work = input.work
     if chunks != 2 or dim not in (-1, input.ndim - 1) or input.shape[-1] % 2 or not isinstance(work, Output):
         return None
@@ -363,10 +369,10 @@ def _chunk(func: Any, input: Any, chunks: int, dim: int = 0) -> tuple[Tensor, ..
 
 
 def _shaped(func: Any, input: Any, *args: Any, **kwargs: Any) -> Tensor | None:
-    """The same rows in another order of their indices."""
-    made = func(torch.empty(input.shape, dtype=input.dtype, device="meta"), *args, **kwargs)
-    shape, work = made.shape, input.work
-    if not shape or shape[-1] != input.shape[-1] or made.dtype != input.dtype:
+    """Views that keep the rows and change the leading dimensions."""
+    viewed = func(torch.empty(input.shape, dtype=input.dtype, device="meta"), *args, **kwargs)
+    shape, work = viewed.shape, input.work
+    if not shape or shape[-1] != input.shape[-1] or viewed.dtype != input.dtype:
         return None
     if work is None or isinstance(work, Half):
         return None
@@ -384,7 +390,7 @@ def _divide(func: Any, input: Any, other: Any) -> Tensor | None:
 
 
 _FIELDS = ("shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout")
-_LOOKS = {
+_METADATA = {
     *(getattr(Tensor, name).__get__ for name in _FIELDS),
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point,
 }  # fmt: skip
@@ -404,4 +410,4 @@ _STEPS: dict[Any, Callable[..., Any]] = {
 
 _KEYWORDS = {step: set(inspect.signature(step).parameters) for step in _STEPS.values()}
 _KEYWORDS[_shaped] |= {"shape", "size", "dim", "sizes", "start_dim", "end_dim"}
-"""Arguments by name that a step takes. With any other, such as ``out``, there is none."""
+"""Keyword arguments that a step supports. A call with any other, such as ``out``, is not deferred."""

@@ -1,4 +1,4 @@
-"""``QuantizedLinear``: packed integer weights, their scales, and one ``forward`` that asks an engine."""
+"""``QuantizedLinear``: packed integer weights, their scales, and one ``forward`` that runs on an engine."""
 
 from __future__ import annotations
 
@@ -13,27 +13,25 @@ from torch.nn import functional as F  # noqa: N812
 from ditq import engines
 from ditq.engines import QuantizedWeight
 from ditq.engines.base import Activation, Engine, FusingEngine, Norm, balance
-from ditq.layers.deferred import Deferred, output, waits
+from ditq.layers.deferred import Deferred, can_defer, output
 from ditq.layers.shared import SharedInput
 from ditq.numerics import Quantized, Rotation, pack, quantize, rotate, search_clip_ratio, unrotate
 from ditq.plan import LayerPlan
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer with integer weights, and integer inputs unless its plan says 16 bit.
+    """A linear layer with integer weights, and with integer inputs unless its plan keeps them in 16 bit.
 
-    y = Q(x / s R) Q(W s R)^T + b with the smoothing scale s and the rotation R of the plan; either may
-    be absent. Where s is folded into the producer of x, the layer sees x / s already.
+    y = Q(x / s R) Q(W s R)^T + b with the smoothing scale s and the rotation R of the plan, both optional. If s is
+    folded into the producer of x, the layer's input is x / s already.
 
-    It subclasses ``nn.Linear`` and shows a dequantizing ``weight``, so that adapters (PEFT) accept it;
-    there is no weight parameter.
-
-    Its buffers are those of :meth:`ditq.plan.LayerPlan.tensors`.
+    It subclasses ``nn.Linear`` and has a dequantizing property ``weight``, so that adapters (PEFT) accept it; it does
+    not have a weight parameter. Its buffers are those of :meth:`ditq.plan.LayerPlan.tensors`.
 
     Attributes:
-        engine: the name of the engine to run on, None for the registry's choice. ``use_engine`` wins.
-        shared: where layers that read the same tensor find its integers; ``group`` names them.
-        defers: whether what follows may be fused with it (a nonlinearity, or a gate and a residual).
+        engine: the name of the engine to run on; None: the registry's choice. ``use_engine`` takes precedence.
+        shared: cache of the integers of an input that several layers read; ``group`` names these layers.
+        defers: whether the next operation may be fused with it (a nonlinearity, or a gate and a residual).
     """
 
     engine: str | None = None
@@ -83,18 +81,18 @@ class QuantizedLinear(nn.Linear):
         Args:
             smooth_scale: s [K] of the plan's smoothing, folded or not: the weight's columns are multiplied by it.
             input_scale: static activation scales (of the balanced input), a scalar, or [1, G] for groups.
-            quantized: the balanced weight, where it was rounded already; None: it is rounded to nearest.
+            quantized: the balanced weight, if already rounded; None: it is rounded to nearest.
 
         Raises:
-            ValueError: the plan needs a scale that is not given, or rounds in another way than to nearest and
-                the rounded weight is not given.
+            ValueError: a scale that the plan needs is missing; or the plan does not round to nearest and ``quantized``
+                is missing.
         """
         layer = cls(plan, dtype=linear.weight.dtype, device=linear.weight.device)
         fmt = plan.weight
         assert fmt is not None
         if quantized is None:
             if plan.rounding != "nearest":
-                raise ValueError(f"layer {plan.name!r} rounds its weight by {plan.rounding}, and needs it rounded")
+                raise ValueError(f"layer {plan.name!r} rounds its weight by {plan.rounding}: pass quantized=")
             weight = linear.weight.float()
             if smooth_scale is not None:
                 weight = weight * smooth_scale
@@ -117,14 +115,14 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
-        """The packed weight, as engines take it."""
+        """The packed weight in the form that engines take."""
         assert self.plan.weight is not None
         zero_point = self._buffers.get("weight_zero_point")
         return QuantizedWeight(self.qweight, self.weight_scale, zero_point, self.in_features, self.plan.weight)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantized weight [N, K], with respect to the input this layer is called with."""
+        """The dequantized weight [N, K] for the input of this layer, before online smoothing and rotation."""
         engine = engines.choose(self.plan.weight, None, self.qweight.device)  # type: ignore[arg-type]
         weight = engine.dequantize_weight(self.quantized_weight)
         if self.rotation is not None:
@@ -147,11 +145,11 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def integer_forward(self, x: Tensor) -> Tensor:
         """The forward pass by integer products, without gradients."""
-        if self.defers and waits(x) and not _offloaded(self):
-            return output(partial(self._run, x), x, self.out_features, self._defer_no_more)
+        if self.defers and can_defer(x) and not _offloaded(self):
+            return output(partial(self._run, x), x, self.out_features, self._stop_deferring)
         return self._run(x).reshape(*x.shape[:-1], self.out_features)
 
-    def _defer_no_more(self) -> None:
+    def _stop_deferring(self) -> None:
         self.defers = False
 
     @torch.no_grad()
@@ -174,7 +172,7 @@ class QuantizedLinear(nn.Linear):
         return y if residual is None else residual + y
 
     def _quantized(self, engine: Engine, x: Tensor) -> Quantized:
-        """The integers of x [..., K], [M, K]."""
+        """The integers [M, K] of x [..., K]."""
         activation, smooth, scale = (
             self.plan.activation,
             self._buffers.get("smooth_scale"),
@@ -191,7 +189,7 @@ class QuantizedLinear(nn.Linear):
 
     @torch.no_grad()
     def dequantize(self) -> nn.Linear:
-        """A plain ``nn.Linear`` with the dequantized weight; its input is still the folded one."""
+        """A plain ``nn.Linear`` with the dequantized weight; a folded scale stays folded."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight, requires_grad=False)
         if self.bias is not None:
@@ -199,13 +197,13 @@ class QuantizedLinear(nn.Linear):
         return linear
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        # Scales keep float32 whatever dtype the model is cast to: those of int8 weights become subnormal in fp16
+        # Scales stay float32 whatever dtype the model is cast to: those of int8 weights become subnormal in fp16
         # below a range of 0.008, and bf16 keeps three digits.
-        keep = {id(b) for b in self._buffers.values() if b is not None and b.dtype == torch.float32}
+        float32_buffers = {id(b) for b in self._buffers.values() if b is not None and b.dtype == torch.float32}
 
         def move_only(t: Tensor) -> Tensor:
             out = fn(t)
-            return t.to(out.device) if id(t) in keep and out.dtype != t.dtype else out
+            return t.to(out.device) if id(t) in float32_buffers and out.dtype != t.dtype else out
 
         super()._apply(move_only, recurse)
         probe = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
@@ -220,7 +218,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Rounding has no gradient; its input gets that of the dequantized weight, so that adapters below can train."""
+    """Rounding has no gradient; the input gets the gradient of the dequantized weight, so that adapters can train."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -234,7 +232,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _offloaded(layer: nn.Module) -> bool:
-    """Whether a hook of accelerate or diffusers may take the weights away when ``forward`` returns."""
+    """Whether a hook of accelerate or diffusers may offload the weights when ``forward`` returns."""
     return "_hf_hook" in layer.__dict__ or "_diffusers_hook" in layer.__dict__
 
 

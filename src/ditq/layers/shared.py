@@ -1,4 +1,4 @@
-"""The integers of an input that several layers read (q, k and v), made once."""
+"""Quantizes an input that several layers read (q, k and v) only once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditq.numerics import Quantized
 
 @dataclass
 class _Entry:
-    """``served``: the layers that have had them. One that comes again has a new call of the model, and a new input."""
+    """``served``: the layers that have read the codes. A second read by a layer means a new call of the model."""
 
     x: weakref.ref[Tensor]
     version: int
@@ -26,32 +26,34 @@ class _Entry:
 
 
 class SharedInput:
-    """Holds the integers of one input at a time, and only while that input lives; one of these for a whole model."""
+    """Caches the integers of one input at a time, and only while that input exists; one instance per model."""
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
 
     def get(self, x: Tensor, key: Hashable, layer: object, make: Callable[[], Quantized]) -> Quantized:
-        """The integers of ``x``: those that another layer made of it under this key, or new ones.
+        """The integers of ``x``: cached ones that another layer computed under this key, or new ones.
 
-        New ones always for tensors of inference mode, whose changes in place torch does not count.
+        Integers of inference tensors are never cached, since torch does not count their changes in place.
 
         Args:
-            key: says how they are made: equal for layers that make the same of equal inputs.
+            key: equal for layers that quantize equal inputs to equal integers.
+            layer: the layer that reads them.
+            make: computes new ones.
         """
-        entry, now, capturing = self._entry, version(x), _capturing(x)
-        if now is None:
+        entry, current, capturing = self._entry, version(x), _capturing(x)
+        if current is None:
             return make()
         if (
             entry is not None
             and entry.x() is x
-            and (entry.key, entry.version, entry.capturing) == (key, now, capturing)
-            and not any(one is layer for one in entry.served)
+            and (entry.key, entry.version, entry.capturing) == (key, current, capturing)
+            and not any(reader is layer for reader in entry.served)
         ):
             entry.served.append(layer)
             return entry.codes
         codes = make()
-        self._entry = _Entry(weakref.ref(x, self._forget), now, capturing, key, codes, [layer])
+        self._entry = _Entry(weakref.ref(x, self._forget), current, capturing, key, codes, [layer])
         return codes
 
     def _forget(self, dead: weakref.ref[Tensor]) -> None:
@@ -67,5 +69,5 @@ class SharedInput:
 
 
 def _capturing(x: Tensor) -> bool:
-    """Whether kernels are recorded and not run: what was made before is made again by no replay."""
+    """Whether a CUDA graph records kernels. A replay does not recompute integers from before the recording."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""Timestep-aware layers (ViDiT-Q, first generation): own smoothing and own integer weights per range of timesteps."""
+"""Timestep-aware layers (ViDiT-Q, first generation): smoothing and integer weights for each range of timesteps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ditq.plan import LayerPlan
 
 
 def timestep_of(value: Tensor | float) -> float:
-    """The timestep of a transformer call from its argument: a number, or a tensor whose first one counts."""
+    """The timestep of a transformer call from its argument: a number, or the first element of a tensor."""
     return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
 
 
 class Clock(nn.Module):
-    """Holds the timestep of the transformer call in progress; one per model, set by a forward pre-hook."""
+    """Holds the timestep of the current transformer call; one per model, set by a forward pre-hook."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Clock(nn.Module):
         self.argument = ""
 
     def attach(self, model: nn.Module, argument: str) -> None:
-        """Reads ``argument`` (a number or a tensor of equal ones) before every forward of ``model``."""
+        """Reads ``argument`` (a number, or a tensor of equal numbers) before every forward of ``model``."""
         self.argument = argument
         # A bound method, so that a deep copy of the model sets its own copy of the clock.
         model.register_forward_pre_hook(self._set, with_kwargs=True)
@@ -33,12 +33,12 @@ class Clock(nn.Module):
     def _set(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = kwargs.get(self.argument)
         if value is None:
-            raise ValueError(f"timestep-aware layers need the keyword argument {self.argument!r} of the transformer")
+            raise ValueError(f"timestep-aware layers need the transformer's keyword argument {self.argument!r}")
         self.now = timestep_of(value)
 
 
 class TimestepLinear(nn.Linear):
-    """One ``QuantizedLinear`` per timestep range; memory is that of all of them, and is counted so."""
+    """One ``QuantizedLinear`` per timestep range; memory counts all of them."""
 
     def __init__(self, plan: LayerPlan, ranges: list[QuantizedLinear], clock: Clock) -> None:
         nn.Module.__init__(self)
@@ -50,7 +50,7 @@ class TimestepLinear(nn.Linear):
         self.register_parameter("bias", None)
 
     def current(self) -> QuantizedLinear:
-        """The layer of the range the clock is in; between two ranges, the nearest one."""
+        """The layer of the current timestep's range; between two ranges, the nearest one."""
         assert self.plan.timesteps is not None
         clock: Clock = self.__dict__["clock"]
         now = clock.now

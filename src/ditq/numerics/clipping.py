@@ -1,4 +1,4 @@
-"""Clipping: a narrower range has a finer grid, which can be worth the few values it cuts off."""
+"""Clipping: a narrower range has a finer grid, which can reduce the error although it cuts off a few values."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def search_clip_ratio(
     norm: float = 2.0,
     importance: Tensor | None = None,
 ) -> Tensor:
-    """The clip ratio of every group with the smallest error, by trying them all.
+    """The clip ratio with the smallest error for every group, by exhaustive search.
 
     argmin_r  sum_k importance_k |x_k - Q(x_k; r)|^norm
 
-    Ratio 1 is always tried, and wins ties: the result is never worse than the full range.
+    Ratio 1 is always a candidate, and wins ties: the result is never worse than the full range.
 
     Args:
         x: [R, K], any real dtype; computed in float32.
         ratios: candidates in (0, 1]; by default 1.0, 0.975, ... 0.5.
-        norm: p, positive. 2 is the squared error; larger ones (2.4 is in use) spare the largest values.
+        norm: p, positive. 2 is the squared error; larger norms (such as 2.4) preserve the largest values better.
         importance: [K], not negative, e.g. the mean square of each input channel of a weight.
 
     Returns:
-        float32 [R, G] ([1, 1] for granularity "tensor"), fit for ``quantize(..., clip_ratio=)``.
+        float32 [R, G] ([1, 1] for granularity "tensor"), for ``quantize(..., clip_ratio=)``.
 
     Raises:
         ValueError: as ``quantize``, or a ratio, ``norm`` or the shape of ``importance`` is not as above.
     """
     candidates = DEFAULT_RATIOS if ratios is None else tuple(ratios)
-    wrong = [ratio for ratio in candidates if not 0 < ratio <= 1]
-    if wrong:
-        raise ValueError(f"ratios must be in (0, 1], got {wrong[0]}")
+    invalid = [ratio for ratio in candidates if not 0 < ratio <= 1]
+    if invalid:
+        raise ValueError(f"ratios must be in (0, 1], got {invalid[0]}")
     if not norm > 0:
         raise ValueError(f"norm must be positive, got {norm}")
     groups = group_view(x, grid).float()
@@ -55,7 +55,7 @@ def search_clip_ratio(
     weight = None
     if importance is not None:
         weight = group_view(importance.float().expand(x.shape), grid)
-    # Errors relative to the group's maximum: their powers neither overflow nor vanish in float32.
+    # Errors are relative to the group's maximum: their powers neither overflow nor underflow in float32.
     largest = torch.linalg.vector_norm(groups, float("inf"), dim=-1, keepdim=True)
     unit = torch.where(largest > 0, largest, 1.0)
 
@@ -64,7 +64,7 @@ def search_clip_ratio(
         powers = group_view(rounded, grid).sub(groups).div_(unit).abs_().pow_(norm)
         if weight is not None:
             powers = powers.mul_(weight)
-        # Neighbouring ratios can differ in the seventh digit, and "never worse" is meant literally.
+        # Errors of neighbouring ratios can differ in the seventh digit only, and the result must never be worse.
         return powers.sum(-1, dtype=torch.float64)
 
     smallest = error(1.0)

@@ -1,4 +1,4 @@
-"""How much of a tensor is left: errors in float64, so that many small ones are not lost in a float32 sum."""
+"""Errors of approximations, summed in float64, so that many small ones are not lost as in a float32 sum."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantization noise ratio in dB, 10 log10(||reference||^2 / ||reference - approximation||^2).
 
-    Inf when both are equal, -inf when only the reference is zero. Six dB are about one bit.
+    Inf if both are equal, -inf if only the reference is zero. Six dB are about one bit.
 
     Args:
         reference: any shape, any real dtype.
@@ -26,7 +26,7 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
 
 
 def relative_error(reference: Tensor, approximation: Tensor) -> float:
-    """||reference - approximation|| / ||reference||; 0 when both are equal, inf when only the reference is zero.
+    """||reference - approximation|| / ||reference||; 0 if both are equal, inf if only the reference is zero.
 
     Args:
         reference: any shape, any real dtype.

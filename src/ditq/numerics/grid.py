@@ -1,4 +1,4 @@
-"""The grid: which numbers a quantized tensor can take, and what shares a scale."""
+"""The grid: the values that a quantized tensor can take, and the elements that share a scale."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
 
 
 class Grid(BaseModel):
-    """How a matrix becomes integers: ``x ~ scale * (code - zero_point)``, codes of ``bits`` bits, evenly spaced.
+    """How a matrix is quantized: ``x ~ scale * (code - zero_point)``, with evenly spaced codes of ``bits`` bits.
 
-    A grid of uneven levels (a codebook) will be one more field here, ``levels``, and a branch in ``quantize`` and
-    ``dequantize``; whatever carries a grid (plans, recipes, quantized tensors, engines) then carries it too.
+    A grid with uneven levels (a codebook) would be a field here, ``levels``, and a branch in ``quantize`` and
+    ``dequantize``. Plans, recipes, quantized tensors and engines pass the grid on, so they would support it too.
 
     Attributes:
         bits: 2 to 8.
         symmetric: codes +-(2^(bits-1) - 1) without zero point, or all 2^bits codes with one.
         granularity: what shares a scale: the whole ``tensor``; one row, called ``channel`` for a weight [N, K] (output
             channel) and ``token`` for an input [M, K]; or a ``group`` of ``group_size`` neighbouring columns of a row.
-        group_size: columns in a group; for granularity "group" only.
+        group_size: columns per group; for granularity "group" only.
         dynamic: scales are computed from the tensor itself at run time; static ones come from calibration.
 
     Example:

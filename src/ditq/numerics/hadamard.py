@@ -1,4 +1,4 @@
-"""Hadamard matrices by construction, and the rotations made of them.
+"""Hadamard matrices by construction, and rotations by them.
 
 Orders are 1, 2, Paley's q + 1 (q prime, 3 mod 4) and 2 (q + 1) (q prime, 1 mod 4), and these times
 powers of two: 12, 20, 28, 36, 44, 60, 76, 84, 108, 140 and so on, hence 1152 = 36 * 32, 4608 = 36 * 128.
@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# The power-of-two factor of a transform; with it, the other factor of the widths of today's models is 8 to 144.
+# The largest power-of-two factor of a transform. For the widths of current models the other factor is 8 to 144.
 _INNER_LIMIT = 128
 
 
@@ -40,7 +40,7 @@ def hadamard_matrix(n: int) -> Tensor:
     order n / 2^k, is known (P = [1] if n is a power of two). Not symmetric in general.
 
     Raises:
-        ValueError: no construction is known here; names the nearest orders that have one.
+        ValueError: no construction is implemented; the message gives the nearest orders that have one.
     """
     outer, inner = _factors(n)
     cpu = torch.device("cpu")
@@ -91,10 +91,10 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """
     _check_width(x, rotation)
     outer, inner = _split(rotation.block)
-    scaled = x.float() * _kept[_signs_key(rotation.size, rotation.block, rotation.seed, x.device)]
-    v = scaled.reshape(-1, outer, inner) @ _kept[_matrix_key(inner, x.device)]
+    scaled = x.float() * _tensors[_signs_key(rotation.size, rotation.block, rotation.seed, x.device)]
+    v = scaled.reshape(-1, outer, inner) @ _tensors[_matrix_key(inner, x.device)]
     if outer > 1:
-        v = _kept[_matrix_key(outer, x.device)].T @ v
+        v = _tensors[_matrix_key(outer, x.device)].T @ v
     return v.reshape(x.shape)
 
 
@@ -152,14 +152,14 @@ def _core_order(n: int) -> int | None:
 
 
 def _paley_prime(order: int) -> int | None:
-    """The q of Paley's construction for an order that is a multiple of 4."""
+    """The prime q of Paley's construction for an order that is a multiple of 4; None if there is none."""
     for q, residue in ((order - 1, 3), (order // 2 - 1, 1)):
         if q % 4 == residue and q > 1 and all(q % d for d in range(2, math.isqrt(q) + 1)):
             return q
     return None
 
 
-# Both caches are filled outside of inference mode: what is made inside cannot be used in training later (LoRA).
+# Both caches are filled outside of inference mode: inference tensors cannot be used in training later (LoRA).
 
 
 @cache
@@ -176,15 +176,15 @@ def _cached_matrix(n: int, device: torch.device) -> Tensor:
 
 @cache
 def _cached_scaled_signs(rotation: Rotation, device: torch.device) -> Tensor:
-    """The signs over sqrt(block): the normalization rides along where a product with the signs is due anyway."""
+    """The signs divided by sqrt(block), so that one product applies the signs and the normalization."""
     with torch.inference_mode(False):
         return (signs(rotation.size, rotation.seed) / math.sqrt(rotation.block)).to(device)
 
 
-# torch.compile can trace neither caches nor random generators. It takes what the three functions below return as
-# constants, and then reads the tensor from the dictionary. (Tensors as constants would need names of their own.)
+# torch.compile can trace neither caches nor random generators. It treats the results of the three functions below as
+# constants, and reads the tensors from the dictionary. (Tensors as constants would each need a name.)
 
-_kept: dict[str, Tensor] = {}
+_tensors: dict[str, Tensor] = {}
 
 
 def _split(n: int) -> tuple[int, int]:
@@ -193,13 +193,13 @@ def _split(n: int) -> tuple[int, int]:
 
 def _matrix_key(n: int, device: torch.device) -> str:
     key = f"{n} {device}"
-    _kept[key] = _cached_matrix(n, device)
+    _tensors[key] = _cached_matrix(n, device)
     return key
 
 
 def _signs_key(size: int, block: int, seed: int, device: torch.device) -> str:
     key = f"{size} {block} {seed} {device}"
-    _kept[key] = _cached_scaled_signs(Rotation(size, block, seed), device)
+    _tensors[key] = _cached_scaled_signs(Rotation(size, block, seed), device)
     return key
 
 

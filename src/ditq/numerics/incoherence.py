@@ -1,4 +1,4 @@
-"""Incoherence: how far the largest value stands out, which is what a uniform grid pays for."""
+"""Incoherence: the largest value relative to the norm, which determines the error of a uniform grid."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def incoherence(x: Tensor) -> Tensor:
     """The smallest mu of each row with max|x| <= mu ||x|| / sqrt(n), n the number of values (QuIP, ViDiT-Q).
 
-    1 when all magnitudes are equal, sqrt(n) when a single value is not zero; about sqrt(2 ln n) for
-    Gaussian values. Zeros give 1: nothing stands out.
+    1 if all magnitudes are equal, sqrt(n) if only one value is not zero; about sqrt(2 ln n) for Gaussian values. Rows
+    of zeros return 1.
 
     Args:
         x: [R, K], any real dtype; computed in float32.
@@ -29,16 +29,16 @@ def incoherence(x: Tensor) -> Tensor:
     if rows.shape[1] == 0:
         return torch.ones(rows.shape[0], dtype=torch.float32, device=x.device)
     largest = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True)
-    # Divided by the maximum first, squares neither overflow nor vanish; the norm is then at least 1.
+    # Dividing by the maximum first keeps squares from overflow and underflow; the norm is then at least 1.
     norm = torch.linalg.vector_norm(rows / torch.where(largest > 0, largest, 1.0), dim=-1)
     return torch.where(largest[:, 0] > 0, math.sqrt(rows.shape[1]) / norm, 1.0)
 
 
 def channel_imbalance(x_absmax: Tensor) -> float:
-    """max_j max|X_j| / mean_j max|X_j|: 1 when all channels have one range, K when a single channel has any.
+    """max_j max|X_j| / mean_j max|X_j|: 1 if all channels have the same range, K if only one is not zero.
 
     Args:
-        x_absmax: [K], the largest magnitude of each channel; all zeros give 1.
+        x_absmax: [K], the largest magnitude of each channel; all zeros return 1.
 
     Raises:
         ValueError: ``x_absmax`` is not a vector with at least one channel.

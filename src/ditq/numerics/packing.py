@@ -17,7 +17,7 @@ from ditq.numerics.grid import code_range
 
 
 def packed_bytes(columns: int, bits: int) -> int:
-    """Bytes of a row of ``columns`` codes, ceil(columns bits / 8).
+    """The number of bytes of a row of ``columns`` codes, ceil(columns bits / 8).
 
     Raises:
         ValueError: ``bits`` is not 2 to 8.
@@ -30,7 +30,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Packs int8 [R, K] into uint8 [R, ceil(K bits / 8)].
 
     Raises:
-        ValueError: ``codes`` is not an int8 matrix, or holds a code that does not fit in ``bits`` bits.
+        ValueError: ``codes`` is not an int8 matrix, or contains a code that does not fit in ``bits`` bits.
     """
     bottom, top = code_range(bits, symmetric=False)
     if codes.ndim != 2 or codes.dtype != torch.int8:
@@ -58,7 +58,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of :func:`pack`: int8 [R, columns], contiguous.
 
-    Runs in the forward pass of layers, so 8, 4 and 2 bits take a few passes over contiguous memory.
+    It runs in the forward pass of layers, so 8, 4 and 2 bits have fast paths of a few passes over contiguous memory.
 
     Raises:
         ValueError: ``packed`` is not uint8 [R, ceil(columns bits / 8)].
@@ -78,19 +78,19 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """After how many codes, and bytes, a code starts at the lowest bit of a byte again."""
+    """The number of codes, and of bytes, after which a code starts at the lowest bit of a byte again."""
     common = math.gcd(bits, 8)
     return 8 // common, bits // common
 
 
 def _spread4(packed: Tensor) -> Tensor:
-    """Nibbles of a byte into the bytes of an int16; viewed as bytes they stand in order (little-endian hosts)."""
+    """Spreads the nibbles of a byte to the bytes of an int16, which are in order on little-endian hosts."""
     wide = packed.to(torch.int16)
     return wide.bitwise_or_(wide << 4).bitwise_and_(0x0F0F)
 
 
 def _spread2(packed: Tensor) -> Tensor:
-    """Pairs of bits of a byte into the bytes of an int32, by halving twice."""
+    """Spreads the bit pairs of a byte to the bytes of an int32, by halving twice."""
     wide = packed.to(torch.int32)
     wide.bitwise_or_(wide << 12).bitwise_and_(0x000F000F)
     return wide.bitwise_or_(wide << 6).bitwise_and_(0x03030303)
@@ -106,6 +106,6 @@ def _unpack_any(packed: Tensor, bits: int) -> Tensor:
         byte, shift = divmod(i * bits, 8)
         value = stream[..., byte] >> shift
         if shift + bits > 8:
-            value |= stream[..., byte + 1] << (8 - shift)  # bits beyond the eighth fall off, as they should
+            value |= stream[..., byte + 1] << (8 - shift)  # bits beyond the eighth are dropped, as intended
         codes[..., i] = value & (2**bits - 1)
     return codes.flatten(1).view(torch.int8).sub_(2 ** (bits - 1))

@@ -1,4 +1,4 @@
-"""Which timesteps count in the salience of a channel: those whose order of channels is least like the weights'."""
+"""Weights of timesteps in the salience of channels: more for those whose channel order differs from the weights'."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
         x: [T, K], each row of which is compared with y [K].
 
     Returns:
-        float64 [T] in [-1, 1]; 0 where all values of either are equal and nothing is ordered.
+        float64 [T] in [-1, 1]; 0 if all values of either are equal.
 
     Raises:
         ValueError: the shapes do not fit, or a value is NaN or Inf.
@@ -33,15 +33,15 @@ def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
 def salience_weights(x_absmax: Tensor, w_absmax: Tensor) -> Tensor:
     """eta_t = softmax_t(-rho(s(X^t), s(W))), the weights of the timesteps in PTQ4DiT's salience calibration.
 
-    s(X) = sum_t eta_t s(X^t) then stands for max|X_j| (Wu et al. 2024, arXiv 2405.16005). Smoothing gains most where
-    large inputs meet small weights; such timesteps weigh more, at most e^2 times.
+    s(X) = sum_t eta_t s(X^t) then replaces max|X_j| (Wu et al. 2024, arXiv 2405.16005). Smoothing gains most if
+    channels with large inputs have small weights; such timesteps get more weight, up to a factor of e^2.
 
     Args:
         x_absmax: [T, K], s(X^t): the largest |x| of each input channel at each timestep.
         w_absmax: [K], s(W): the largest |w| of each input channel.
 
     Returns:
-        float64 [T], positive, of sum 1.
+        float64 [T], positive, with sum 1.
 
     Raises:
         ValueError: see :func:`rank_correlation`.
@@ -53,6 +53,6 @@ def _centred_ranks(x: Tensor) -> Tensor:
     """Ranks [T, K] of the values in each row of x, float64 of mean 0."""
     x = x.contiguous()
     ordered = x.sort(dim=1).values
-    # As many are smaller as searchsorted finds on the left; a run of equal values ends where it finds on the right.
+    # The two searches count values below, and up to, each value: equal values share the mean of their ranks.
     below, until = torch.searchsorted(ordered, x), torch.searchsorted(ordered, x, right=True)
     return (below + until - x.shape[1]).double() / 2

@@ -7,16 +7,16 @@ from torch import Tensor
 
 from ditq.numerics.uniform import check_finite
 
-# How far apart s may lie from its mean: more would push 16-bit weights or norm parameters out of range.
+# The largest factor between s and its mean: larger ones would push 16-bit weights or norm parameters out of range.
 _LIMIT = 1e4
 
 
 def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float, *, power_of_two: bool = False) -> Tensor:
     """s_j = max|X_j|^alpha / max|W_:,j|^(1 - alpha) (SmoothQuant eq. 4; the static part of ViDiT-Q's balancing).
 
-    The geometric mean of s is made 1. Scales per token and per output channel absorb a common factor,
-    and so do static ones that are derived after smoothing; but stored magnitudes do not: centred, X / s
-    and W s stay where 16-bit formats are accurate. A channel with a zero maximum says nothing: s = 1.
+    s is normalized to a geometric mean of 1. Scales per token and per output channel absorb a common factor, and so do
+    static ones that are computed after smoothing. Stored magnitudes do not: with a mean of 1, X / s and W s stay in
+    the accurate range of 16-bit formats. A channel with a zero maximum gets s = 1.
 
     Args:
         x_absmax: [K], the largest |x| of each input channel.
@@ -26,7 +26,7 @@ def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float, *, power_o
             the geometric mean is then 1 up to rounding.
 
     Returns:
-        float32 [K], positive; between 1e-4 and 1e4 before its mean is made 1 again.
+        float32 [K], positive; between 1e-4 and 1e4 before the final normalization.
 
     Raises:
         ValueError: ``alpha`` is outside [0, 1], the shapes differ, or a maximum is negative, NaN or Inf.
@@ -46,9 +46,9 @@ def smoothing_scale(x_absmax: Tensor, w_absmax: Tensor, alpha: float, *, power_o
     known = (x > 0) & (w > 0)
     if not bool(known.any()):
         return torch.ones_like(x, dtype=torch.float32)
-    # In logarithms and float64: a power of a small maximum divided by that of a large one may leave float32.
+    # Logarithms in float64: a power of a small maximum divided by that of a large one may leave the range of float32.
     exponent = alpha * x[known].log2() - (1 - alpha) * w[known].log2()
-    # Centre, clamp, centre: a common factor must not push all channels against one limit.
+    # Centre, clamp, centre again: a common factor must not move all channels to one limit.
     limit = torch.tensor(_LIMIT, dtype=torch.float64, device=x.device).log2()
     exponent = (exponent - exponent.mean()).clamp(-limit, limit)
     exponent = exponent - exponent.mean()

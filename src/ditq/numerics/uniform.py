@@ -1,9 +1,9 @@
-"""The uniform quantizer: a float becomes a signed code of ``bits`` bits on an evenly spaced grid.
+"""The uniform quantizer: rounds floats to signed codes of ``bits`` bits on an evenly spaced grid.
 
     x  ~  scale * (codes - zero_point)
 
-This is the reference that engines are tested against. It divides by the scale; an engine that
-multiplies by the reciprocal instead may put values within an ulp of a rounding boundary one code away.
+This is the reference for the tests of engines. It divides by the scale. An engine that multiplies by the reciprocal
+instead may round values within an ulp of a rounding boundary to the neighbouring code.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Quantized(NamedTuple):
-    """Integers and the grid they stand on.
+    """Integers and their grid.
 
     Attributes:
         codes: int8 [R, K].
         scale: float32 [R, G], the distance of two neighbouring codes; [1, 1] for granularity "tensor".
         zero_point: int16 [R, G], the code of 0.0; None when symmetric.
-        grid: bits, and what shares a scale.
+        grid: bits and granularity.
         sums: int32 [R, G], the sums of the codes; optional, if already computed.
     """
 
@@ -38,14 +38,14 @@ class Quantized(NamedTuple):
 
 
 def group_view(x: Tensor, grid: Grid) -> Tensor:
-    """What shares a scale, along the last axis.
+    """Reshapes ``x`` so that the elements along the last axis share a scale.
 
     Args:
         x: [R, K], any dtype.
 
     Returns:
         [1, 1, R K] for granularity "tensor", [R, 1, K] for "channel" and "token", [R, K / g, g] for "group"; a view
-        where strides allow.
+        if the strides allow it.
 
     Raises:
         ValueError: ``x`` is not a matrix, or the group size does not divide K.
@@ -64,8 +64,8 @@ def scale_and_zero_point(x: Tensor, grid: Grid, *, clip_ratio: float | Tensor = 
 
     Symmetric: scale = r max|x| / (2^(b-1) - 1). Asymmetric, with l = r min(x, 0) and h = r max(x, 0):
     scale = (h - l) / (2^b - 1), zero_point = round(-l / scale) - 2^(b-1), which is a code, so 0.0 is exact.
-    Where all of ``x`` is zero the range counts as 1, so a scale is never 0. Where a number is NaN or Inf the scale is
-    NaN or Inf: codes cannot say that, and whatever is computed from them would look plausible.
+    A group of zeros counts as having the range 1, so a scale is never 0. A group with NaN or Inf has a scale of NaN or
+    Inf: codes cannot represent these, and results computed from codes alone would look plausible.
 
     Args:
         x: [R, K], any real dtype; computed in float32.
@@ -80,7 +80,7 @@ def scale_and_zero_point(x: Tensor, grid: Grid, *, clip_ratio: float | Tensor = 
     bottom, top = grid.code_range
     groups = group_view(x, grid).float()
     ratio = _clip_ratio(clip_ratio, groups)
-    if groups.numel() == 0:  # an empty batch has a range too: that of nothing but zeros
+    if groups.numel() == 0:  # an empty batch has the range of a batch of zeros
         groups = groups.new_zeros(*groups.shape[:2], 1)
     if grid.symmetric:
         largest = torch.linalg.vector_norm(groups, float("inf"), dim=-1)
@@ -89,7 +89,7 @@ def scale_and_zero_point(x: Tensor, grid: Grid, *, clip_ratio: float | Tensor = 
     low, high = groups.aminmax(dim=-1)
     low, high = low.clamp_max(0.0) * ratio, high.clamp_min(0.0) * ratio
     levels = top - bottom
-    # Halves: the difference of two finite ends may itself be out of range. Factors of two cost no digits.
+    # Halved first: the difference of two finite ends may overflow. Factors of two are exact.
     scale = ((high * 0.5 - low * 0.5) / levels * 2.0).clamp_min(_SMALLEST_SCALE)
     scale = torch.where(high == low, 1.0 / levels, scale)
     zero_point = ((-low / scale).round() + bottom).clamp(bottom, top)
@@ -107,8 +107,8 @@ def quantize(
     """Rounds: codes = clamp(round(x / scale) + zero_point), ties to even; dynamic unless a scale is given.
 
     Args:
-        x: [R, K], any real dtype; computed in float32. The code of a number that is not finite is arbitrary; a
-            dynamic scale is NaN or Inf there, a static one says nothing (see :func:`not_finite`).
+        x: [R, K], any real dtype; computed in float32. The code of a number that is not finite is arbitrary;
+            its dynamic scale is NaN or Inf, but a static one does not show it (see :func:`not_finite`).
         scale: static scale, positive; broadcasts to [R, G] ([1, 1] for granularity "tensor"). None: from
             the range of ``x``, see :func:`scale_and_zero_point`.
         zero_point: static zero point of an asymmetric grid, same shape.
@@ -130,14 +130,14 @@ def quantize(
     groups = group_view(x, grid).float()
     if scale is None:
         if zero_point is not None:
-            raise ValueError("zero_point needs a scale, got None; give both (static) or neither (dynamic)")
+            raise ValueError("zero_point needs a scale, got None; pass both (static) or neither (dynamic)")
         scale, zero_point = scale_and_zero_point(x, grid, clip_ratio=clip_ratio)
     else:
         if isinstance(clip_ratio, Tensor) or clip_ratio != 1.0:
             raise ValueError(f"clip_ratio must be 1.0 when a scale is given, got {clip_ratio}; multiply the scale")
         if grid.symmetric != (zero_point is None):
             raise ValueError(
-                f"zero_point goes with a static asymmetric grid, got symmetric={grid.symmetric} and "
+                f"zero_point is for static asymmetric grids, got symmetric={grid.symmetric} and "
                 f"zero_point={'None' if zero_point is None else 'a tensor'}"
             )
         scale = _per_group(scale, groups, "scale").float()
@@ -145,9 +145,9 @@ def quantize(
             zero_point = _per_group(zero_point, groups, "zero_point").to(torch.int16)
     codes = (groups / scale[..., None]).round_()
     if zero_point is not None:
-        # After rounding, so that the grid is the symmetric one shifted, and ties fall the same way.
+        # Added after rounding, so that the grid is the shifted symmetric one, and ties are rounded the same way.
         codes = codes.add_(zero_point[..., None])
-    # Clamp in float: the cast to int8 of a larger value is undefined.
+    # Clamped in float: casting a larger value to int8 is undefined.
     return Quantized(codes.clamp_(bottom, top).to(torch.int8).reshape(x.shape), scale, zero_point, grid)
 
 
@@ -155,7 +155,7 @@ def dequantize(q: Quantized) -> Tensor:
     """Back to floats: scale * (codes - zero_point), float32 [R, K].
 
     Raises:
-        ValueError: as :func:`group_view`, or the scales are not one per group.
+        ValueError: as :func:`group_view`, or the scale or zero point does not broadcast to one per group.
     """
     groups = group_view(q.codes, q.grid)
     scale = _per_group(q.scale, groups, "scale")
@@ -173,23 +173,23 @@ def fake_quantize(
     zero_point: Tensor | None = None,
     clip_ratio: float | Tensor = 1.0,
 ) -> Tensor:
-    """``dequantize(quantize(x))``, float32 [R, K]: what is left of ``x``, for error search. Arguments as there."""
+    """``dequantize(quantize(x))``, float32 [R, K]: the rounded values of ``x``. Arguments as in :func:`quantize`."""
     return dequantize(quantize(x, grid, scale=scale, zero_point=zero_point, clip_ratio=clip_ratio))
 
 
 def not_finite(x: Tensor) -> Tensor:
-    """0, or NaN where a row of ``x`` [R, K] has NaN or Inf: float32 [R, 1], to be added to what must not hide it.
+    """NaN for each row of ``x`` [R, K] with NaN or Inf, else 0: float32 [R, 1]. Add it to a scale to pass NaN on.
 
-    A sum is the cheapest pass over ``x``; one that overflows counts as not finite.
+    A sum is the cheapest pass over ``x``; a sum that overflows counts as not finite.
     """
     return x.sum(1, keepdim=True, dtype=torch.float32) * 0.0
 
 
 def check_finite(x: Tensor, name: str) -> None:
-    """Scans ``x`` once; a separate step, since it waits for the device.
+    """Raises if ``x`` is not finite. A separate step, since it synchronizes with the device.
 
     Raises:
-        ValueError: ``x`` contains NaN or Inf; ``name`` says which tensor that was.
+        ValueError: ``x`` contains NaN or Inf; the message contains ``name``.
     """
     bad = x.numel() - int(torch.isfinite(x).sum())
     if bad:

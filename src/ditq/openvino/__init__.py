@@ -1,1 +1,1 @@
-"""A runtime: the blocks of a quantized transformer as graphs that OpenVINO compiles for a CPU."""
+"""The OpenVINO runtime: compiles the blocks of a quantized transformer as graphs for a CPU."""

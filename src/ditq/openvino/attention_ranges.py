@@ -1,7 +1,7 @@
-"""Queries and keys in 8 bits: their largest values, found on calls of a model, and their rounding in a graph.
+"""Queries and keys in 8 bits: their ranges, recorded during calls of a model, and their rounding in a graph.
 
-The queries of an attention share one static scale, and its keys another, as the inputs of a linear layer do with
-static activations. Softmax, and its product with the values, stay in floats.
+The queries of an attention share one static scale, and its keys another, like the inputs of a linear layer with static
+activations. Softmax and its product with the values stay in floating point.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from ditq.trace.hooks import all_hooked, hooked
 GRID = Grid(bits=8, granularity="tensor")
 BOTTOM, TOP = GRID.code_range
 
-# The largest magnitudes of queries and of keys, for one attention after the other.
+# The largest magnitudes of queries and of keys, for each attention in the order of execution.
 Largest = Sequence[tuple[float, float]]
 
 
 class EveryAttention(TorchFunctionMode):
-    """Inside, every attention gets what ``change(query, key)`` returns for its queries and keys."""
+    """Inside, every attention computes with the queries and keys that ``change(query, key)`` returns."""
 
     def __init__(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
@@ -50,18 +50,18 @@ class EveryAttention(TorchFunctionMode):
 
 @contextmanager
 def observed(model: nn.Module, architecture: Architecture) -> Iterator[dict[str, list[tuple[float, float]]]]:
-    """Inside, calls of a model are watched; yields a growing ``{full name of a block: Largest}``.
+    """Inside, records the ranges of calls of a model in the yielded dictionary, ``{full name of a block: Largest}``.
 
-    Blocks that compute attention in another way than by torch's ``scaled_dot_product_attention`` are not in it.
+    It does not contain blocks whose attention is not torch's ``scaled_dot_product_attention``.
     """
     ranges: dict[str, list[tuple[float, float]]] = {}
     block_name, index = [""], [0]
 
-    def note(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def record(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         if block_name[0]:
             largest, i = ranges.setdefault(block_name[0], []), index[0]
-            before = largest[i] if i < len(largest) else (0.0, 0.0)
-            largest[i : i + 1] = [(max(before[0], _largest(query)), max(before[1], _largest(key)))]
+            previous = largest[i] if i < len(largest) else (0.0, 0.0)
+            largest[i : i + 1] = [(max(previous[0], _largest(query)), max(previous[1], _largest(key)))]
             index[0] += 1
         return query, key
 
@@ -76,11 +76,11 @@ def observed(model: nn.Module, architecture: Architecture) -> Iterator[dict[str,
             for i, block in enumerate(cast(nn.ModuleList, model.get_submodule(stack))):
                 yield hooked(block, inside(f"{stack}.{i}"), inside(""), always=True)
 
-    with all_hooked(blocks()), EveryAttention(note):
+    with all_hooked(blocks()), EveryAttention(record):
         yield ranges
 
 
-def drawn(
+def sampled_ranges(
     pipe: Any,
     architecture: Architecture,
     conditions: Sequence[str],
@@ -89,10 +89,10 @@ def drawn(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
-    """The values that :func:`observed` collects while a pipeline samples, with noise that no comparison uses.
+    """The ranges that :func:`observed` records while a pipeline samples, with noise that no comparison uses.
 
     Raises:
-        UsageError: none of its blocks uses torch's attention.
+        UsageError: none of the model's blocks uses torch's attention.
     """
     model = getattr(pipe, component)
     sampling = Sampling(seed + NOISE_OFFSET, Calibration().steps, batch_size=1 if draws_videos(pipe) else 8)
@@ -111,7 +111,7 @@ def drawn(
 
 @contextmanager
 def rounding(largest: Largest) -> Iterator[None]:
-    """Inside, queries and keys of one attention after the other are rounded, as in a graph."""
+    """Inside, rounds the queries and keys of each attention in turn, as the graph does."""
     if not largest:
         yield
         return
@@ -119,7 +119,7 @@ def rounding(largest: Largest) -> Iterator[None]:
 
     def change(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         q, k = next(scales, (0.0, 0.0))
-        if not q * k:  # never seen, or nothing but zeros
+        if not q * k:  # not recorded, or all zeros
             return query, key
         return torch.ops.ditq.openvino_codes(query, q), torch.ops.ditq.openvino_codes(key, k)
 
@@ -128,17 +128,17 @@ def rounding(largest: Largest) -> Iterator[None]:
 
 
 def emulate(x: Tensor, scale: float) -> Tensor:
-    """``x`` [..., channels] rounded to 8-bit codes with one scale, and back."""
-    one = torch.tensor([[scale]], device=x.device)
+    """``x`` [..., channels] rounded to 8-bit codes with one scale, as floats."""
+    static = torch.tensor([[scale]], device=x.device)
     rows = x.reshape(-1, x.shape[-1])
-    return fake_quantize(rows, GRID, scale=one).reshape(x.shape)
+    return fake_quantize(rows, GRID, scale=static).reshape(x.shape)
 
 
 def convert(context: Any) -> Any:
     """The nodes of ``ditq::openvino_codes``, for OpenVINO's frontend.
 
-    Rounded before heads are moved, which is then a quarter of the work; the product of a linear layer before it then
-    writes the codes.
+    It rounds before the transposition of the heads, which then moves a quarter of the bytes; the linear layer before
+    it then writes the codes.
     """
     return _rounded(context.get_input(0), float(context.get_values_from_const_input(1))).outputs()
 
@@ -150,8 +150,8 @@ def _rounded(x: Any, scale: float) -> Any:
     kind = node.get_type_name()
     if kind in MOVES:
         inner, order = _rounded(node.input_value(0), scale), node.input_value(1)
-        same = node.get_attributes().get("special_zero")
-        return op.transpose(inner, order) if kind == "Transpose" else op.reshape(inner, order, same)
+        zero_keeps_size = node.get_attributes().get("special_zero")
+        return op.transpose(inner, order) if kind == "Transpose" else op.reshape(inner, order, zero_keeps_size)
     ends = [op.constant(np.float32(end * scale)) for end in (BOTTOM, TOP, BOTTOM, TOP)]
     return op.fake_quantize(x, *ends, TOP - BOTTOM + 1)
 

@@ -1,4 +1,4 @@
-"""A stack of transformer blocks that OpenVINO executes, called like one of its blocks."""
+"""A stack of transformer blocks that OpenVINO executes; it is called like one block."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _TORCH = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
 
 class CompiledStack(nn.Module):
-    """Stands in a model for a list of blocks, or for one.
+    """Replaces a list of blocks, or one block, in a model.
 
-    Tensors of any float dtype are computed in float32 and come back in the dtype of the argument that the
-    output replaces (float32 where that is a text's tokens). A sample with NaN in any argument is NaN in every
-    output, as in torch: the integer kernels of OpenVINO would turn it into plausible numbers.
+    Tensors of any float dtype are computed in float32. Outputs have the dtype of the argument that they replace
+    (float32 if that argument holds token ids). A sample with NaN in any argument is NaN in every output, as in torch:
+    the integer kernels of OpenVINO would turn it into plausible numbers.
 
-    Copies of a model share the program and its weights, which nobody can change.
+    Copies of a model share the program and its immutable weights.
     """
 
     def __init__(self, segment: Segment, program: Program, kept: dict[str, nn.Module]) -> None:
@@ -36,20 +36,20 @@ class CompiledStack(nn.Module):
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of the files that it was read from: what it computes, for caches."""
+        """Digests of the files that it was read from; they identify its computation, for caches."""
         return self.segment.digests
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = self._bind(args, kwargs)
-        first = given[self.segment.inputs[0].name]
-        feed = {name: self._feed(given[name], spec) for name, spec in self._inputs.items()}
+        arguments = self._bind(args, kwargs)
+        first = arguments[self.segment.inputs[0].name]
+        feed = {name: self._feed(arguments[name], spec) for name, spec in self._inputs.items()}
         results = self.program(feed)
-        lost = _samples_with_nan(feed.values())
+        with_nan = _samples_with_nan(feed.values())
         outputs = []
         for i in range(self.segment.outputs):
             output = results[i]
-            if lost is not None and len(lost) == len(output):
-                output[lost] = torch.nan
+            if with_nan is not None and len(with_nan) == len(output):
+                output[with_nan] = torch.nan
             outputs.append(output.to(first.dtype) if first.is_floating_point() else output)
         return self._returned(outputs)
 
@@ -61,7 +61,7 @@ class CompiledStack(nn.Module):
         return outputs[0] if self.segment.returns == "tensor" else tuple(outputs)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """Tensor arguments by leaf name; whatever else is given must be as it was when the model was exported."""
+        """Tensor arguments by leaf name. All other arguments must have the values of the exported call."""
         named = {**dict(zip(self.segment.parameters, args, strict=False)), **kwargs}
         tensors: dict[str, Tensor] = {}
         for name, value in leaves(named).items():
@@ -77,7 +77,7 @@ class CompiledStack(nn.Module):
         missing = [name for name in self._inputs if name not in tensors]
         if missing:
             raise UsageError(
-                f"{self.segment.place} was exported with the tensor {missing[0]!r}, which this call lacks."
+                f"{self.segment.place} was exported with the tensor {missing[0]!r}, which is missing in this call."
             )
         return tensors
 
@@ -86,10 +86,10 @@ class CompiledStack(nn.Module):
             raise UsageError(f"OpenVINO runs on the CPU; {spec.name!r} is on {value.device}: pipe.to('cpu').")
         if torch.is_grad_enabled() and value.requires_grad:
             raise UsageError(
-                "A model exported to OpenVINO has no gradients; train with the checkpoint it was made of."
+                "A model exported to OpenVINO has no gradients; train the checkpoint that it was exported from."
             )
         fits = len(value.shape) == len(spec.shape) and all(
-            size in (None, given) for size, given in zip(spec.shape, value.shape, strict=True)
+            expected in (None, size) for expected, size in zip(spec.shape, value.shape, strict=True)
         )
         if not fits or (value.is_floating_point() and spec.dtype != "float32"):
             shape = ", ".join("any" if size is None else str(size) for size in spec.shape)
@@ -108,19 +108,19 @@ class CompiledStack(nn.Module):
 
 
 def _samples_with_nan(tensors: Any) -> Tensor | None:
-    """Of shape [B], or None where no sample has NaN (the usual case, found by sums: NaN spreads through them)."""
+    """Which samples have NaN, bool [B]; None if none has (the usual case, detected by sums, which propagate NaN)."""
     floats = [x for x in tensors if x.is_floating_point() and x.ndim]
     if not any(bool(torch.isnan(x.sum())) for x in floats):
         return None
-    lost = torch.zeros(len(floats[0]), dtype=torch.bool)
+    with_nan = torch.zeros(len(floats[0]), dtype=torch.bool)
     for x in floats:
-        bad = torch.isnan(x.reshape(len(x), -1)).any(1)
-        lost |= bad if len(bad) == len(lost) else bad.any()  # shared by all samples
-    return lost
+        rows = torch.isnan(x.reshape(len(x), -1)).any(1)
+        with_nan |= rows if len(rows) == len(with_nan) else rows.any()  # shared by all samples
+    return with_nan
 
 
 def _contiguous(x: Tensor) -> Tensor:
-    """``x`` in the order of its numbers: torch transposes one matrix several times as fast as a batch of them."""
+    """A contiguous ``x``, copied sample by sample: torch transposes one matrix several times as fast as a batch."""
     if x.is_contiguous() or x.ndim < 3:
         return x.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -130,7 +130,7 @@ def _contiguous(x: Tensor) -> Tensor:
 
 
 def _place(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Makes ``root.a.b.c`` the module, with empty modules between, so that names of parameters stay."""
+    """Sets ``root.a.b.c`` to the module, with empty modules between, so that parameter names are unchanged."""
     *path, last = name.split(".")
     for part in path:
         if not hasattr(root, part):

@@ -1,4 +1,4 @@
-"""The rest of a pipeline as OpenVINO graphs: the decoder of its VAE and its T5 text encoders, in floats."""
+"""Other components of a pipeline as OpenVINO graphs in floating point: the VAE's decoder and T5 text encoders."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ TEXTS = ((2, 5), (3, 7))
 
 
 def export_components(pipe: Any, root: Path, engine: Mapping[str, Any]) -> dict[str, str]:
-    """Writes graphs of what a pipeline has beside its transformer, and names them in the components' configs.
+    """Writes graphs of a pipeline's other components, and sets the engine in their configs.
 
     Args:
         root: folder of the saved pipeline; ``root/vae/openvino`` and so on are written.
         engine: the ``engine`` field of the configs, see ``ditq.checkpoint.backend.DitqConfig``.
 
     Returns:
-        For each component that the pipeline has: "" if it is a graph now, else why it stays in torch.
+        For each component of the pipeline: "" if it is a graph now, else why it stays in torch.
     """
-    found = {name: getattr(pipe, name, None) for name in COMPONENTS}
+    modules = {name: getattr(pipe, name, None) for name in COMPONENTS}
     return {
-        name: _export(module, root / name, engine) for name, module in found.items() if isinstance(module, nn.Module)
+        name: _export(module, root / name, engine) for name, module in modules.items() if isinstance(module, nn.Module)
     }
 
 
 def _export(module: nn.Module, folder: Path, engine: Mapping[str, Any]) -> str:
     kind = type(module).__name__
     if kind not in _CALLS:
-        return f"a {kind} (known are {', '.join(_CALLS)})"
+        return f"a {kind} (supported: {', '.join(_CALLS)})"
     name, call = _CALLS[kind]
     graphs = folder / str(engine["name"])
     shutil.rmtree(graphs, ignore_errors=True)
@@ -88,13 +88,13 @@ def _encode(encoder: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
     def call(batch: int, tokens: int) -> Callable[[], Any]:
         ids = torch.randint(1, encoder.config.vocab_size, (batch, tokens))
         mask = torch.ones_like(ids)
-        mask[0, tokens // 2 :] = 0  # a padded text among full ones
+        mask[0, tokens // 2 :] = 0  # one padded text in the batch
         return lambda: encoder(ids, attention_mask=mask)
 
     return call(*TEXTS[0]), call(*TEXTS[1])
 
 
-# Class of the component: the module inside that becomes a graph, and calls that show how it is called.
+# By class of the component: the module inside that becomes a graph, and two example calls.
 _CALLS: dict[str, tuple[str, Callable[[Any], tuple[Callable[[], Any], Callable[[], Any]]]]] = {
     "AutoencoderKL": ("decoder", _decode),
     "T5EncoderModel": ("encoder", _encode),

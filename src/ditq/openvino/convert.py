@@ -1,4 +1,4 @@
-"""A stack of blocks becomes an OpenVINO graph: traced once, with every linear of ditq as one operation."""
+"""Converts a stack of blocks to an OpenVINO graph: one trace, with every quantized linear as one operation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ditq.openvino.settings import GROUP_SIZE
 from ditq.trace.arguments import filled
 from ditq.trace.stacks import BlockCall, returned
 
-# The linears that ``ditq::openvino_linear`` may name, G, and whether their inputs are rounded.
+# The linears that ``ditq::openvino_linear`` indexes, G, and whether their inputs are rounded.
 _linears: ContextVar[tuple[Sequence[LinearSpec], int, bool]] = ContextVar("ditq_openvino_linears")
 
 _library = torch.library.Library("ditq", "FRAGMENT")
@@ -41,7 +41,7 @@ _library.impl("openvino_codes", _openvino_codes, "CompositeExplicitAutograd")
 
 
 class _Stub(nn.Module):
-    """Stands for a quantized linear while its block is traced."""
+    """Replaces a quantized linear while its block is traced."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -55,10 +55,10 @@ class Chain(nn.Module):
     """Blocks in a row as one function of tensors.
 
     Args:
-        example: a call of the first block; its arguments that are no tensors are constants.
-        link: which output of a block is which argument of the next.
-        names: of the tensor arguments, in the order in which this function takes them.
-        largest: of the queries and keys of every attention in turn, where they are rounded.
+        example: a call of the first block; its arguments that are not tensors are constants.
+        link: the index of a block's output, by the argument of the next block.
+        names: of the tensor arguments, in the order of this function's arguments.
+        largest: ranges of the queries and keys of each attention, if they are rounded.
     """
 
     def __init__(
@@ -74,17 +74,17 @@ class Chain(nn.Module):
         self.example, self.link, self.names, self.largest = example, dict(link), list(names), largest
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(self.names, tensors, strict=True))
+        arguments = dict(zip(self.names, tensors, strict=True))
         outputs: tuple[Tensor, ...] = ()
         with attention_ranges.rounding(self.largest):
             for block in self.blocks:
-                outputs, _ = returned(block(**filled(self.example.arguments, given)), "a block")
-                given |= {name: outputs[i] for name, i in self.link.items()}
+                outputs, _ = returned(block(**filled(self.example.arguments, arguments)), "a block")
+                arguments |= {name: outputs[i] for name, i in self.link.items()}
         return outputs
 
 
 def linear_spec(name: str, layer: QuantizedLinear) -> LinearSpec:
-    """What the engine needs to know of a layer."""
+    """The description of a quantized layer for the export."""
     return LinearSpec(
         name,
         layer.quantized_weight,
@@ -98,7 +98,7 @@ def linear_spec(name: str, layer: QuantizedLinear) -> LinearSpec:
 
 @contextmanager
 def emulated(linears: Sequence[LinearSpec], group_size: int, rounded: bool = True) -> Iterator[None]:
-    """Inside, stubs compute what OpenVINO does with this group size, or that with their inputs as they are."""
+    """Inside, stubs emulate OpenVINO with this group size, with or without rounding of their inputs."""
     token = _linears.set((linears, group_size, rounded))
     try:
         yield
@@ -111,7 +111,7 @@ def traceable(blocks: Mapping[str, nn.Module], linears: Sequence[LinearSpec]) ->
     """Inside, the ``linears`` of the ``blocks`` (by full name) are stubs, and everything else is float32."""
     index = {linear.name: i for i, linear in enumerate(linears)}
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    cast: list[tuple[Tensor, Tensor]] = []
+    originals: list[tuple[Tensor, Tensor]] = []
     try:
         for prefix, block in blocks.items():
             for name, module in list(block.named_modules()):
@@ -122,11 +122,11 @@ def traceable(blocks: Mapping[str, nn.Module], linears: Sequence[LinearSpec]) ->
                     setattr(owner, child, _Stub(index[full]))
             for tensor in [*block.parameters(), *block.buffers()]:
                 if tensor.is_floating_point() and tensor.dtype != torch.float32:
-                    cast.append((tensor, tensor.data))
+                    originals.append((tensor, tensor.data))
                     tensor.data = tensor.data.float()
         yield
     finally:
-        for tensor, data in cast:
+        for tensor, data in originals:
             tensor.data = data
         for owner, child, module in replaced:
             setattr(owner, child, module)
@@ -144,7 +144,7 @@ def graph(
 
     Args:
         inputs: example values of the tensor arguments.
-        shapes: of the arguments; None for sizes that may change between calls.
+        shapes: of the arguments, with None for sizes that may change between calls.
     """
     import openvino as ov
     from openvino.frontend import FrontEndManager
@@ -158,10 +158,10 @@ def graph(
         return builder.linear(context.get_input(0), linear).outputs()
 
     with warnings.catch_warnings():
-        # torch would rather have its own exporter, which cannot leave batch, resolution and text length open here.
+        # torch recommends its own exporter, which cannot leave batch, resolution and text length open here.
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(chain, tuple(inputs.values()), check_trace=False, strict=False)
-    # ov.convert_model would do the same, and send statistics of its use to its makers.
+    # ov.convert_model does the same, but also sends usage statistics to Intel.
     frontend = FrontEndManager().load_by_framework("pytorch")
     frontend.add_extension(ConversionExtension("ditq::openvino_linear", convert))
     frontend.add_extension(ConversionExtension("ditq::openvino_codes", attention_ranges.convert))
@@ -170,6 +170,6 @@ def graph(
     for port, name in zip(model.inputs, inputs, strict=True):
         port.get_tensor().set_names({name})
     model.reshape({name: ov.PartialShape([-1 if n is None else n for n in shapes[name]]) for name in inputs})
-    # So that whoever compiles the file by hand gets the integers too.
+    # So that compiling the file without ditq multiplies integers too.
     model.set_rt_info(str(group_size), ["runtime_options", GROUP_SIZE])
     return model

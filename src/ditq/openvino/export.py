@@ -1,4 +1,4 @@
-"""Export to OpenVINO: the blocks of a quantized transformer become one compiled graph, the rest stays torch."""
+"""Export to OpenVINO: the blocks of a quantized transformer become compiled graphs; other modules stay in torch."""
 
 from __future__ import annotations
 
@@ -43,20 +43,21 @@ def export(
     largest: Mapping[str, Largest] | None = None,
     allow_float: bool = False,
 ) -> Report:
-    """Writes the blocks of a transformer that ditq has quantized as OpenVINO graphs; the model stays as it is.
+    """Writes the blocks of a transformer quantized by ditq as OpenVINO graphs; the model is not changed.
 
-    Batch, resolution and text length stay open. Linears that the plan keeps in 16 bit, norms, attention
-    and everything else of a block is computed in float32.
+    Batch, resolution and text length stay open. Linears that the plan keeps in 16 bit, norms, attention and all other
+    operations of a block are computed in float32.
 
     Args:
         call: keyword arguments of one call of the model, see :func:`ditq.sampling.first_call.first_call`.
-        folder: an existing folder; gets a graph for every stack and a small JSON file.
-        largest: of the queries and keys of every block, which are then rounded to 8 bits, see
-            :func:`ditq.openvino.attention_ranges.observed`.
-        allow_float: takes layers whose shape keeps OpenVINO from multiplying integers, and models without any.
+        folder: an existing folder, for a graph of every stack and a small JSON file.
+        largest: ranges of the queries and keys of every block, see
+            :func:`ditq.openvino.attention_ranges.observed`; they are then rounded to 8 bits.
+        allow_float: accepts layers whose shape keeps OpenVINO from multiplying integers, and models without quantized
+            layers.
 
     Returns:
-        How each layer is executed on this machine.
+        The execution of each layer on this machine.
 
     Raises:
         UsageError: the model is not quantized, or its plan has formats that OpenVINO does not execute.
@@ -103,18 +104,18 @@ def load(
     attention: Attention = "f32",
     allow_float: bool = False,
 ) -> Report:
-    """Puts the compiled blocks of an exported folder into a transformer of the same class, in place of its own.
+    """Replaces the blocks of a transformer by the compiled ones of an exported folder of the same class.
 
-    The model's own blocks are dropped and may be without weights (on the meta device), except for those of
-    their modules that the model itself calls (``Segment.kept``; DiT's ``norm1.emb``).
+    The model's blocks are dropped and need no weights (they may be on the meta device), except for modules inside them
+    that the model itself calls (``Segment.kept``; DiT's ``norm1.emb``).
 
     Args:
         properties: of OpenVINO, by its names: ``INFERENCE_NUM_THREADS``, ``NUM_STREAMS``, ``CACHE_DIR``
-            (compiled models are kept there), ``INFERENCE_PRECISION_HINT`` (``bf16`` is faster on CPUs that have
-            it, and rounds everything between the linears).
-        shapes: "static" compiles anew for the sizes of a call, see :class:`ditq.openvino.program.Program`.
-        attention: see :mod:`ditq.openvino.options`; "int8" was chosen at export, here it is as "auto".
-        allow_float: takes layers that this machine cannot execute on integers.
+            (a cache of compiled models), ``INFERENCE_PRECISION_HINT`` (``bf16`` is faster on CPUs that support it,
+            and rounds all tensors between the linears).
+        shapes: "static" compiles for the sizes of each call, see :class:`ditq.openvino.program.Program`.
+        attention: see :mod:`ditq.openvino.options`; "int8" takes effect at export, and is the same as "auto" here.
+        allow_float: accepts layers that this machine cannot execute on integers.
 
     Raises:
         CheckpointError: the folder is damaged, or does not fit the model.
@@ -127,7 +128,7 @@ def load(
     for segment in manifest.segments:
         _check_place(model, segment)
     config = compile_config(manifest.group_size, properties)
-    half = resolved(attention) == "bf16" and config[PRECISION] != "bf16"  # where all is in bf16 anyway
+    half = resolved(attention) == "bf16" and config[PRECISION] != "bf16"  # else everything is in bf16 already
     programs = [files.program(folder, segment, config, shapes, half=half) for segment in manifest.segments]
     report = examine(manifest, programs, config[PRECISION], allow_float)
     for segment, program in zip(manifest.segments, programs, strict=True):
@@ -148,30 +149,30 @@ def compile_in_place(
     largest: Mapping[str, Largest] | None = None,
     allow_float: bool = False,
 ) -> Report:
-    """:func:`export` and :func:`load` without a folder that stays. Arguments and errors as there."""
+    """:func:`export` and :func:`load` with a temporary folder. Arguments and errors as there."""
     with tempfile.TemporaryDirectory(prefix="ditq-") as folder:
         export(model, architecture, call, folder, largest=largest, allow_float=allow_float)
-        # Elsewhere than on Windows a deleted file stays mapped, and mapped weights need no memory of their own.
+        # Except on Windows a deleted file stays mapped, and mapped weights need no additional memory.
         extra = {files.MMAP: "NO"} if os.name == "nt" else {}
         options = {**(properties or {}), **extra}
         return load(folder, model, properties=options, shapes=shapes, attention=attention, allow_float=allow_float)
 
 
 def _specs(model: nn.Module, architecture: Architecture, allow_float: bool) -> dict[str, LinearSpec]:
-    """The quantized linears of all blocks; refuses what cannot be executed as planned."""
-    found: dict[str, LinearSpec] = {}
+    """The quantized linears of all blocks; raises if OpenVINO cannot execute one as planned."""
+    specs: dict[str, LinearSpec] = {}
     inexact: dict[str, list[str]] = {}
     for stack in architecture.stacks:
         for name, module in model.get_submodule(stack).named_modules(prefix=stack):
             if isinstance(module, TimestepLinear):
                 raise UsageError(
-                    f"Layer {name!r} has its own integers for each range of timesteps, and an OpenVINO graph has no "
-                    "clock. Quantize with a recipe without balance.timesteps."
+                    f"Layer {name!r} has integers per timestep range, and an OpenVINO graph does not have the "
+                    "timestep. Quantize with a recipe without balance.timesteps."
                 )
-            # Layers of layers (adapters around a quantized linear) are found by the inner one.
+            # Nested layers (adapters around a quantized linear) are listed by the name of the inner one.
             if isinstance(module, QuantizedLinear):
-                found[name] = linear_spec(name, module)
-                if (reason := why_inexact(found[name])) is not None:
+                specs[name] = linear_spec(name, module)
+                if (reason := why_inexact(specs[name])) is not None:
                     formats = f"weights {module.plan.weight} and activations {module.plan.activation}: {reason}"
                     inexact.setdefault(formats, []).append(name)
     if inexact:
@@ -179,15 +180,15 @@ def _specs(model: nn.Module, architecture: Architecture, allow_float: bool) -> d
         raise UsageError(
             f"OpenVINO cannot execute this plan exactly: {detail}. With groups use dynamic symmetric int8 activations."
         )
-    if not found and not allow_float:
+    if not specs and not allow_float:
         raise UsageError(
             f"The blocks of this {type(model).__name__} have no quantized layers; quantize it first (ditq quantize)."
         )
-    return found
+    return specs
 
 
 def _float_shapes(specs: Mapping[str, LinearSpec], width: int, allow_float: bool) -> dict[str, str]:
-    """Layers whose shape rules integers out, with the reason; an error unless that is allowed."""
+    """Layers whose shape does not allow integers, with the reason; an error unless ``allow_float``."""
     reasons = {name: reason for name, spec in specs.items() if (reason := why_float(spec, width)) is not None}
     if reasons and not allow_float:
         name, reason = next(iter(reasons.items()))
@@ -199,15 +200,15 @@ def _float_shapes(specs: Mapping[str, LinearSpec], width: int, allow_float: bool
 
 
 def _check_place(model: nn.Module, segment: Segment) -> None:
-    """Whether the model has blocks at this place that are called as the exported ones were."""
+    """Raises unless the model has blocks at this place with the arguments of the exported ones."""
     try:
-        found: Any = model.get_submodule(segment.place)
-        block = found[0] if isinstance(found, nn.ModuleList) else found
+        module: Any = model.get_submodule(segment.place)
+        block = module[0] if isinstance(module, nn.ModuleList) else module
         for name in segment.kept:
             block.get_submodule(name)
     except (AttributeError, IndexError) as error:
         raise CheckpointError(
-            f"The exported model has {segment.place!r}, {type(model).__name__} has not: {error}."
+            f"The exported model has {segment.place!r}, which {type(model).__name__} does not have: {error}."
         ) from error
     if parameters(block) != segment.parameters:
         raise CheckpointError(
@@ -217,9 +218,9 @@ def _check_place(model: nn.Module, segment: Segment) -> None:
 
 
 def _install(model: nn.Module, segment: Segment, program: Program) -> None:
-    found: Any = model.get_submodule(segment.place)
-    whole = isinstance(found, nn.ModuleList)
-    block = found[0] if whole else found
+    module: Any = model.get_submodule(segment.place)
+    is_list = isinstance(module, nn.ModuleList)
+    block = module[0] if is_list else module
     stack = CompiledStack(segment, program, {name: block.get_submodule(name) for name in segment.kept})
     parent, _, child = segment.place.rpartition(".")
-    setattr(model.get_submodule(parent), child, nn.ModuleList([stack]) if whole else stack)
+    setattr(model.get_submodule(parent), child, nn.ModuleList([stack]) if is_list else stack)

@@ -16,10 +16,10 @@ from ditq.openvino.linear import BIAS, CLIP, SHIFT, SUMS, LinearSpec
 # Below it a float32 scale loses digits.
 _SMALLEST = torch.finfo(torch.float32).tiny
 
-# Outputs of a product of which one is needed: what the plugin computes at once.
+# Outputs of a product with ones, of which one is needed: the plugin computes this many at a time.
 _ROWS = 16
 
-# The plugin multiplies unsigned by signed codes fastest: those of symmetric activations are moved up by this.
+# The plugin multiplies unsigned by signed codes fastest, so codes of symmetric activations are shifted up by this.
 MIDDLE = 128
 
 
@@ -28,9 +28,9 @@ class _Codes:
     """Integers of an input, as nodes.
 
     Attributes:
-        values: u [..., K], 8-bit codes moved up into 0 ... 255.
-        scale: s_x [..., 1] of every token; None where it is static.
-        offset: o [..., 1]; None where it is MIDDLE for all.
+        values: u [..., K], 8-bit codes shifted to 0 ... 255.
+        scale: s_x [..., 1] of every token; None if it is static.
+        offset: o [..., 1]; None if it is MIDDLE for all tokens.
         static_scale: s_x of the whole tensor.
     """
 
@@ -55,10 +55,10 @@ class Builder:
             y = self._rounded_product(x, linear)
         else:
             y = op.matmul(x, self.weight(linear), False, True)
-            y.set_friendly_name(linear.name)  # by which the compiled graph is searched
+            y.set_friendly_name(linear.name)  # the key for lookups in the compiled graph
         if linear.bias is not None:
             y = op.add(y, _constant(linear.bias.float()))
-            y.set_friendly_name(linear.name + BIAS)  # one of the two names survives
+            y.set_friendly_name(linear.name + BIAS)  # the compiled graph keeps one of the two names
         return y
 
     def balance(self, x: Any, linear: LinearSpec) -> Any:
@@ -69,18 +69,18 @@ class Builder:
         return self._once(x, ("balance", linear.rotation, smooth), lambda: _balance(x, linear).output(0))
 
     def _once(self, x: Any, what: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """What several layers compute of one input is computed once."""
+        """Shares nodes that several layers compute from one input."""
         key = (x.get_node().get_name(), x.get_index(), *what)
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
 
     def _rounded_product(self, x: Any, linear: LinearSpec) -> Any:
-        """The product of codes, rescaled: with u = Q(x) + o, o what the codes were moved up by, and W = s_w (q - z),
+        """The rescaled product of codes: with u = Q(x) + o, where o is the shift of the codes, and W = s_w (q - z),
 
             s_x sum_k (u - o) s_w (q - z)  =  s_x (s_w sum u q  -  o s_w sum q  -  (sum u - o K) s_w z).
 
-        The first sum is the product of integers. The others cost a number for each output channel or token.
+        The first sum is the product of integers. The others take one number for each output channel or token.
         """
         import openvino.opset13 as op
 
@@ -108,15 +108,15 @@ class Builder:
         return self._once(x, ("codes", linear.activation, static), lambda: _round(x, linear, static))
 
     def _sums(self, codes: _Codes, linear: LinearSpec) -> Any:
-        """Of the codes of each token, [..., 1]."""
+        """Sums of the codes of each token, [..., 1]."""
         import openvino.opset13 as op
 
         def make() -> Any:
-            # As a product with ones: a reduction of integers takes up to a tenth of the time of the layer itself.
+            # By a product with ones: a reduction of integers takes up to a tenth of the time of the layer itself.
             ones = op.multiply(op.convert(_int8(torch.ones(_ROWS, linear.weight.columns, dtype=torch.int8)), "f32"),
                                _constant(torch.ones(_ROWS, 1)))  # fmt: skip
             columns = linear.weight.columns
-            # Moved down before it is stored: with a bf16 hint it is stored in eight digits.
+            # Shifted down before it is stored: with a bf16 hint it is stored with eight bits of precision.
             shift = _constant(torch.full((_ROWS,), -float(MIDDLE * columns)))
             if codes.offset is None:
                 shift.set_friendly_name(linear.name + SUMS + SHIFT)
@@ -129,7 +129,7 @@ class Builder:
         return self._once(codes.values, ("sums",), make)
 
     def weight(self, linear: LinearSpec) -> Any:
-        """The dequantized weight [N, K] as the pattern that the plugin knows."""
+        """The dequantized weight [N, K] in the pattern that the plugin recognizes."""
         import openvino.opset13 as op
 
         kernel, weight = linear.kernel, linear.weight
@@ -169,7 +169,7 @@ def _round(x: Any, linear: LinearSpec, static: float | None) -> _Codes:
         return _Codes(_to_u8(values, -MIDDLE), static_scale=static)
     high, low = op.reduce_max(x, _shape(-1), True), op.reduce_min(x, _shape(-1), True)
     if fmt.symmetric:
-        # Two reductions are faster than one of magnitudes, which would have to be stored first.
+        # Two reductions are faster than one of magnitudes, which would be stored first.
         largest = op.maximum(high, op.negative(low))
         scale = op.maximum(op.multiply(largest, _scalar(1 / top)), _scalar(_SMALLEST))
         return _Codes(_to_u8(op.divide(x, scale), -MIDDLE), scale)
@@ -180,7 +180,7 @@ def _round(x: Any, linear: LinearSpec, static: float | None) -> _Codes:
 
 
 def _to_u8(values: Any, bottom: int) -> Any:
-    """Rounded, and moved from [bottom, bottom + 255] to [0, 255]; the plugin keeps them as u8."""
+    """Rounds, and shifts from [bottom, bottom + 255] to [0, 255]; the plugin stores the result as u8."""
     import openvino.opset13 as op
 
     ends = [_scalar(end) for end in (bottom, bottom + 255, 0, 255)]
@@ -188,7 +188,7 @@ def _to_u8(values: Any, bottom: int) -> Any:
 
 
 def unrounded(model: Any) -> Any:
-    """A copy of a graph in which ``graph`` layers multiply their inputs as they are, to check everything else by."""
+    """A copy of a graph in which ``graph`` layers do not round their inputs, to check all other operations."""
     import openvino as ov
 
     model = model.clone()
@@ -207,17 +207,17 @@ def _int8(codes: Tensor) -> Any:
 
 
 def _integers(codes: Tensor, storage: str, shape: list[int]) -> Any:
-    """int8 ``codes`` as a Constant of 4 or 8 bits; unsigned ones are moved up by half of the range."""
+    """int8 ``codes`` as a Constant of 4 or 8 bits; unsigned ones are shifted up by half of the range."""
     import openvino as ov
 
     bits = int(storage[1:])
     flat = codes.detach().cpu().reshape(1, -1)
     if storage.startswith("u"):
-        data = pack(flat, bits)  # ditq packs codes + 2^(b-1), the low nibble first: what OpenVINO calls unsigned
+        data = pack(flat, bits)  # ditq packs codes + 2^(b-1), low nibble first, like OpenVINO's unsigned types
     else:
-        data = flat if bits == 8 else pack(flat, 4) ^ 0x88  # two's complement: the sign bit of a nibble is flipped
+        data = flat if bits == 8 else pack(flat, 4) ^ 0x88  # two's complement: flips the sign bit of each nibble
     kind = getattr(ov.Type, storage)
-    # Not shared: a constant that aliases memory which is freed later becomes garbage without an error.
+    # A copy: a constant that aliases memory becomes garbage without an error when that memory is freed.
     return ov.op.Constant(ov.Tensor(data.numpy().reshape(-1), ov.Shape(shape), kind), shared_memory=False)
 
 
@@ -247,7 +247,7 @@ def _balance(x: Any, linear: LinearSpec) -> Any:
     factor = factor * signs(columns, rotation.seed) / rotation.block**0.5
     outer, inner = split(rotation.block)
     scaled = op.multiply(x, _constant(factor))
-    lead = [0] * (x.get_partial_shape().rank.get_length() - 1)  # 0: this axis as it was
+    lead = [0] * (x.get_partial_shape().rank.get_length() - 1)  # 0: this axis keeps its size
     # With H = kron(A, B) and a block of x as a matrix V [outer, inner]: v H = A^T V B.
     v = op.reshape(scaled, _shape(*lead, columns // inner, inner), True)
     v = op.matmul(v, _constant(hadamard_matrix(inner)), False, False)
@@ -260,8 +260,8 @@ def _balance(x: Any, linear: LinearSpec) -> Any:
 def split(order: int) -> tuple[int, int]:
     """Orders of A and B in H = kron(A, B) of this order, B a power of two: the split with the fewest operations.
 
-    A product with H by its factors costs outer + inner multiplications a channel; as one matrix it costs ``order``,
-    in floats, which for the widths of today's models is more than the layer itself.
+    A product with the factors of H costs outer + inner float multiplications per channel. A product with H as one
+    matrix costs ``order``, which for the widths of current models is more than the layer itself.
     """
     powers = [2**i for i in range((order & -order).bit_length())]
     splits = [(order // inner, inner) for inner in powers if is_supported(order // inner)]

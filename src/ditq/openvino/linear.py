@@ -1,19 +1,19 @@
-"""One quantized linear layer as OpenVINO's CPU plugin executes it: which of its kernels, and the reference for it.
+"""One quantized linear layer in OpenVINO's CPU plugin: the choice of its kernel, and the reference for it.
 
 The plugin has two ways to multiply 8-bit integers, and ditq chooses one for each layer:
 
 * ``graph``: the graph itself rounds the input to 8-bit codes (scales from reductions, or static ones), the plugin
-  multiplies u8 by i8 codes in int32, the graph rescales. Exactly what the plan says, for any scales of whole
-  tokens, and the faster one. Weights take 8 bits each.
-* ``plugin``: a product with integer weights that are dequantized in the graph becomes one node that holds them as
-  they are, 4 bits too, and quantizes its input at run time: symmetric, 8 bits, a scale for every token and every
-  G channels. It does so only if every one of its conditions holds; otherwise it multiplies floats, three times
-  slower and without a word. The conditions, found by experiment with OpenVINO 2026.4:
+  multiplies u8 by i8 codes in int32, and the graph rescales. This follows the plan exactly, for any scales of whole
+  tokens, and is the faster way. Weights take 8 bits each.
+* ``plugin``: the plugin turns a product with weights that are dequantized in the graph into one node. The node stores
+  the integer weights, 4-bit ones too, and quantizes its input at run time: symmetric, 8 bits, a scale for every token
+  and every G channels. If one of its conditions does not hold, it silently multiplies floats, three times slower. The
+  conditions, determined by experiment with OpenVINO 2026.4:
   G = DYNAMIC_QUANTIZATION_GROUP_SIZE, one number for a whole model, is a multiple of 16 and at most K; groups of
   weights are whole multiples of G; weights are u8 or u4 with zero points of the same type, or i8 or i4 without;
   there is more than one output, and the CPU has VNNI.
 
-``ditq.openvino.probe`` proves for every kernel that the integers were really multiplied.
+``ditq.openvino.probe`` proves for every kernel that it multiplies integers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ditq.numerics.grid import Granularity
 Storage = Literal["i8", "u8", "i4", "u4"]
 Activations = Literal["float", "plugin", "graph"]
 
-# What follows the name of a layer in the names of its other nodes.
+# Suffixes of a layer's name in the names of its other nodes.
 BIAS, CLIP, SHIFT, SUMS = "/bias", "/clip", "/shift", "/sums"
 
 # The smallest number of input channels, and the unit of groups, that the plugin itself quantizes.
@@ -40,14 +40,14 @@ STEP = 16
 
 @dataclass(frozen=True)
 class Kernel:
-    """What decides how the plugin executes a linear layer; the probe tries every kernel once.
+    """The properties that determine how the plugin executes a linear layer; the probe runs every kernel once.
 
     Attributes:
         columns: K, input features.
         rows: N, output features.
         storage: element type of the weight; unsigned ones have zero points.
-        weight_group: input channels that share a weight scale, None for all of them.
-        activations: who rounds them; "float" for nobody: the kernel is built such that it multiplies floats.
+        weight_group: input channels that share a weight scale; None: all of them.
+        activations: where they are rounded; "float": nowhere, and the kernel multiplies floats.
     """
 
     columns: int
@@ -63,7 +63,7 @@ class Kernel:
 
     @property
     def element_type(self) -> str:
-        """Of the weight as the compiled graph holds it: the graph subtracts zero points after the product."""
+        """Element type of the weight in the compiled graph, which subtracts zero points after the product."""
         return "i8" if self.activations == "graph" else self.storage
 
     def __str__(self) -> str:
@@ -78,8 +78,8 @@ class LinearSpec:
     Attributes:
         weight: codes, scales and zero points.
         bias: float [N] or None.
-        activation: the planned format of the input, None for 16 bit.
-        smooth: s, float32 [K], where the layer itself divides by it; None where that was folded.
+        activation: the planned format of the input; None: 16 bit.
+        smooth: s, float32 [K], if the layer itself divides by it; None if it was folded.
         rotation: R or None.
         input_scale: float32 [1, 1] of static activations, else None.
     """
@@ -96,7 +96,7 @@ class LinearSpec:
     def kernel(self) -> Kernel:
         fmt, activations = self.weight.format, self._activations()
         width = 4 if fmt.bits <= 4 and activations != "graph" else 8
-        # A float kernel has a zero point that is no integer: it keeps the plugin from quantizing the input.
+        # A float kernel has a zero point that is not an integer, which keeps the plugin from quantizing the input.
         signed = fmt.symmetric and activations != "float"
         return Kernel(
             self.weight.columns,
@@ -117,22 +117,22 @@ class LinearSpec:
             return "float"
         if self.weight_group or self.activation.group_size:
             return "plugin"
-        # Four bits stay four bits in memory only where the plugin rounds the input.
+        # Weights stay in four bits in memory only if the plugin rounds the input.
         small = self.weight.format.bits <= 4 and self.weight.columns >= STEP and len(self.weight.packed) > 1
-        return "plugin" if small and _as_the_plugin_does(self.activation) else "graph"
+        return "plugin" if small and _is_plugin_format(self.activation) else "graph"
 
 
-def _as_the_plugin_does(activation: Grid) -> bool:
+def _is_plugin_format(activation: Grid) -> bool:
     return activation.dynamic and activation.bits == 8 and activation.symmetric
 
 
 def why_inexact(linear: LinearSpec) -> str | None:
     """Why OpenVINO cannot quantize the input of a layer as planned, or None.
 
-    It may quantize more finely (groups of channels instead of tokens, tokens instead of tensors), never more coarsely.
+    A finer granularity is allowed (groups of channels for tokens, tokens for tensors), but not a coarser one.
     """
     activation = linear.activation
-    if activation is None or linear.kernel.activations == "graph" or _as_the_plugin_does(activation):
+    if activation is None or linear.kernel.activations == "graph" or _is_plugin_format(activation):
         return None
     if not activation.dynamic:
         return "with groups the CPU plugin scales activations at run time, not by static scales"
@@ -150,7 +150,7 @@ def balance(x: Tensor, linear: LinearSpec) -> Tensor:
 
 
 def dequantized(linear: LinearSpec) -> Tensor:
-    """The weight's values, float32 [N, K], with respect to the balanced input."""
+    """The weight's values, float32 [N, K], for the balanced input."""
     fmt = linear.weight.format
     codes = unpack(linear.weight.packed, fmt.bits, linear.weight.columns)
     return dequantize(Quantized(codes, linear.weight.scale, linear.weight.zero_point, fmt))
@@ -159,29 +159,29 @@ def dequantized(linear: LinearSpec) -> Tensor:
 def emulate(
     x: Tensor, linear: LinearSpec, group_size: int, dtype: torch.dtype = torch.float64, rounded: bool = True
 ) -> Tensor:
-    """What the plugin computes, in plain torch: the reference of the probe, of exports and of tests.
+    """The plugin's output in plain torch: the reference for the probe, for exports and for tests.
 
     Args:
         x: [..., K].
-        group_size: G, for layers whose input the plugin rounds; 0 leaves it as it is there.
-        dtype: of sums and products. Activation codes are found in float32, as the plugin does.
-        rounded: False for a product with the input as it is.
+        group_size: G, for layers whose input the plugin rounds; 0: it is not rounded.
+        dtype: of sums and products. Activation codes are computed in float32, as in the plugin.
+        rounded: whether the input is rounded.
 
     Returns:
         [..., N] in ``dtype``.
     """
     x = balance(x, linear)
-    how = linear.kernel.activations if rounded else "float"
-    if how == "plugin" and group_size:
+    activations = linear.kernel.activations if rounded else "float"
+    if activations == "plugin" and group_size:
         x = _values_by_plugin(x, group_size)
-    elif how == "graph":
+    elif activations == "graph":
         x = _values_by_graph(x, linear)
     y = x.to(dtype) @ dequantized(linear).to(dtype).T
     return y if linear.bias is None else y + linear.bias.to(dtype)
 
 
 def _values_by_graph(x: Tensor, linear: LinearSpec) -> Tensor:
-    """``x`` [..., K] rounded as planned, with a scale per token where the plan says one per tensor."""
+    """``x`` [..., K] rounded as planned, but with a scale per token if the plan has one dynamic scale per tensor."""
     fmt = linear.activation
     assert fmt is not None
     rows = x.reshape(-1, x.shape[-1])

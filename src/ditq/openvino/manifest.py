@@ -1,4 +1,4 @@
-"""The small JSON file beside an exported model: how to call it, and how each linear layer is to be executed."""
+"""The small JSON file of an exported model: its arguments, and the kernel of each linear layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Strict(BaseModel):
 
 
 class Input(_Strict):
-    """A tensor argument, or a tensor inside one (``"rotary.0"``). ``shape`` has None for sizes that may change."""
+    """A tensor argument, or a tensor inside an argument (``"rotary.0"``). ``shape`` has None for variable sizes."""
 
     name: Annotated[str, Field(min_length=1)]
     dtype: DType
@@ -32,10 +32,10 @@ class Input(_Strict):
 
 
 class Layer(_Strict):
-    """A linear layer: its kernel, or None where it keeps floating-point weights; ``reason`` says why not int8.
+    """A linear layer: its kernel, or None with floating-point weights; ``reason`` says why it is not int8.
 
-    ``twin`` names the first layer with the same weights, bit for bit (DiT has a copy of its embedders in every block):
-    OpenVINO computes both at once where their inputs are one tensor.
+    ``twin`` names the first layer with bitwise equal weights (DiT has a copy of its embedders in every block).
+    OpenVINO computes both at once if they read the same tensor.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -55,17 +55,17 @@ class Layer(_Strict):
 
 
 class Segment(_Strict):
-    """One compiled graph: a whole stack of blocks, or one block of a stack that is no plain chain.
+    """One compiled graph: a whole stack of blocks, or one block of a stack that is not a plain chain.
 
     Attributes:
-        place: the module it stands for, ``"transformer_blocks"`` or ``"transformer_blocks.3"``.
+        place: the module it replaces, ``"transformer_blocks"`` or ``"transformer_blocks.3"``.
         file: of the graph, in the same folder.
         parameters: names of the arguments of the block's forward, in order.
-        constants: arguments that are no tensors; a call must give the same.
-        returns: what a call returns the ``outputs`` tensors in.
-        digests: of the graph's files, see :func:`ditq.openvino.export.digest`.
-        kept: modules of the first block that the model calls too; they stay torch modules.
-        attentions: how many of them multiply queries and keys of 8 bits.
+        constants: arguments that are not tensors; a call must pass the same values.
+        returns: the type in which a call returns the ``outputs`` tensors.
+        digests: of the graph's files, by name.
+        kept: modules of the first block that the model itself calls too; they stay torch modules.
+        attentions: number of attentions with 8-bit queries and keys.
     """
 
     place: Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]
@@ -82,11 +82,11 @@ class Segment(_Strict):
 
 
 class Manifest(_Strict):
-    """Everything about an exported transformer that its graphs do not say.
+    """The facts about an exported transformer that its graphs do not contain.
 
     Attributes:
         openvino: version that wrote the graphs.
-        group_size: channels of a token that share an activation scale where OpenVINO rounds the input; 0 if nowhere.
+        group_size: channels of a token that share an activation scale if OpenVINO rounds the input; 0: it rounds none.
     """
 
     format_version: Literal[2] = 2
@@ -99,7 +99,7 @@ class Manifest(_Strict):
     def _places_are_unique(self) -> Self:
         places = [segment.place for segment in self.segments]
         if len(set(places)) < len(places) or len({segment.file for segment in self.segments}) < len(places):
-            raise ValueError("two segments have one place or one file")
+            raise ValueError("two segments have the same place or file")
         return self
 
     def write(self, folder: Path) -> None:
@@ -110,7 +110,7 @@ class Manifest(_Strict):
         """Reads and validates.
 
         Raises:
-            CheckpointError: there is none, a field is wrong (which is named), or it is newer than this ditq.
+            CheckpointError: the file is missing, a field is invalid (which is named), or it is newer than this ditq.
         """
         path = folder / FILE
         try:

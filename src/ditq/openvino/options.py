@@ -1,8 +1,9 @@
-"""What is chosen when a pipeline is exported, in the words of the API, the CLI and the ``engine`` field of a config.
+"""Options of an export, by the names of the API, the CLI and the ``engine`` field of a config.
 
-* ``shapes``: "dynamic" compiles one graph for calls of any size, "static" another for each size that comes.
-* ``attention``: how its products are computed. "f32" as everything else in float32; "bf16" where they are long, with
-  static shapes; "auto": bf16 on CPUs that have the instructions; "int8": queries and keys in 8 bits, else as "auto".
+* ``shapes``: "dynamic" compiles one graph for calls of any size, "static" compiles a graph for each size.
+* ``attention``: how its products are computed. "f32": in float32, like all other operations; "bf16": long ones in
+  bf16, with static shapes; "auto": bf16 on CPUs with bf16 instructions; "int8": queries and keys in 8 bits, the rest
+  as with "auto".
 """
 
 from __future__ import annotations

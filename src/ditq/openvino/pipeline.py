@@ -1,4 +1,4 @@
-"""A whole pipeline's folder: graphs beside the weights of its transformers, and of what else can be graphs."""
+"""Exports a whole pipeline's folder: graphs of its transformers and, optionally, of its other components."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ditq.openvino import attention_ranges, components
 from ditq.openvino.export import export
 from ditq.sampling import first_call
 
-# Of prompts for attention in 8 bits: maxima hardly grow after the first few.
+# The largest number of prompts for attention in 8 bits: maxima hardly grow after the first few.
 MOST_PROMPTS = 16
 
 
@@ -33,17 +33,17 @@ def export_pipeline(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> str:
-    """Writes graphs into a copy of a pipeline's folder, and the engine that runs them into the configs.
+    """Writes graphs into a copy of a pipeline's folder, and sets their engine in the configs.
 
     Args:
-        pipe: the pipeline of that folder, executed by torch; it stays as it is.
+        pipe: the pipeline of that folder, executed by torch; it is not changed.
         root: the copy; ``root/transformer/openvino`` and so on are written.
         engine: the ``engine`` field of the configs, see ``ditq.checkpoint.backend.DitqConfig``.
-        quantized: components that ditq has quantized; another transformer stays in torch.
+        quantized: components quantized by ditq; any other transformer stays in torch.
         condition, prompts, whole_pipeline, allow_float, seed, progress: see :func:`ditq.export`.
 
     Returns:
-        How the layers of each component are executed, as text.
+        The execution of the layers of each component, as text.
 
     Raises:
         UsageError, DitqError: see :func:`ditq.export`.
@@ -51,7 +51,7 @@ def export_pipeline(
     labels = list(getattr(pipe, "labels", None) or {})
     texts = architecture.pipeline.condition != "class_labels"
     example = condition or ("an image" if texts else next(iter(labels), "0"))
-    # Experts of one pipeline are called with the same arguments, so the first one's call is an example for all.
+    # Experts of one pipeline are called with the same arguments, so the call of the first one is an example for all.
     call = first_call(pipe, architecture, [example])
     names, lines = transformer_names(pipe), []
     for name in names:
@@ -60,7 +60,7 @@ def export_pipeline(
             continue
         largest = None
         if engine["attention"] == "int8":
-            largest = attention_ranges.drawn(
+            largest = attention_ranges.sampled_ranges(
                 pipe, architecture, _calibration(prompts, labels), component=name, seed=seed, progress=progress
             )
         graphs = _empty(root / name / str(engine["name"]))
@@ -70,16 +70,16 @@ def export_pipeline(
         _set_engine(root / name / "config.json", engine)
         lines.append(f"{name}: {report.summary()}" if len(names) > 1 else report.summary())
     if whole_pipeline:
-        rest = components.export_components(pipe, root, {**engine, "attention": "f32"})
-        lines += [f"{name}: {f'stays in torch: {why}' if why else 'in floats'}." for name, why in rest.items()]
+        others = components.export_components(pipe, root, {**engine, "attention": "f32"})
+        lines += [f"{name}: {f'stays in torch: {why}' if why else 'in floats'}." for name, why in others.items()]
     return "\n".join(lines)
 
 
 def _calibration(prompts: Sequence[str] | None, labels: Sequence[str]) -> list[str]:
-    """Those given, or evenly spread classes; at most :data:`MOST_PROMPTS`."""
+    """The prompts, or evenly spaced classes; at most :data:`MOST_PROMPTS`."""
     chosen = list(prompts or labels[:: max(1, len(labels) // MOST_PROMPTS)])[:MOST_PROMPTS]
     if not chosen:
-        raise UsageError("attention='int8' finds scales by drawing: pass prompts=[...] (--prompts FILE).")
+        raise UsageError("attention='int8' computes scales from samples: pass prompts=[...] (--prompts FILE).")
     return chosen
 
 
@@ -90,7 +90,7 @@ def _empty(folder: Path) -> Path:
 
 
 def _set_engine(path: Path, engine: Mapping[str, Any]) -> None:
-    """Names the engine in the config of a quantized component; its plan stays as it is."""
+    """Sets the engine in the config of a quantized component; its plan is not changed."""
     content = json.loads(path.read_text())
     plan = {k: v for k, v in content["quantization_config"].items() if k not in ("quant_method", "engine")}
     content["quantization_config"] = {"quant_method": "ditq", "engine": dict(engine), **plan}

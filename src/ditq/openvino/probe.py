@@ -1,4 +1,4 @@
-"""Proof that the CPU plugin multiplies integers: its runtime graph looks the same when it multiplies floats."""
+"""Proves that the CPU plugin multiplies integers, since its runtime graph looks the same if it multiplies floats."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ditq.openvino.settings import PRECISION, compile_config
 
 Execution = Literal["int8", "float"]
 
-# What OpenVINO appends to the name of a product when it moves the scales of weights behind it.
+# The suffix that OpenVINO appends to a product's name when it moves the weight scales after it.
 _RESCALED = "/DequantizationMultiply"
 
-# Rows of a probe; more than one block of the plugin's loops, and no multiple of one.
+# Rows of a probe: more than one block of the plugin's loops, and not a multiple of one.
 ROWS = 19
 
 
 @cache
 def core() -> Any:
-    """OpenVINO's entry point; one per process, since each one has caches and threads of its own."""
+    """OpenVINO's entry point; one per process, since each has separate caches and threads."""
     import openvino as ov
 
     return ov.Core()
@@ -35,16 +35,16 @@ def core() -> Any:
 
 @cache
 def execution(kernel: Kernel, group_size: int, precision: str = "f32") -> Execution:
-    """Compiles one layer and tells from its output, or its edges, how it was executed.
+    """Compiles one layer and determines from its output, or its edges, how it was executed.
 
-    The input is made such that 8-bit codes have no ties and are exact in bf16, but far from the input:
-    in every group of ``group_size`` channels one value of 127 * 2^k sets the scale to 2^k, all others are odd.
-    Where the plugin rounds the input, integer execution then differs from float execution by percents, and from its
-    emulation by nothing but the rounding of float32 (or bf16) outputs. Where the graph does, the input is rounded
-    either way: there the plugin must take it as u8, which it has no other kernels for.
+    The input is constructed such that 8-bit codes have no ties and are exact in bf16, but far from the input: in every
+    group of ``group_size`` channels one value of 127 * 2^k sets the scale to 2^k, and all others are odd. If the
+    plugin rounds the input, integer execution then differs from float execution by percents, and from its emulation
+    only by the rounding of float32 (or bf16) outputs. If the graph rounds it, both executions round; then the plugin
+    must read u8, for which it has integer kernels only.
 
     Raises:
-        DitqError: the output is neither that of the integers nor that of the floats: a wrong result.
+        DitqError: the output is neither that of integers nor that of floats, so it is wrong.
     """
     import openvino as ov
     import openvino.opset13 as op
@@ -58,17 +58,17 @@ def execution(kernel: Kernel, group_size: int, precision: str = "f32") -> Execut
         "float": relative_error(emulate(x, linear, group_size, rounded=False), y),
         "int8": relative_error(emulate(x, linear, group_size), y),
     }
-    found = min(errors, key=lambda name: errors[name])
-    if not errors[found] < (1e-5 if precision == "f32" else 5e-3):
+    closest = min(errors, key=lambda name: errors[name])
+    if not errors[closest] < (1e-5 if precision == "f32" else 5e-3):
         raise DitqError(
             f"OpenVINO {ov.__version__} computes a linear layer ({kernel}) wrongly on this CPU: its output differs by "
             f"{errors['int8']:.1e} from integer products and by {errors['float']:.1e} from float products."
         )
-    return found if multiplies(compiled, {linear.name: kernel})[linear.name] else "float"
+    return closest if multiplies(compiled, {linear.name: kernel})[linear.name] else "float"
 
 
 def multiplies(compiled: Any, kernels: Mapping[str, Kernel]) -> dict[str, bool]:
-    """Whether layers of a compiled graph have the operands of their kernels: integers that no pass has expanded.
+    """Whether layers of a compiled graph have the integer operands of their kernels, not expanded by any pass.
 
     Args:
         kernels: by the name of the layer.
@@ -89,7 +89,7 @@ def multiplies(compiled: Any, kernels: Mapping[str, Kernel]) -> dict[str, bool]:
 
 
 def synthetic(kernel: Kernel, group_size: int) -> tuple[LinearSpec, Tensor]:
-    """A layer with this kernel and random integers, and an input [ROWS, K] that tells integers from floats."""
+    """A layer with this kernel and random integers, and an input [ROWS, K] that distinguishes integers from floats."""
     generator = torch.Generator().manual_seed(0)
     bits = int(kernel.storage[1:])
     symmetric = kernel.storage.startswith("i")
@@ -119,5 +119,5 @@ def synthetic(kernel: Kernel, group_size: int) -> tuple[LinearSpec, Tensor]:
     x = 2.0 * torch.randint(-10, 10, (ROWS, kernel.columns), generator=generator) + 1
     for i, begin in enumerate(range(0, kernel.columns, step)):
         x[:, begin] = 127 * 2.0 ** (2 + i % 3)
-    x[0] = 127 * 4  # with weight 0 the largest sum that there is: instructions that saturate would cut it
+    x[0] = 127 * 4  # with weight 0 the largest possible sum, which saturating instructions would clip
     return LinearSpec("probe", weight, None, activation if kernel.integer else None), x

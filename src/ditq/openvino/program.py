@@ -1,4 +1,4 @@
-"""A graph that runs: compiled once for calls of any size, or for the size of the calls that come."""
+"""A compiled graph: compiled once for calls of any size, or for the sizes of the calls."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ditq.openvino.settings import PRECISION
 
 logger = logging.getLogger(__name__)
 
-# Sizes that a static program compiles for before it gives up: compiling takes seconds.
+# The largest number of sizes that a static program compiles for: compiling takes seconds.
 MOST_SIZES = 4
 
-# Bytes of constants of which a copy for every size is no matter.
+# Graphs with at most this many bytes of constants are kept for every size.
 SMALL = 2**27
 
 
 class Program:
-    """One ``openvino.Model`` and what it is compiled to.
+    """One ``openvino.Model`` and its compiled graph.
 
-    With ``shapes="static"`` the graph is compiled anew for the sizes of a call, unless those of the last call were
-    the same: it then runs faster (small images by a third), and the first call of a size takes seconds. Of a large
-    graph only the last compilation is kept, so that its weights are in memory once. A model that is called in many
-    sizes goes back to one graph for all of them. ``half`` has attention over many keys computed in bf16, in graphs
-    that are compiled for a size.
+    With ``shapes="static"`` the graph is compiled for the sizes of a call, unless the last call had the same sizes.
+    It then runs faster (small images by a third), and the first call of a size takes seconds. Of a large graph only
+    the last compilation is kept, so that its weights are in memory once. A model that is called in many sizes falls
+    back to one graph for all of them. With ``half``, graphs compiled for a size compute attention over many keys in
+    bf16.
 
-    With the hint of bf16 outputs are in bf16 too: OpenVINO keeps whatever adds up to an output in its type, which
-    for a stack of blocks is the whole residual stream, and then converts it forth and back around every layer.
+    With the bf16 hint outputs are in bf16 too. Otherwise OpenVINO keeps all terms of an output in the output's type,
+    which for a stack of blocks is the whole residual stream, and converts them back and forth around every layer.
 
-    Outputs are copies. A lock serializes calls from several threads, since a request of OpenVINO serves one.
+    Outputs are copies. A lock serializes calls from several threads, since an OpenVINO request serves one.
     """
 
     def __init__(self, graph: Any, config: Mapping[str, str], shapes: Shapes = "dynamic", half: bool = False) -> None:
@@ -49,15 +49,15 @@ class Program:
         self.small = sum(node.get_byte_size() for node in constants) <= SMALL
         self._lock = threading.Lock()
         if self.config.get(PRECISION) == "bf16":
-            _give_bf16(graph)
+            _convert_outputs(graph)
         self._use(core().compile_model(graph, "CPU", self.config))
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Runs once."""
+        """Runs the graph once."""
         with self._lock:
             if self._graph is not None:
                 self._fit({name: tuple(x.shape) for name, x in inputs.items()})
-            # Inputs are read where they are; outputs are copied, the next call overwrites them.
+            # Inputs are not copied; outputs are, because the next call overwrites them.
             feed = {name: x.numpy() for name, x in inputs.items()}
             self._request.infer(feed, share_inputs=True, share_outputs=True)
             return [_copied(self._request.get_output_tensor(i)) for i in range(len(self.compiled.outputs))]
@@ -67,7 +67,7 @@ class Program:
         self._request = compiled.create_infer_request()
 
     def _fit(self, sizes: Mapping[str, tuple[int, ...]]) -> None:
-        """Compiles for these sizes, or for all where they change too often."""
+        """Compiles for these sizes, or for all sizes if they change too often."""
         import openvino as ov
 
         if (key := tuple(sizes[name] for name in sorted(sizes))) in self._kept:
@@ -78,7 +78,7 @@ class Program:
         if self._compilations == MOST_SIZES:
             logger.warning(
                 "The transformer was called in more than %d sizes, and compiled for each; from now on one graph "
-                "serves all sizes. Export with shapes='dynamic' to have that from the start.",
+                "serves all sizes. Export with shapes='dynamic' to avoid the compilations.",
                 MOST_SIZES,
             )
             self._graph, self.shapes = None, "dynamic"
@@ -90,13 +90,13 @@ class Program:
             self._compilations += 1
         if not self.small:
             self._kept.clear()
-        del self._request, self.compiled  # old weights that are not kept go before the new ones come
+        del self._request, self.compiled  # frees old weights before the new ones are allocated
         self._use(core().compile_model(graph, "CPU", self.config))
         if self._graph is not None:
             self._kept[key] = self.compiled
 
 
-def _give_bf16(graph: Any) -> None:
+def _convert_outputs(graph: Any) -> None:
     """Converts the float outputs of an ``openvino.Model`` to bf16, in place."""
     import openvino.opset13 as op
 
@@ -107,7 +107,7 @@ def _give_bf16(graph: Any) -> None:
 
 
 def _copied(tensor: Any) -> Tensor:
-    """An ``openvino.Tensor`` as torch's own; numpy has no bf16."""
+    """A copy of an ``openvino.Tensor`` as a torch tensor; numpy does not have bf16."""
     if tensor.element_type.get_type_name() == "bf16":
         return torch.from_numpy(tensor.data.view(np.int16)).view(torch.bfloat16).clone()
     return torch.from_numpy(tensor.data).clone()

@@ -1,4 +1,4 @@
-"""Whether OpenVINO takes a user's properties: asked before the work, on a graph of one operation."""
+"""Checks a user's OpenVINO properties before an export, on a graph of one operation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_properties(properties: Mapping[str, str | int]) -> None:
         properties: by OpenVINO's names, as for :func:`ditq.openvino.export.load`.
 
     Raises:
-        UsageError: an unknown name, a value that it cannot have, or one that follows from the plan.
+        UsageError: an unknown name, an invalid value, or a property that follows from the plan.
         DitqError: OpenVINO is not available here.
     """
     if not properties:
@@ -38,5 +38,5 @@ def check_properties(properties: Mapping[str, str | int]) -> None:
         for name in properties:
             if name not in known and name in str(error):
                 raise unknown("property of OpenVINO", name, known) from error
-        given = ", ".join(f"{name}={value}" for name, value in properties.items())
-        raise UsageError(f"OpenVINO refuses the options {given}: {first_line(error)}") from error
+        options = ", ".join(f"{name}={value}" for name, value in properties.items())
+        raise UsageError(f"OpenVINO refuses the options {options}: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""Whether OpenVINO can run here: the runtime executes whole transformers, so it is no engine for single linears."""
+"""Whether OpenVINO can run here. It executes whole transformers, so it is a runtime, not an engine for linears."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NOTE = "runs exported pipelines on a CPU: ditq export DIR --out DIR"
 
 
 def why_unavailable() -> str | None:
-    """Why OpenVINO cannot execute integers on this machine (with the way out), or None."""
+    """Why OpenVINO cannot execute integers on this machine, and what to do about it; or None."""
     if importlib.util.find_spec("openvino") is None:
         return "OpenVINO is not installed: pip install 'ditq[openvino]'"
     return _why_no_integers()
@@ -31,16 +31,16 @@ def require() -> None:
 
 @cache
 def _why_no_integers() -> str | None:
-    """Compiles one small layer, as only OpenVINO can tell whether it has integer kernels for this CPU."""
+    """Compiles one small layer: only OpenVINO itself shows whether it has integer kernels for this CPU."""
     import openvino as ov
 
     from ditq.openvino.linear import Kernel
     from ditq.openvino.probe import execution
 
     try:
-        found = execution(Kernel(64, 32, "i8"), 64)
+        executed = execution(Kernel(64, 32, "i8"), 64)
     except RuntimeError as error:  # no CPU plugin for this machine, or one that cannot compile a product
         return f"OpenVINO {ov.__version__} cannot run here: {str(error).strip().splitlines()[0]}"
-    if found == "float":
+    if executed == "float":
         return f"OpenVINO {ov.__version__} has no 8-bit products for this CPU (it needs AVX2-VNNI or AVX512-VNNI)"
     return None

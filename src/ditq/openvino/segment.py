@@ -1,4 +1,4 @@
-"""One graph: which blocks it holds, how it is called, and whether it computes what they compute."""
+"""One graph: its blocks, its arguments, and the check that it computes the same as the blocks."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from ditq.openvino.program import Program
 from ditq.trace.arguments import leaves, parameters
 from ditq.trace.stacks import BlockCall, StackCall
 
-# Float32 rounding of a deep stack, far below what any wrong connection, weight or frozen size would cause.
+# Float32 rounding of a deep stack, far below the error of any wrong connection, weight or frozen size.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Check:
-    """A call of other sizes than the traced one.
+    """A call with other sizes than the traced one.
 
     Attributes:
-        exact: what the blocks return for it without any rounding of activations.
-        rounding: relative error of their outputs with the activations rounded as the graph rounds them.
+        exact: the outputs of the blocks without rounding of activations.
+        rounding: relative error of the outputs if activations are rounded as in the graph.
     """
 
     inputs: dict[str, Tensor]
@@ -43,26 +43,29 @@ class Check:
     rounding: tuple[float, ...]
 
     def run(self, place: str, in_floats: Program, in_integers: Program) -> None:
-        """Compares a graph, compiled for either way of multiplying, with the blocks it was made of.
+        """Compares a graph, compiled for float and for integer products, with its blocks.
 
-        In floats it must agree exactly: a size that the trace has frozen shows here. In integers it cannot, since
-        a rounding that falls on the other side moves all that follows; but its error must be that of rounding.
+        With floats it must agree up to float32 rounding, which detects sizes that the trace has frozen. With integers
+        it cannot, since one number rounded to the other side changes all following operations; but its error must be
+        that of rounding.
 
         Raises:
             DitqError: they differ.
         """
-        wrong = f"The OpenVINO graph of {place} does not compute what the model computes"
+        mismatch = f"The OpenVINO graph of {place} does not compute what the model computes"
         for program, share in ((in_floats, 0.0), (in_integers, 1.5)):
             try:
                 results = program(self.inputs)
             except RuntimeError as error:
-                raise DitqError(f"{wrong}: it takes inputs of one size only ({files.first_line(error)}).") from error
+                raise DitqError(
+                    f"{mismatch}: it takes inputs of one size only ({files.first_line(error)})."
+                ) from error
             for i, exact in enumerate(self.exact):
                 difference = relative_error(exact, results[i])
                 limit = TOLERANCE + share * self.rounding[i]
                 if not difference < limit:
                     raise DitqError(
-                        f"{wrong}: its relative error is {difference:.1e}, at most {limit:.1e} can be due to rounding."
+                        f"{mismatch}: its relative error is {difference:.1e}, rounding explains at most {limit:.1e}."
                     )
 
 
@@ -71,10 +74,10 @@ class Part:
     """Modules of a model that become one graph: blocks in a row, or a single module.
 
     Attributes:
-        place: the module that the graph will stand for.
-        blocks: the modules by their full names.
-        calls: of the first block, of different sizes; what is equal in both is fixed.
-        link: which output of a block is which argument of the next.
+        place: the module that the graph will replace.
+        blocks: the modules by full name.
+        calls: two calls of the first block with different sizes; sizes that are equal in both are fixed.
+        link: the index of a block's output, by the argument of the next block.
         kept: modules inside the first block that the model itself calls.
     """
 
@@ -86,7 +89,7 @@ class Part:
 
 
 def parts(model: nn.Module, stack: str, first: StackCall, second: StackCall) -> list[Part]:
-    """A stack as one part, if each block's output goes straight into the next; else as one for each block."""
+    """One part for a stack whose blocks are chained directly; otherwise one part for each block."""
     blocks: Any = model.get_submodule(stack)
     link = first.chain()
     chained = link is not None and link == second.chain()
@@ -116,33 +119,33 @@ def write_segment(
 
     Args:
         specs: the quantized linears of the model, by name.
-        reasons: why some of them have 16-bit activations although their plan says 8.
-        largest: of queries and keys, by blocks, where these are rounded, see
+        reasons: why some of them have 16-bit activations although their plan has 8-bit ones.
+        largest: ranges of queries and keys by block, if they are rounded, see
             :func:`ditq.openvino.attention_ranges.observed`.
 
     Raises:
-        DitqError: the blocks are called in a way that a graph cannot be.
+        DitqError: the blocks are called in a way that a graph does not support.
     """
     specs, reasons, place = specs or {}, reasons or {}, part.place
     call, other = part.calls
-    given, varied = leaves(call.arguments), leaves(other.arguments)
-    if given.keys() != varied.keys():
-        raise DitqError(f"{place} has other arguments in other calls; only their sizes may change.")
-    # What the output replaces comes first: it gives the output its dtype.
+    arguments, varied = leaves(call.arguments), leaves(other.arguments)
+    if arguments.keys() != varied.keys():
+        raise DitqError(f"{place} gets different arguments in different calls; only their sizes may change.")
+    # The argument that the output replaces comes first: it determines the output's dtype.
     tensors = sorted(
-        (name for name, v in given.items() if isinstance(v, Tensor)), key=lambda name: name not in part.link
+        (name for name, v in arguments.items() if isinstance(v, Tensor)), key=lambda name: name not in part.link
     )
-    constants = {name: value for name, value in given.items() if name not in tensors}
+    constants = {name: value for name, value in arguments.items() if name not in tensors}
     for name, value in constants.items():
         if not isinstance(value, Plain) or varied[name] != value:
             raise DitqError(
-                f"Argument {name!r} of {place} is no tensor and no constant ({value!r}, {varied[name]!r}): "
+                f"Argument {name!r} of {place} is neither a tensor nor a constant ({value!r}, {varied[name]!r}): "
                 "such blocks cannot be exported."
             )
-    shapes = {name: _open_shape(given[name], varied[name]) for name in tensors}
-    inputs, check = ({name: _plain(values[name]) for name in tensors} for values in (given, varied))
+    shapes = {name: _open_shape(arguments[name], varied[name]) for name in tensors}
+    inputs, check = ({name: _plain(values[name]) for name in tensors} for values in (arguments, varied))
     linears = [spec for name, spec in specs.items() if name.startswith(tuple(f"{block}." for block in part.blocks))]
-    attentions = [found for block in part.blocks for found in (largest or {}).get(block, ())]
+    attentions = [ranges for block in part.blocks for ranges in (largest or {}).get(block, ())]
     chain = Chain(list(part.blocks.values()), call, part.link, tensors, attentions)
     with traceable(part.blocks, linears):
         with emulated(linears, group_size):
@@ -170,17 +173,17 @@ def write_segment(
 def _kept(stack: str, numbers: range, calls: tuple[StackCall, StackCall]) -> tuple[str, ...]:
     """Modules inside these blocks that the model itself calls, relative to the first block."""
     names = sorted(calls[0].outside | calls[1].outside)
-    here = [name for name in names if int(name.partition(".")[0]) in numbers]
-    strays = [name for name in here if not name.startswith(f"{numbers[0]}.")]
-    if strays:
-        raise DitqError(f"The model calls {stack}.{strays[0]} itself; only modules of the first block can be kept.")
-    return tuple(name.partition(".")[2] for name in here)
+    in_part = [name for name in names if int(name.partition(".")[0]) in numbers]
+    later = [name for name in in_part if not name.startswith(f"{numbers[0]}.")]
+    if later:
+        raise DitqError(f"The model calls {stack}.{later[0]} itself; only modules of the first block can be kept.")
+    return tuple(name.partition(".")[2] for name in in_part)
 
 
 def _layers(
     blocks: Mapping[str, nn.Module], specs: Mapping[str, LinearSpec], reasons: Mapping[str, str]
 ) -> Iterator[Layer]:
-    known: dict[bytes, str] = {}
+    first_names: dict[bytes, str] = {}
     for prefix, block in blocks.items():
         for name, module in block.named_modules(prefix=prefix):
             if not isinstance(module, nn.Linear) or isinstance(module, TimestepLinear):
@@ -191,7 +194,7 @@ def _layers(
                 continue
             kernel = specs[name].kernel
             reason = "" if kernel.integer else reasons.get(name, "16-bit activations by the plan")
-            first = known.setdefault(_weights(specs[name]), name)
+            first = first_names.setdefault(_digest(specs[name]), name)
             yield Layer(
                 name=name, columns=columns, rows=rows, storage=kernel.storage,
                 weight_group=kernel.weight_group, activations=kernel.activations, reason=reason,
@@ -199,8 +202,8 @@ def _layers(
             )  # fmt: skip
 
 
-def _weights(spec: LinearSpec) -> bytes:
-    """A digest of everything that tells a layer from another one with the same kernel."""
+def _digest(spec: LinearSpec) -> bytes:
+    """A digest of everything that distinguishes layers with the same kernel."""
     weight = spec.weight
     digest = hashlib.sha256(repr((spec.kernel, weight.format, spec.activation, spec.rotation)).encode())
     for tensor in (weight.packed, weight.scale, weight.zero_point, spec.bias, spec.smooth, spec.input_scale):
@@ -209,12 +212,12 @@ def _weights(spec: LinearSpec) -> bytes:
 
 
 def _open_shape(a: Tensor, b: Tensor) -> tuple[int | None, ...]:
-    """Sizes that two examples share; None where they differ."""
+    """The shape of both examples, with None for sizes that differ."""
     return tuple(x if x == y else None for x, y in zip(a.shape, b.shape, strict=True))
 
 
 def _plain(value: Tensor) -> Tensor:
-    """As OpenVINO takes it: float32, int64 or bool, on the CPU."""
+    """The tensor in a type that OpenVINO takes: float32, int64 or bool, on the CPU."""
     dtype = torch.float32 if value.is_floating_point() else torch.bool if value.dtype == torch.bool else torch.int64
     return value.detach().to("cpu", dtype).contiguous()
 

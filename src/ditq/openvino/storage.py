@@ -1,4 +1,4 @@
-"""Graphs on disk: written, checked and compiled."""
+"""Writes, checks and compiles graphs on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write(graph: Any, folder: Path, place: str) -> dict[str, str]:
     path = folder / f"{place}.xml"
     shrink(graph)
     rewrite(graph)
-    ov.save_model(graph, str(path), compress_to_fp16=False)  # scales keep their float32
+    ov.save_model(graph, str(path), compress_to_fp16=False)  # scales stay float32
     return {name: digests.of_file(folder / name) for name in (path.name, path.with_suffix(".bin").name)}
 
 
@@ -40,16 +40,16 @@ def program(
     """The compiled graph of a segment.
 
     Args:
-        change: makes another graph of the one in the file.
-        half: long attention in bf16, see :class:`ditq.openvino.program.Program`.
+        change: transforms the graph from the file.
+        half: computes long attention in bf16, see :class:`ditq.openvino.program.Program`.
 
     Raises:
-        CheckpointError: a file is missing, was changed, or is not the graph that the manifest speaks of.
+        CheckpointError: a file is missing, was changed, or is not the graph of the manifest.
         UsageError: OpenVINO refuses a property.
     """
     for name, digest in segment.digests.items():
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}.")
+            raise CheckpointError(f"{folder} does not contain {name}.")
         if digests.of_file(folder / name) != digest:
             raise CheckpointError(f"{folder / name} was changed since it was exported, or is damaged.")
     path = folder / segment.file
@@ -61,7 +61,7 @@ def program(
     keep_bf16(graph)
     inputs = {name: port for port in graph.inputs for name in port.get_names()}
     if inputs.keys() != {spec.name for spec in segment.inputs} or len(graph.outputs) != segment.outputs:
-        raise CheckpointError(f"{path} does not have the inputs and outputs that {FILE} says.")
+        raise CheckpointError(f"{path} does not have the inputs and outputs listed in {FILE}.")
     try:
         return Program(graph if change is None else change(graph), config, shapes, half)
     except RuntimeError as error:
@@ -69,6 +69,6 @@ def program(
 
 
 def first_line(error: Exception) -> str:
-    """What OpenVINO says, without the places in its source."""
+    """The first line of an OpenVINO error, without positions in its source."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if line and not line.startswith(("Exception from", "Check '"))), "no reason")

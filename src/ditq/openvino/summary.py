@@ -1,4 +1,4 @@
-"""How every linear layer of an exported model is executed on this machine: proven, not assumed."""
+"""Determines how every linear layer of an exported model is executed on this machine, by proofs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Report:
     Attributes:
         executions: "int8" or "float" for each layer of ``layers``, by name.
         group_size: channels of a token that share an activation scale where OpenVINO rounds the input.
-        attentions: how many multiply 8-bit queries and keys.
+        attentions: number of attentions that multiply 8-bit queries and keys.
     """
 
     layers: tuple[Layer, ...]
@@ -48,19 +48,19 @@ class Report:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first two names of a list, and the number of further ones."""
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def examine(manifest: Manifest, programs: Iterable[Program], precision: str, allow_float: bool) -> Report:
-    """Probes every kernel of the model, and looks every layer up in the compiled graphs.
+    """Probes every kernel of the model, and looks up every layer in the compiled graphs.
 
-    A probe proves that a kernel multiplies integers; the graph shows that a layer still has the operands of that
-    kernel (a pass that expands them to floats would be seen there).
+    A probe proves that a kernel multiplies integers. The graph shows that a layer still has the operands of that
+    kernel (it would show a pass that expands them to floats).
 
     Raises:
         DitqError: a layer with 8-bit activations, or an attention with 8-bit queries and keys, would be executed in
-            floats, and that is not allowed.
+            floats, without ``allow_float``.
     """
     executions: dict[str, Execution] = {}
     failed: dict[str, list[str]] = {}
@@ -70,25 +70,23 @@ def examine(manifest: Manifest, programs: Iterable[Program], precision: str, all
         if multiplied < segment.attentions and not allow_float:
             raise DitqError(
                 f"On this CPU OpenVINO multiplies queries and keys as floats in {segment.attentions - multiplied} of "
-                f"{segment.attentions} attentions of {segment.place}. Export with another attention than int8."
+                f"{segment.attentions} attentions of {segment.place}. Export with an attention other than int8."
             )
         intact = multiplies(
             program.compiled, {layer.name: layer.kernel for layer in segment.layers if layer.kernel is not None}
         )
-        # Of copies of one layer the compiled graph has one, under the name of any of them.
+        # The compiled graph has one of several equal layers, under the name of any of them.
         executed = {layer.twin or layer.name for layer in segment.layers if intact.get(layer.name)}
         for layer in segment.layers:
             kernel = layer.kernel
             executions[layer.name] = "float"
             if kernel is None:
                 continue
-            found = execution(kernel, manifest.group_size, precision)
-            if not kernel.integer and found == "int8":
-                raise DitqError(
-                    f"OpenVINO quantizes the input of {layer.name!r}, which has 16-bit activations by its plan."
-                )
+            probed = execution(kernel, manifest.group_size, precision)
+            if not kernel.integer and probed == "int8":
+                raise DitqError(f"OpenVINO quantizes the input of {layer.name!r}, whose plan has 16-bit activations.")
             if (layer.twin or layer.name) in executed:
-                executions[layer.name] = found
+                executions[layer.name] = probed
             if kernel.integer and executions[layer.name] == "float":
                 failed.setdefault(str(kernel), []).append(layer.name)
     if failed and not allow_float:

@@ -1,8 +1,8 @@
-"""One thread for what torch computes around a small graph.
+"""One torch thread for models with small graphs.
 
-OpenVINO and torch each have a pool of threads, which spin for a while after their work and so keep cores from each
-other. Around a graph of a few milliseconds torch has microseconds of work, and loses more by a second thread than it
-wins: a step of ``bundled:emoji-t2i`` on two cores takes a third longer with two.
+OpenVINO and torch each have a thread pool. Idle threads spin for a while and block cores for the other pool. Around a
+graph of a few milliseconds torch has microseconds of work, and a second thread costs more than it saves: a step of
+``bundled:emoji-t2i`` on two cores takes a third longer with two torch threads.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import nn
 
 
 def one_thread(model: nn.Module) -> None:
-    """From now on torch runs this model's forward in one thread, and is as it was outside of it."""
-    before = threading.local()  # torch's number belongs to a thread
+    """Makes torch run this model's forward in one thread; outside of it the number of threads is restored."""
+    before = threading.local()  # torch's setting is per thread
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         before.threads = torch.get_num_threads()
@@ -26,4 +26,4 @@ def one_thread(model: nn.Module) -> None:
         torch.set_num_threads(before.threads)
 
     model.register_forward_pre_hook(enter)
-    model.register_forward_hook(leave, always_call=True)  # also where the call fails
+    model.register_forward_hook(leave, always_call=True)  # also after an exception

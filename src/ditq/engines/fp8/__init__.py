@@ -1,4 +1,4 @@
-"""8-bit floats for inputs and weights, row by row, by the products of cuBLAS; runs only where it is asked for."""
+"""8-bit floats for inputs and weights, with row-wise scales, multiplied by cuBLAS; opt-in."""
 
 from ditq.engines.fp8.engine import Fp8Engine
 

@@ -1,9 +1,9 @@
-"""Linears by ``torch._scaled_mm``: inputs and weights in e4m3, a scale for each token and each output channel.
+"""Linears by ``torch._scaled_mm``: inputs and weights in e4m3, one scale per token and one per output channel.
 
-Not the plan's integers: e4m3 keeps four significant bits of every number, whatever the scale. Weights of up to 4 bits
-are exact in it, others and all inputs are rounded once more. For inputs that were smoothed or rotated int8 is the more
-exact format of the two, at the same speed on paper; this engine is there to compare with, and for cards and layers
-where it measures faster.
+The engine does not compute the plan's integers: e4m3 keeps four significant bits of every number, whatever the scale.
+Weights of up to 4 bits are exact in e4m3; other weights, and all inputs, are rounded once more. For smoothed or
+rotated inputs int8 is more accurate, at the same theoretical speed. This engine is for comparison, and for GPUs and
+layers on which it is faster.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ditq.numerics import Grid, Quantized
 KIND = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 SMALLEST_CAPABILITY = (8, 9)  # Ada and Hopper
-STEP = 16  # cuBLAS wants multiples of this of input and output features
+STEP = 16  # cuBLAS needs multiples of this of input and output features
 
 
 class Fp8Engine(TorchEngine):
-    """On a CPU the same numbers by products of floats, for tests."""
+    """On a CPU it computes the same numbers by float products, for tests."""
 
     name = "fp8"
-    priority = -20  # nobody gets it who has not asked
+    priority = -20  # opt-in: below all other engines
     note = "opt-in: use_engine('fp8'); on a CPU it multiplies floats, for tests"
 
     def why_unavailable(self) -> str | None:
@@ -41,7 +41,7 @@ class Fp8Engine(TorchEngine):
         if device.type not in ("cpu", "cuda", "meta"):
             return f"torch._scaled_mm runs on cuda, not on {device.type}"
         if weight.granularity == "group" or (activation is not None and activation.granularity == "group"):
-            return "its products have one scale for a token and one for an output channel, no groups"
+            return "its products have one scale per token and one per output channel, no groups"
         if activation is not None and activation.bits != 8:
             return f"its inputs have 8 bits, not {activation.bits}"
         if device.type == "cuda":
@@ -78,7 +78,7 @@ class Fp8Engine(TorchEngine):
 
 
 def float8_weight(weight: QuantizedWeight) -> Tensor:
-    """Codes less zero points, e4m3 [N, K]; exact up to 16."""
+    """Codes minus zero points, e4m3 [N, K]; exact up to 16."""
     codes, zero = weight_codes(weight)
     values = codes.to(torch.bfloat16)  # exact, as is the difference: at most 255
     return (values if zero is None else values - zero.to(torch.bfloat16)).to(KIND)
@@ -106,9 +106,9 @@ def scaled_product(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor) -> Te
 
 
 def difference(device: torch.device) -> str | None:
-    """What is wrong with products on this device, of sizes with and without padding, or None.
+    """An error of products on this device, of sizes with and without padding, as text; None if they are correct.
 
-    They may differ from those of the CPU by 2^-8 of their norm, for bf16 outputs and shorter accumulators.
+    They may differ from those of the CPU by 2^-8 of their norm, because of bf16 outputs and shorter accumulators.
     """
     generator = torch.Generator().manual_seed(0)
     for m, k, n in ((70, 96, 48), (5, 75, 43)):
@@ -123,5 +123,5 @@ def difference(device: torch.device) -> str | None:
 
 
 def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
-    # As bytes: not every operation has a kernel for 8-bit floats. 0 is 0.0.
+    # Padded as bytes, since not every operation has a kernel for 8-bit floats. The byte 0 is 0.0.
     return F.pad(x.view(torch.uint8), (0, columns, 0, rows)).view(KIND)

@@ -1,7 +1,7 @@
 """W8A8-style linears with ``torch._int_mm``: int8 x int8 -> int32, rescaled by an outer product of scales.
 
 All bit widths from 2 to 8 run on the 8-bit integer path; fewer bits save memory, not time. A token with NaN or Inf
-among its numbers has a scale that is not finite, and so an output without a finite number.
+has a scale that is not finite, so its output has no finite number.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ditq.engines.base import Engine, QuantizedWeight
 from ditq.engines.torch.fused import quantize_rows, rescale_, row_slices, weight_codes
 from ditq.numerics import Grid, Quantized, dequantize, not_finite, quantize, unpack
 
-# int32 accumulators hold K products of 8-bit codes with 8-bit codes, minus their zero points
-# (at most 255 * 255 each), without overflow up to this K.
+# Up to this K, int32 accumulators hold K products of 8-bit codes minus their zero points (at most 255 * 255 each)
+# without overflow.
 MAX_COLUMNS = (2**31 - 1) // (255 * 255)
 
 
@@ -39,9 +39,9 @@ class TorchEngine(Engine):
     def quantize_activations(self, x: Tensor, format: Grid, scale: Tensor | None) -> Quantized:
         if scale is None and format.granularity != "tensor":
             return quantize_rows(x, format)
-        found = quantize(x, format, scale=scale)
-        # A static scale knows nothing of this input: it would turn NaN and Inf into plausible numbers.
-        return found if scale is None else found._replace(scale=found.scale + not_finite(x))
+        quantized = quantize(x, format, scale=scale)
+        # A static scale does not depend on this input: it would turn NaN and Inf into plausible numbers.
+        return quantized if scale is None else quantized._replace(scale=quantized.scale + not_finite(x))
 
     def linear(
         self,
@@ -61,9 +61,9 @@ class TorchEngine(Engine):
 def grouped_products(
     x: Quantized, codes: Tensor, w_scale: Tensor, w_zero: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """``x @ w.T + bias``, float32 [M, N], by one integer product for each run of columns that shares its scales.
+    """``x @ w.T + bias``, float32 [M, N], by one integer product for each run of columns with common scales.
 
-    The products of a few rows are rescaled and added up while they are in the cache, group after group.
+    The products of a few rows are rescaled and summed while they are in the cache, group by group.
 
     Args:
         codes: of the weight, int8 [N, K]; w_scale: float32 [N, G] or [1, 1]; w_zero: int8 likewise, or None.
@@ -71,13 +71,13 @@ def grouped_products(
     m, n = len(x.codes), len(codes)
     parts = math.lcm(x.scale.shape[1], w_scale.shape[1])
     if parts == 1:
-        found = zero_corrections(
+        outer_products = zero_corrections(
             x.codes, None if x.zero_point is None else x.zero_point.int(),
             codes, None if w_zero is None else w_zero.int()[:, 0],
         )  # fmt: skip
         acc = integer_product(x.codes, codes)
-        return rescale_(acc, x.scale, w_scale[:, 0], found, None if bias is None else bias.float())
-    # [G, rows, columns of a group]: every operand of a product lies together.
+        return rescale_(acc, x.scale, w_scale[:, 0], outer_products, None if bias is None else bias.float())
+    # [G, rows, columns of a group]: every operand of a product is contiguous.
     x_parts, w_parts = (t.unflatten(1, (parts, -1)).transpose(0, 1).contiguous() for t in (x.codes, codes))
     x_scales, w_scales = _of_parts(x.scale, parts), _of_parts(w_scale, parts)
     x_zeros = None if x.zero_point is None else _of_parts(x.zero_point.int(), parts)
@@ -91,45 +91,45 @@ def grouped_products(
     ]  # fmt: skip
     total = codes.new_zeros(m, n, dtype=torch.float32) if bias is None else bias.float().repeat(m, 1)
     for rows in row_slices(total):
-        some = total[rows]
+        total_rows = total[rows]
         for i in range(parts):
             acc = integer_product(x_parts[i, rows], w_parts[i])
             for row, column in corrections[i]:
                 acc.addcmul_(row[rows] if len(row) == m else row, column, value=-1)
             x_scale = x_scales[i, rows, None] if x_scales.shape[1] == m else x_scales[i, :, None]
-            # Into floats in the memory of the integers, which are as wide.
-            some.addcmul_(acc.view(torch.float32).copy_(acc).mul_(x_scale), w_scales[i])
+            # Converts to floats in the memory of the integers, which have the same width.
+            total_rows.addcmul_(acc.view(torch.float32).copy_(acc).mul_(x_scale), w_scales[i])
     return total
 
 
 def _of_parts(values: Tensor, parts: int) -> Tensor:
-    """Scales or zero points [R, G] for each of ``parts`` runs of columns: [parts, R], each run lying together."""
+    """Scales or zero points [R, G] for each of ``parts`` runs of columns: [parts, R], contiguous."""
     return values.repeat_interleave(parts // values.shape[1], 1).t().contiguous()
 
 
 def zero_corrections(
     x: Tensor, x_zero: Tensor | None, w: Tensor, w_zero: Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """What zero points subtract from ``x @ w.T`` [M, N], as outer products of int32 vectors.
+    """The terms of zero points to subtract from ``x @ w.T`` [M, N], as outer products of int32 vectors.
 
     sum_k (x - z_x) (w - z_w) = sum x w - (sum x - K z_x) z_w - z_x sum w
     """
-    found = []
+    corrections = []
     if w_zero is not None:
         row_sum = code_sums(x)[:, None]
-        found.append((row_sum if x_zero is None else row_sum - x.shape[1] * x_zero, w_zero))
+        corrections.append((row_sum if x_zero is None else row_sum - x.shape[1] * x_zero, w_zero))
     if x_zero is not None:
-        found.append((x_zero, code_sums(w)))
-    return found
+        corrections.append((x_zero, code_sums(w)))
+    return corrections
 
 
 def code_sums(codes: Tensor) -> Tensor:
-    """Sums of rows, int32, by a product with ones: ten times faster than ``sum`` on a CPU."""
+    """Row sums, int32, by a product with ones: ten times faster than ``sum`` on a CPU."""
     return integer_product(codes, torch.ones(1, codes.shape[1], dtype=torch.int8, device=codes.device))[:, 0]
 
 
 def integer_product(x: Tensor, w: Tensor) -> Tensor:
-    """``x @ w.T`` of int8 [M, K] and int8 [N, K], int32 [M, N]; pads where the backend wants multiples of 8.
+    """``x @ w.T`` of int8 [M, K] and int8 [N, K], int32 [M, N]; pads if the backend needs multiples of 8.
 
     Raises:
         ValueError: K is so large that an int32 sum could overflow.
@@ -141,7 +141,7 @@ def integer_product(x: Tensor, w: Tensor) -> Tensor:
     if m == 0:
         return torch.zeros(0, n, dtype=torch.int32, device=x.device)
     if x.device.type == "cuda":
-        # cuBLASLt wants more than 16 rows and multiples of 8 elsewhere.
+        # cuBLASLt needs more than 16 rows, and multiples of 8 in the other dimensions.
         pad_m, pad_k, pad_n = max(0, 17 - m), -k % 8, -n % 8
         if pad_m or pad_k or pad_n:
             x = torch.nn.functional.pad(x, (0, pad_k, 0, pad_m))

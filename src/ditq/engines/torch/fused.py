@@ -1,8 +1,8 @@
-"""What surrounds the integer product: codes of the activations before, rescaling after, unpacked weights beside.
+"""The operations around the integer product: quantizing the activations, rescaling the output, unpacking the weights.
 
-Each is a handful of passes over memory. On a CPU they run chunk by chunk, so that all but the first find their
-numbers in the cache, and in place, since fresh memory costs as much as the arithmetic. ``torch.compile`` of a
-whole model fuses the passes itself; it sees one chunk.
+Each takes a few passes over memory. On a CPU they run chunk by chunk, so that all passes but the first read from the
+cache, and in place, since new memory costs as much as the arithmetic. ``torch.compile`` of a whole model fuses the
+passes itself; there the whole matrix is one chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CHUNK_BYTES = 2**19
 
 
 def quantize_rows(x: Tensor, format: Grid) -> Quantized:
-    """Codes of x [M, K] with dynamic scales per token or group: equal bit by bit to ``numerics.quantize``; faster."""
+    """Codes of x [M, K] with dynamic scales per token or group: bitwise equal to ``numerics.quantize``, but faster."""
     size = format.group_size or x.shape[1]
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(len(x), x.shape[1] // size, device=x.device)
@@ -28,7 +28,7 @@ def quantize_rows(x: Tensor, format: Grid) -> Quantized:
     bottom, top = format.code_range
     for x_rows, codes_rows, scale_rows, *zero_rows in _chunks(x, codes, scale, *([] if zero is None else [zero])):
         groups = x_rows.unflatten(1, (-1, size))
-        # Two reductions beat aminmax(), abs() or an infinity norm by a factor of two to four on a CPU.
+        # On a CPU two reductions are two to four times faster than aminmax(), abs() or an infinity norm.
         low, high = groups.amin(-1).float(), groups.amax(-1).float()
         s, z = _grid(low, high, bottom, top, format.symmetric)
         scale_rows.copy_(s)
@@ -36,20 +36,20 @@ def quantize_rows(x: Tensor, format: Grid) -> Quantized:
         if z is not None:
             zero_rows[0].copy_(z)
             rounded.add_(z[..., None]).clamp_(bottom, top)
-        # No clamp of symmetric codes: |x| / (max|x| / top) never rounds to more than top.
+        # Symmetric codes need no clamp: |x| / (max|x| / top) never rounds to more than top.
         codes_rows.unflatten(1, (-1, size)).copy_(rounded)
     return Quantized(codes, scale, zero, format)
 
 
 def _grid(low: Tensor, high: Tensor, bottom: int, top: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point, both float32, of ranges: the arithmetic of ``numerics.scale_and_zero_point``.
+    """Scale and zero point of ranges, both float32, by the arithmetic of ``numerics.scale_and_zero_point``.
 
-    A range that is not finite has a scale that is not, which the product carries into the whole row.
+    A range that is not finite has a scale that is not finite, which the product carries into the whole row.
     """
     tiny = torch.finfo(torch.float32).tiny
     if symmetric:
         largest = torch.maximum(high, -low)
-        # A row of zeros (padding) has no range: any positive scale will do, its codes are zero.
+        # A row of zeros (padding) has no range: its codes are zero with any positive scale.
         return torch.where(largest == 0, 1.0 / top, (largest / top).clamp_min_(tiny)), None
     low, high = low.clamp_max_(0.0), high.clamp_min_(0.0)
     levels = top - bottom
@@ -58,7 +58,7 @@ def _grid(low: Tensor, high: Tensor, bottom: int, top: int, symmetric: bool) -> 
 
 
 def weight_codes(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
-    """The integers of a weight, int8 [N, K], and the zero points, int8 [N, G], that are still to be subtracted.
+    """The integers of a weight, int8 [N, K], and the zero points, int8 [N, G], that remain to be subtracted.
 
     Up to 7 bits, code - zero_point fits in int8: the integer product then needs no correction.
     """
@@ -75,14 +75,14 @@ def rescale_(
 ) -> Tensor:
     """The output x_scale w_scale (acc - outer products) + plus, float32 [M, N], in the memory of ``acc``.
 
-    :func:`rescale` says it plainly. They are equal bit by bit but for the last sum, which may be a fused
+    :func:`rescale` is the plain version. Both are bitwise equal except for the last sum, which may be a fused
     multiply-add here.
 
     Args:
         acc: int32 [M, N], contiguous; overwritten.
         x_scale: float32 [M, 1] or [1, 1].
         w_scale: float32 [N] or [1].
-        corrections: pairs of int32 [M, 1] or [1, 1] and [N] or [1]; subtracted in int32, where that is exact.
+        corrections: pairs of int32 [M, 1] or [1, 1] and [N] or [1]; subtracted in int32, which is exact.
         plus: float32 [N] or [M, N].
     """
     out = acc.view(torch.float32)
@@ -90,15 +90,15 @@ def rescale_(
     rows = [x_scale.expand(m, 1), *(row.expand(m, 1) for row, _ in corrections)]
     if plus is not None:
         rows.append(plus.expand(m, n))
-    for a, y, scale, *rest in _chunks(acc, out, *rows):
-        for row, (_, column) in zip(rest, corrections, strict=False):
+    for a, y, scale, *others in _chunks(acc, out, *rows):
+        for row, (_, column) in zip(others, corrections, strict=False):
             a.addcmul_(row, column, value=-1)
-        # From one type to the other in the same memory: elements are as wide, and each is read before it is written.
+        # Converts in place: elements of both types have the same width, and each is read before it is written.
         y.copy_(a).mul_(scale)
         if plus is None:
             y.mul_(w_scale)
         else:
-            torch.addcmul(rest[-1], y, w_scale, out=y)
+            torch.addcmul(others[-1], y, w_scale, out=y)
     return out
 
 
@@ -113,7 +113,7 @@ def rescale(
 
 
 def row_slices(matrix: Tensor) -> list[slice]:
-    """Runs of rows of a float32 or int32 matrix that stay in the cache; on other devices, or compiled, all at once."""
+    """Runs of rows of a float32 or int32 matrix that fit in the cache; elsewhere, and compiled, all rows."""
     if matrix.device.type != "cpu" or torch.compiler.is_compiling():
         return [slice(None)]
     rows = max(1, _CHUNK_BYTES * torch.get_num_threads() // (4 * max(1, matrix.shape[1])))
@@ -121,5 +121,5 @@ def row_slices(matrix: Tensor) -> list[slice]:
 
 
 def _chunks(*matrices: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Rows of all matrices, as many at a time as fit in the cache when the first is float32."""
+    """Runs of rows of all matrices; a run of the first one, in float32, fits in the cache."""
     return (tuple(matrix[rows] for matrix in matrices) for rows in row_slices(matrices[0]))

@@ -5,8 +5,9 @@
 - activation.py: GELU, SiLU, and their gated forms -> codes
 - linear.py: codes @ packed weights -> output
 - expand.py: packed weights -> int8
-- rows.py: what the three quantizers share, codes, scales and sums of a few rows in registers
-- tiles.py: tile sizes by card and shape
+- rows.py: shared by the three quantizers: codes, scales and sums of a few rows in registers
+- tiles.py: tile sizes by GPU and shape
+- tuning.py: tile sizes measured on the GPU
 - proof.py: every kernel against its reference, before the engine is used on a device
 - operation.py: registration with torch.library
 """

@@ -42,7 +42,7 @@ def activation_kernel(
     NAME: tl.constexpr, R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
     BLOCK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """R rows of all K columns; the gates lie ``x_row`` apart, too, where there are any."""
+    """R rows of all K columns; the gates, if any, have the row stride ``x_row`` too."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     c = tl.arange(0, C)[None, :]
     kept = (row < M)[:, None] & (c < K)
@@ -106,5 +106,6 @@ activation_quantize = Operation(
 Args:
     function: "gelu" (the exact one), "gelu_tanh" or "silu".
     gated: whether the second half of the columns is a gate, as in GEGLU and SwiGLU of diffusers.
-    The others are those of :class:`Target`; groups have a power of two of columns, which the rotation's block divides.
+    The other arguments are those of :class:`Target`; the columns of a group are a power of two that the rotation's
+        block divides.
 """

@@ -1,4 +1,4 @@
-"""Fused kernels for NVIDIA GPUs from Ampere on: what the torch engine does in many passes over memory, in two."""
+"""Fused kernels for NVIDIA GPUs from Ampere on: two passes over memory, where the torch engine needs many."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from ditq.engines.triton.rows import Target
 
 OLDEST = (3, 6)
-"""The first version of Triton that the kernels are compiled with in the tests of a release."""
+"""The oldest version of Triton that the tests of a release compile the kernels with."""
 
 SMALLEST_CAPABILITY = (8, 0)
 """Ampere: 8-bit products on tensor cores, and asynchronous copies to shared memory."""
 
 
 class TritonEngine(TorchEngine, FusingEngine):
-    """Equal to the torch engine in the integers, and faster.
+    """Computes the same integers as the torch engine, but faster.
 
-    ``torch.compile`` fuses the quantizer, in plain torch, into what comes before it; the product is the one operation
-    that it cannot see into. Without it the quantizer is a kernel too, with the norm or the nonlinearity before it, and
-    gate and residual are part of the product.
+    ``torch.compile`` fuses the quantizer, in plain torch, into the operation before it; the product is one opaque
+    operation to it. In eager code the quantizer is a kernel too, fused with the norm or the nonlinearity before it,
+    and gate and residual are part of the product.
     """
 
     name = "triton"
@@ -122,7 +122,7 @@ class TritonEngine(TorchEngine, FusingEngine):
         sums = x.sums
         needed = weight.zero_point is not None or weight.format.bits == 4
         if sums is None and needed and torch.compiler.is_compiling():
-            # Here the compiler fuses them into the quantizer; the product would read the codes once more.
+            # The compiler fuses these sums into the quantizer; the product would read the codes a second time.
             sums = sums_of(x.codes, x.scale.shape[1])
         return int8_linear(
             x.codes, x.scale, x.zero_point, sums, weight.packed, weight.format.bits,
@@ -146,9 +146,9 @@ def _target(
 
 
 def rotates(rotation: Rotation, width: int, device: torch.device) -> bool:
-    """Whether the kernels have this rotation: blocks that a tensor core takes, none of them across two groups.
+    """Whether the kernels support this rotation: its blocks fit tensor cores, and no block spans two groups.
 
-    Before Hopper the compiled kernels spill kilobytes of registers, so torch rotates there.
+    Before Hopper the compiled kernels spill kilobytes of registers, so torch rotates on such GPUs.
     """
     hopper = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
     return hopper and rotation.block in (16, 32, 64, 128) and width % rotation.block == 0

@@ -1,6 +1,6 @@
-"""Packed weights of 2 to 7 bits -> int8: what the product of 8-bit integers takes when it does not unpack itself.
+"""Packed weights of 2 to 7 bits -> int8, for formats that the product does not unpack itself.
 
-Costs one reading of the packed weight and one writing of the int8 one, 360 / M of the product at M rows.
+It reads the packed weight once and writes the int8 weight once, which takes 360 / M of the product's time at M rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def expand_kernel(
     packed_ptr, zero_ptr, codes_ptr, N, K, WIDTH, GROUP, zero_row,
     BITS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """codes[n, k] = the k-th code of row n, less its zero point."""
+    """codes[n, k] = the k-th code of row n, minus its zero point."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     kept = (n < N)[:, None] & (k < K)[None, :]

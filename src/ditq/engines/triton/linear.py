@@ -1,10 +1,10 @@
-"""Products of integers, rescaled: the linear layer behind the quantizer. One kernel for all formats.
+"""Rescaled products of integers: the linear layer after the quantizer. One kernel serves all formats.
 
     y[m, n] = sum over groups g of  sx[m, g] sw[n, g] (sum_k (x - zx)(w - zw))  + bias[n]
 
-x: int8 codes per token, tensor or group, symmetric or not. w: codes of 8 or 4 bits as checkpoints pack them, unpacked
-on the way to the tensor cores, or int8. On the way out, optionally: + low[m] . up[n], a branch of low rank in 16 bit,
-before the bias; and residual[m, n] + gate[sample of m, n] * y[m, n].
+x: int8 codes per token, tensor or group, symmetric or not. w: codes of 8 or 4 bits as packed in checkpoints, which the
+kernel unpacks, or int8. Optional epilogues: + low[m] . up[n], a low-rank branch in 16 bit, before the bias; and
+residual[m, n] + gate[sample of m, n] * y[m, n].
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ def linear_kernel(
     X_EACH: tl.constexpr, W_EACH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BR: tl.constexpr, ONE_SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y. The weight is the left operand, [BN, BK] @ [BK, BM]: that one may come from registers, where it is
-    unpacked, and need not return to shared memory.
+    """A tile of y. The weight is the left operand, [BN, BK] @ [BK, BM]: this operand may come from registers, where it
+    is unpacked, and does not have to return to shared memory.
 
     Args:
         BITS: 8 or 4, packed; 0 for int8.
-        PARTS: runs of input features with one pair of scales each; X_EACH of them make a group of x, W_EACH of w.
+        PARTS: runs of input features with one pair of scales each; a group of x has X_EACH of them, one of w W_EACH.
         STEP: features of a part; 0 for all K, so that layers of any K share a program. EVEN: BK divides them.
-        gate_row, T: stride of the gate from sample to sample, and tokens per sample; ONE_SAMPLE: no tile has two.
-        RANK, BR: columns of low and up, and the power of two from 16 on that holds them.
+        gate_row, T: stride of the gate between samples, and tokens per sample; ONE_SAMPLE: no tile spans two samples.
+        RANK, BR: columns of low and up, and the next power of two from 16 on.
     """
-    # Eight rows of tiles at a time, so that their operands stay in the L2 cache.
+    # Bands of eight rows of tiles, so that their operands stay in the L2 cache.
     tiles_n = tl.cdiv(N, BN)
     band = tl.program_id(0) // (8 * tiles_n)
     height = min(tl.cdiv(M, BM) - band * 8, 8)
     place = tl.program_id(0) % (8 * tiles_n)
     m = (band * 8 + place % height) * BM + tl.arange(0, BM)
     n = (place // height) * BN + tl.arange(0, BN)
-    # Rows beyond the end read the first one and are not stored.
+    # Rows beyond the end read the first row and are not stored.
     mm = tl.where(m < M, m, 0)
     nn = tl.where(n < N, n, 0)
     k = tl.arange(0, BK)
@@ -97,7 +97,7 @@ def linear_kernel(
             w_sum += tl.sum(w.to(tl.int32), 1)
         acc = tl.dot(w, x.T, acc, out_dtype=tl.int32)
         if PARTS > 1:
-            # A part may take several chunks: its zero points are subtracted with the last.
+            # A part may have several chunks: its zero points are subtracted with the last one.
             last = done + BK >= step
             acc = subtract_zeros(
                 acc, w_sum, x_zero_ptr, mm * x_scale_row + part // X_EACH, x_sum_ptr, mm * PARTS + part,
@@ -140,7 +140,7 @@ def subtract_zeros(
     acc, w_sum, x_zero_ptr, x_zero_at, x_sum_ptr, x_sum_at, w_zero_ptr, w_zero_at,
     OFFSET: tl.constexpr, step, here,
 ):  # fmt: skip
-    """sum_k (x - zx)(w - zw) = acc - zw (sum x - K zx) - zx sum w, all in int32; nothing unless ``here``."""
+    """sum_k (x - zx)(w - zw) = acc - zw (sum x - K zx) - zx sum w, all in int32; no change unless ``here``."""
     if x_zero_ptr is not None:
         x_zero = tl.load(x_zero_ptr + x_zero_at).to(tl.int32)
         acc -= tl.where(here, x_zero, 0)[None, :] * w_sum[:, None]
@@ -157,16 +157,16 @@ def subtract_zeros(
 
 
 class Arguments(NamedTuple):
-    """What the operation takes.
+    """The arguments of the operation.
 
     Attributes:
         x: int8 [M, K].
         x_scale: float32 [M, G], [1, G] or [1, 1]; x_zero: int16 likewise, or None.
-        x_sum: int32 [M, G], the sums of the codes; None: they are summed if needed.
+        x_sum: int32 [M, G], the sums of the codes; None: computed if needed.
         weight: uint8 [N, ceil(K bits / 8)], packed, or int8 [N, K].
         w_scale: float32 [N, H] or [1, 1]; w_zero: int8 likewise, or None.
-        bias: [N], any float dtype, as are the next ones.
-        gate: [samples, N], samples dividing M; chunks of a wider tensor are fine.
+        bias: [N], any float dtype, like the following tensors.
+        gate: [samples, N], samples dividing M; may be a chunk of a wider tensor.
         residual: [M, N].
         low, up: [M, R] and [N, R], both or neither, of one dtype.
     """
@@ -209,7 +209,7 @@ def launch(*arguments: Any, tile: Tile | None = None) -> Tensor:
     if step > MAX_COLUMNS:
         raise ValueError(f"in_features must be at most {MAX_COLUMNS} for int32 accumulation, got {step}")
     if (a.low is None) != (a.up is None):
-        raise ValueError("low and up go together: give both or neither")
+        raise ValueError("low and up must be passed together: pass both or neither")
     y = torch.empty(m, n, dtype=a.dtype, device=x.device)
     if not y.numel():
         return y
@@ -244,7 +244,7 @@ def launch(*arguments: Any, tile: Tile | None = None) -> Tensor:
 
 
 def _work(a: Arguments, packed: int, tokens: int) -> Work:
-    """What there is to do beside products, for ``tokens`` of a sample and weights of ``packed`` bits."""
+    """The register use of the work besides products, for ``tokens`` per sample and weights of ``packed`` bits."""
     if a.x_zero is not None or (a.gate is not None and tokens % 128):
         return "most"
     plain = a.gate is None and a.residual is None and a.low is None and packed != 4
@@ -252,7 +252,7 @@ def _work(a: Arguments, packed: int, tokens: int) -> Work:
 
 
 def unpacks(bits: int, parts: int, step: int) -> bool:
-    """Whether the kernel unpacks weights of this width itself: whole bytes, from the first code of a part on."""
+    """Whether the kernel unpacks weights of this width itself: every part must start at a whole byte."""
     return bits == 8 or (bits == 4 and (parts == 1 or step % 2 == 0))
 
 
@@ -260,7 +260,7 @@ def reference(*arguments: Any) -> Tensor:
     """The operation in plain torch."""
     a = Arguments(*arguments)
     codes = a.weight if a.weight.dtype == torch.int8 else unpack(a.weight, a.bits, a.x.shape[1])
-    x = Quantized(a.x, a.x_scale, a.x_zero, Grid(bits=8, granularity="token"))  # whose scales may be of groups
+    x = Quantized(a.x, a.x_scale, a.x_zero, Grid(bits=8, granularity="token"))  # the scales may be per group
     y = grouped_products(x, codes, a.w_scale, a.w_zero, a.bias)
     if a.low is not None and a.up is not None:
         y = y + a.low.float() @ a.up.float().T
@@ -278,7 +278,7 @@ def empty(*arguments: Any) -> Tensor:
 
 
 def capability_of(device: torch.device) -> int:
-    """That of a card, 90 for 9.0; the interpreter stands in for the oldest one."""
+    """The compute capability of a GPU, 90 for 9.0; the interpreter counts as the oldest one."""
     if device.type == "cpu":
         return ARCHITECTURES[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -286,4 +286,4 @@ def capability_of(device: torch.device) -> int:
 
 
 int8_linear = Operation("int8_linear", SCHEMA, launch, reference, empty)
-"""The linear layer of codes, [M, N] in ``dtype``; see :class:`Arguments`."""
+"""The linear layer on codes, [M, N] in ``dtype``; see :class:`Arguments`."""

@@ -2,7 +2,7 @@
 
     norm(x) [* weight + bias] [* factor + shift] -> x / smooth @ Q -> codes
 
-All in float32, so more exact than the same steps in 16 bit.
+All steps are in float32, so the result is more accurate than with 16-bit steps.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def norm_kernel(
     kept = (row < M)[:, None] & (c < K)
     rows = tl.where(row < M, row, 0).to(tl.int64)
     y = tl.load(x_ptr + (rows * x_row)[:, None] + c, kept, 0.0).to(tl.float32)
-    # The mean first: E[x^2] - E[x]^2 cancels where the mean is large.
+    # The mean first: E[x^2] - E[x]^2 cancels if the mean is large.
     y = tl.where(kept, y - (tl.sum(y, 1) / K)[:, None], 0.0)
     y *= (1.0 / tl.sqrt(tl.sum(y * y, 1) / K + eps))[:, None]
     if weight_ptr is not None:
@@ -110,7 +110,8 @@ norm_quantize = Operation(
 Args:
     eps: added to the variance.
     weight, bias: [K], of the norm.
-    factor, shift: 1 + scale and shift of the modulation, [samples, K] with samples dividing M, both or neither; chunks
-        of a wider tensor are fine.
-    The others are those of :class:`Target`; groups have a power of two of columns, which the rotation's block divides.
+    factor, shift: 1 + scale and shift of the modulation, [samples, K] with samples dividing M, both or neither; they
+        may be chunks of a wider tensor.
+    The other arguments are those of :class:`Target`; the columns of a group are a power of two that the rotation's
+        block divides.
 """

@@ -1,4 +1,4 @@
-"""How a kernel becomes an operation of torch: one node for ``torch.compile``, with shapes known before it runs."""
+"""Registers a kernel as an operation of torch: one node for ``torch.compile``, with shapes known before it runs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 
 
 class Operation:
-    """``ditq::name``, which mutates nothing.
+    """The operation ``ditq::name``, which mutates nothing.
 
     Args:
-        schema: arguments and results in the language of ``torch.library``.
-        launch: what runs on CUDA.
-        reference: what runs on a CPU, in plain torch.
-        empty: results of the right shapes and dtypes; sizes by ``x.shape``, for ``len(x)`` would fix them.
+        schema: arguments and results in the syntax of ``torch.library``.
+        launch: the implementation on CUDA.
+        reference: the implementation on a CPU, in plain torch.
+        empty: empty results of the right shapes and dtypes. It must read sizes from ``x.shape``: ``len(x)`` would make
+            them constants.
 
     Attributes:
-        overload: the operation that torch sees.
+        overload: the operation as torch registers it.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Operation:
         self._launch = launch
 
     def __call__(self, *arguments: Any) -> Any:
-        # The dispatcher takes as long as a small kernel runs. Compilers and fake tensors need it, eager code does not.
+        # The dispatcher takes as long as a small kernel. Compilers and fake tensors need it; eager code does not.
         if not torch.compiler.is_compiling() and type(arguments[0]) is Tensor and arguments[0].is_cuda:
             return self._launch(*arguments)
         return self.overload(*arguments)

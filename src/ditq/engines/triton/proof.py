@@ -1,16 +1,17 @@
 """Every kernel against its reference on small inputs, before the engine is used on a device.
 
-The references run on the CPU, in plain torch. What has to agree, and how closely:
+The references run on the CPU, in plain torch. The tolerances:
 
-- *Exact* checks: codes, zero points, scales and sums of codes are equal, and so are outputs whose scales are powers of
-  two, since a float32 holds them without rounding.
-- *Close* codes: what comes before the rounding (a norm, a nonlinearity, smoothing, a rotation) is summed in another
-  order, so a number near a tie may fall on its other side. Codes less zero points may be one apart, for at most one
-  code in ``RARE``; scales differ by at most ``SCALE`` of themselves. The sums are exactly those of the kernel's codes.
-- *Close* outputs are rounded to bf16: each differs by at most ``STEP`` of itself, half a step of bf16, and by
-  ``ROUNDING`` of the largest one for the float32 sums before.
+- *Exact* checks: codes, zero points, scales and sums of codes must be equal. So must outputs whose scales are powers
+  of two, since float32 represents them without rounding.
+- *Close* codes: the operations before the rounding (a norm, a nonlinearity, smoothing, a rotation) sum in a different
+  order, so a number near a tie may be rounded to the other side. Codes minus zero points may differ by one, for at
+  most one code in ``RARE``; scales by at most ``SCALE`` of themselves. The sums must be exactly those of the kernel's
+  codes.
+- *Close* outputs are rounded to bf16: each may differ by ``STEP`` of itself (half a step of bf16), plus ``ROUNDING``
+  of the largest one for the float32 sums before.
 
-Success is kept on disk for one name of a device, one torch, one Triton and one state of these files; failure is not.
+A success is saved on disk for one device name, one torch, one Triton and one state of these files; failures are not.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from ditq.numerics import Rotation, pack
 
 RARE = 200
 SCALE = 1e-4
-STEP = 2**-7 if INTERPRETED else 2**-8  # the interpreter cuts the bits off and does not round
+STEP = 2**-7 if INTERPRETED else 2**-8  # the interpreter truncates instead of rounding
 ROUNDING = 1e-5
 
 
@@ -46,7 +47,7 @@ class Check(NamedTuple):
 
     Attributes:
         name: for messages.
-        run: what differs on a device, in words, or None.
+        run: runs it on a device and returns the difference as text, or None.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Check(NamedTuple):
 
 
 def prove(device: torch.device) -> str | None:
-    """The first check that fails on this device and what differs, or None; see :meth:`ditq.engines.Engine.prove`."""
+    """The first check that fails on this device, and its difference; or None. See ``ditq.engines.Engine.prove``."""
     record = record_of(device)
     if record.exists():
         return None
@@ -67,7 +68,7 @@ def prove(device: torch.device) -> str | None:
         if difference is not None:
             return f"{check.name}: {difference}"
         done += 1
-    with suppress(OSError):  # a cache that cannot be written costs the next process another proof
+    with suppress(OSError):  # without a writable cache the next process repeats the proof
         write(record, {"format": 1, "device": _name(device), "checks": done})
     return None
 
@@ -82,7 +83,7 @@ def checks(device: torch.device) -> Iterator[Check]:
 
 
 def record_of(device: torch.device) -> Path:
-    """The file that says that the checks passed."""
+    """The file that records that the checks passed."""
     known = (_name(device), str(linear.capability_of(device)), torch.__version__, triton.__version__, sources())
     return cache_root() / "triton" / f"proved-{hashlib.sha256(repr(known).encode()).hexdigest()[:16]}.json"
 
@@ -101,7 +102,7 @@ def _name(device: torch.device) -> str:
 
 
 def _in_short(error: Exception) -> str:
-    """Type and first line; a compiler's message may have hundreds."""
+    """Type and first line; a compiler's message may have hundreds of lines."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return type(error).__name__ + (f": {lines[0][:300]}" if lines else "")
 
@@ -114,7 +115,7 @@ def _random(seed: int) -> torch.Generator:
 
 
 def _rows(m: int, k: int, seed: int) -> Tensor:
-    """Rows of sizes from 1e-3 to 1e3; one of zeros, one whose numbers lie on the ties of 8-bit codes."""
+    """Rows of magnitudes from 1e-3 to 1e3; one row of zeros, one row of numbers on the ties of 8-bit codes."""
     x = torch.randn(m, k, generator=_random(seed), dtype=torch.float32)
     x = x * torch.logspace(-3, 3, m, dtype=torch.float32)[:, None] + 0.1
     x[m // 2] = 0
@@ -142,7 +143,7 @@ def _target(
 
 
 def _coded(name: str, module: Any, *arguments: Any, exact: bool = False) -> Check:
-    """A kernel of ``module`` that makes codes; its launch is looked up when the check runs."""
+    """A check of the quantizing kernel of ``module``; its launch is looked up when the check runs."""
 
     def run(device: torch.device) -> str | None:
         found: Codes = module.launch(*moved(arguments, device))
@@ -180,7 +181,7 @@ def _quantizers(device: torch.device) -> Iterator[Check]:
 
 
 def _prologues(device: torch.device) -> Iterator[Check]:
-    """Norms and nonlinearities; the last of each with all that there is."""
+    """Norms and nonlinearities; the last check of each uses all options."""
     k, samples = 192, 3
     x = torch.randn(7 * samples, k, generator=_random(6), dtype=torch.float32) * 3 + 0.7
     x[4] = 0
@@ -209,7 +210,7 @@ def _prologues(device: torch.device) -> Iterator[Check]:
 
 
 def compare_codes(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], *, exact: bool) -> str | None:
-    """What differs between codes, scales, zero points and sums on the CPU, in words, or None."""
+    """The difference between codes, scales, zero points and sums on the CPU as text, or None."""
     codes, scale, zero, sums = found
     groups = scale.shape[1]
     if exact:
@@ -226,14 +227,14 @@ def compare_codes(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], *, ex
 
 
 def _centred(codes: Tensor, zero: Tensor, groups: int) -> Tensor:
-    """Codes less zero points, int32 [M, K]."""
+    """Codes minus zero points, int32 [M, K]."""
     return (
         codes.int() if zero.ndim < 2 else (codes.int().unflatten(1, (groups, -1)) - zero.int()[..., None]).flatten(1)
     )
 
 
 def differing(what: str, found: Tensor, expected: Tensor, allowed: Tensor | float = 0.0) -> str | None:
-    """How many numbers differ by more than ``allowed``, and the first of them, in words; None if none does."""
+    """The number of elements that differ by more than ``allowed``, and the first one, as text; None if all agree."""
     if found.shape != expected.shape:
         return f"{what} have shape {list(found.shape)} instead of {list(expected.shape)}"
     wrong = ~((found.double() - expected.double()).abs() <= allowed)
@@ -270,7 +271,7 @@ def _codes(bits: int, m: int, k: int, seed: int) -> Tensor:
 
 
 def _powers(m: int, groups: int, seed: int) -> Tensor:
-    """0.5, 1 or 2."""
+    """Random scales of 0.5, 1 or 2."""
     return 2.0 ** (torch.randint(-1, 2, (m, groups), generator=_random(seed)).float())
 
 
@@ -278,7 +279,7 @@ def _product(
     name: str, bits: int, *, m: int = 70, k: int = 256, n: int = 144, x_zero: bool = False, w_zero: bool = True,
     x_groups: int = 1, w_groups: int = 1, one_scale: bool = False, tile: Tile | None = None,
 ) -> Check:  # fmt: skip
-    """Integers whose scales are powers of two: the output is exact."""
+    """A check of an integer product whose scales are powers of two: the output must be exact."""
     x, w = _codes(8, m, k, 10), _codes(bits, n, k, 11)
     rows, columns = (1, 1) if one_scale else (m, n)
     arguments = (
@@ -295,7 +296,7 @@ def _product(
 
 
 def _products(capability: int) -> Iterator[Check]:
-    """The formats with the smallest tile, and each tile of the table with the formats that need it most."""
+    """The formats with the smallest tile, and each tile of the table with its main formats."""
     for bits in (8, 4):
         yield _product(f"W{bits}A8, odd sizes", bits, m=33, k=131, n=45)
         yield _product(f"W{bits}A8, all asymmetric", bits, x_zero=True)
@@ -314,7 +315,7 @@ def _products(capability: int) -> Iterator[Check]:
 
 
 def _epilogues(capability: int) -> Iterator[Check]:
-    """Bias, gate, residual and a branch of low rank, rounded to bf16."""
+    """Bias, gate, residual and a low-rank branch, rounded to bf16."""
     cases: tuple[tuple[str, Work, int, int], ...] = (
         ("gate and residual", "more", 128, 0),
         ("gate of several samples and residual", "most", 7, 0),
@@ -328,7 +329,7 @@ def _epilogues(capability: int) -> Iterator[Check]:
 
 def _epilogue(what: str, tokens: int, rank: int, tile: Tile) -> Check:
     m, k, n = (2 * tokens if tokens == 128 else 35), 256, 144
-    # The interpreter has no products of bf16.
+    # The interpreter does not support products of bf16 matrices.
     kind = torch.float32 if INTERPRETED else torch.bfloat16
 
     def normal(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

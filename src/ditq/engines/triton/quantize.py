@@ -1,6 +1,6 @@
 """Plain quantization: x / smooth @ Q -> int8 codes, scales, zero points and sums of codes, per token or per group.
 
-3 bytes of memory traffic per element, where eager torch takes about 20.
+It moves 3 bytes of memory per element; eager torch moves about 20.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the kernels that make integers share: rows of floats in registers become codes, scales and sums of codes.
+"""Shared by the quantizing kernels: rows of floats in registers become codes, scales and sums of codes.
 
-The arithmetic is that of ``ditq.numerics.quantize``, so codes and scales equal its own bit by bit on equal floats.
-A group with NaN or Inf gets the scale NaN (there NaN or Inf), which the product carries into the whole output row; it
-has to be asked for here, because maxima on a GPU drop NaN.
+The arithmetic is that of ``ditq.numerics.quantize``, so codes and scales are bitwise equal for equal floats. A group
+with NaN or Inf gets the scale NaN (in ``quantize`` NaN or Inf), which the product carries into the whole output row.
+An explicit test is needed here, because maxima on a GPU drop NaN.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from ditq.numerics import Grid, Quantized, Rotation, hadamard_matrix, quantize, signs
 from ditq.numerics.grid import Granularity
 
-# 1.5 * 2^23: the sum of this and a number below 2^22 is rounded to an integer, ties to even, which then stands in the
-# lowest bits. One addition; conversions from float to int run at a quarter of its rate.
+# 1.5 * 2^23: adding this to a number below 2^22 rounds it to an integer, ties to even, in the lowest bits. This costs
+# one addition; conversions from float to int run at a quarter of its rate.
 _ROUND = tl.constexpr(12582912.0)
 _ROUND_BITS = tl.constexpr(0x4B400000)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -27,7 +27,7 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def divide(x, s, reciprocal):
-    """``x / s`` rounded as IEEE 754 says, for ``reciprocal`` = 1 / s, in three instructions (Markstein, 1990)."""
+    """``x / s`` rounded as in IEEE 754, for ``reciprocal`` = 1 / s, in three instructions (Markstein, 1990)."""
     q = x * reciprocal
     return tl.fma(tl.fma(-q, s, x), reciprocal, q)
 
@@ -66,15 +66,15 @@ def grid_of(y, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
 def rotate_blocks(y, hadamard_ptr, BLOCK: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """``y`` [R, C] times blockdiag(H, ..., H), H [BLOCK, BLOCK] with entries +-1.
 
-    Twice on tensor cores in 16 bit, with the high and the low half of each number: H is exact there, and 16 bits of
-    mantissa are kept, for the price of one pass in TF32, which keeps 11.
+    Two 16-bit products on tensor cores, with the high and the low half of each number: H is exact in 16 bit, and the
+    result keeps 16 bits of mantissa. This costs as much as one product in TF32, which keeps 11.
     """
     at = tl.arange(0, BLOCK)
     h = tl.load(hadamard_ptr + at[:, None] * BLOCK + at[None, :])
     y = tl.reshape(y, (R * C // BLOCK, BLOCK))
     high = y.to(h.dtype)
     low = (y - high.to(tl.float32)).to(h.dtype)
-    # In this order: the other way round, rows of 12288 spill registers.
+    # The order matters: in the opposite one, rows of 12288 spill registers.
     y = tl.dot(high, h, tl.dot(low, h, input_precision="ieee"), input_precision="ieee")
     return tl.reshape(y, (R, C))
 
@@ -85,15 +85,15 @@ def balance_and_quantize(
     smooth_ptr, signs_ptr, hadamard_ptr, given_ptr, given_stride, codes_ptr, scale_ptr, zero_ptr, sums_ptr,
     R: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Codes of ``y`` [R, C] / smooth @ Q, their scales, zero points and sums, all stored. Absent pointers are None.
+    """Stores codes of ``y`` [R, C] / smooth @ Q, their scales, zero points and sums. Missing pointers are None.
 
     Args:
         y: float32, 0 where not kept.
-        rows: int64 [R], the output row of each; columns: [1, C], counted from ``start`` [R]; kept:
-            [R, C], which exist.
-        first_group: [R], the group of the first column; GROUP columns make one.
-        given_ptr: static scales of the groups, float32, ``given_stride`` apart.
-        zero_ptr: zero points; None where the codes are symmetric.
+        rows: int64 [R], the output row of each row; columns: [1, C], counted from ``start`` [R]; kept: [R, C], whether
+            an element exists.
+        first_group: [R], the group of the first column; a group has GROUP columns.
+        given_ptr: static scales of the groups, float32, with stride ``given_stride``.
+        zero_ptr: zero points; None if the codes are symmetric.
     """
     if smooth_ptr is not None:
         y = y / tl.load(smooth_ptr + start[:, None] + columns, kept, 1.0)
@@ -129,15 +129,15 @@ def balance_and_quantize(
 
 
 Codes = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Codes int8 [M, K], scale float32 [M, G], zero point int16 [M, G] (nothing where symmetric), sums int32 [M, G]."""
+"""Codes int8 [M, K], scale float32 [M, G], zero point int16 [M, G] (empty if symmetric), sums int32 [M, G]."""
 
-# The same, and the fields of Target, as operations declare them.
+# Codes, and the fields of Target, in the schemas of operations.
 CODES = "(Tensor codes, Tensor scale, Tensor zero, Tensor sums)"
 TARGET = "Tensor? smooth, Tensor? signs, int block, int bits, bool symmetric, int groups, Tensor? given"
 
 
 class Target(NamedTuple):
-    """What becomes of rows x [M, K]: x / smooth, times Q = diag(signs) blockdiag(H) / sqrt(block), then codes.
+    """How rows x [M, K] are quantized: x / smooth, times Q = diag(signs) blockdiag(H) / sqrt(block), then codes.
 
     Attributes:
         smooth: float32 [K], or None.
@@ -157,7 +157,7 @@ class Target(NamedTuple):
     given: Tensor | None
 
     def reference(self, x: Tensor) -> Codes:
-        """Codes, scale, zero point and sums of x [M, K] by plain torch."""
+        """Codes, scale, zero point and sums of x [M, K] in plain torch."""
         y = x.float()
         if self.smooth is not None:
             y = y / self.smooth
@@ -173,7 +173,7 @@ class Target(NamedTuple):
         return q.codes, scale, zero, sums_of(q.codes, self.groups)
 
     def empty(self, rows: int, columns: int, device: torch.device) -> Codes:
-        """Codes, scale, zero point (without elements where symmetric) and sums, to be written."""
+        """Empty codes, scale, zero point (without elements if symmetric) and sums, for the kernel to write."""
         return (
             torch.empty(rows, columns, dtype=torch.int8, device=device),
             torch.empty(rows, self.groups, dtype=torch.float32, device=device),
@@ -182,9 +182,9 @@ class Target(NamedTuple):
         )
 
     def arguments(self, out: Codes) -> dict[str, Any]:
-        """The arguments that :func:`balance_and_quantize` has in all kernels."""
+        """The arguments of :func:`balance_and_quantize` that all kernels share."""
         codes, scale, zero, sums = out
-        # The interpreter multiplies 16-bit matrices wrongly, and exactly in float32.
+        # The interpreter multiplies 16-bit matrices incorrectly; its float32 products are exact.
         kind = torch.float32 if INTERPRETED else torch.bfloat16
         return {
             "K": codes.shape[1], "G": self.groups, "smooth_ptr": self.smooth, "signs_ptr": self.signs,
@@ -199,7 +199,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 class Rows(NamedTuple):
-    """How many rows R of C columns (a power of two) one program takes, by how many warps."""
+    """Work of one program: R rows of C columns (a power of two), and its number of warps."""
 
     R: int
     C: int
@@ -207,21 +207,21 @@ class Rows(NamedTuple):
 
 
 def rows_per_program(width: int, block: int) -> Rows:
-    """16 to 32 numbers per thread; more rows at once where a Hadamard matrix has to be loaded, and paid for, too."""
+    """16 to 32 numbers per thread; more rows with a rotation, to spread the cost of loading the Hadamard matrix."""
     c = max(triton.next_power_of_2(width), block, 16)
     elements = max(c, 4096 if block == 0 else 8192)
-    # The product with the matrix takes registers, of which sixteen warps have half as many each.
+    # The product with the matrix needs registers, and each of sixteen warps has half as many of them.
     return Rows(elements // c, c, min(16 if block == 0 else 8, max(4, elements // 1024)))
 
 
 def quantized(out: Codes, grid: Grid) -> Quantized:
-    """What an operation returned, as engines pass it on."""
+    """The result of an operation as a ``Quantized``."""
     codes, scale, zero, sums = out
     return Quantized(codes, scale, zero if zero.ndim == 2 else None, grid, sums)
 
 
 def no_zero(device: torch.device) -> Tensor:
-    """Stands for the zero point of symmetric codes: operations cannot return None."""
+    """An empty tensor in place of the zero point of symmetric codes: operations cannot return None."""
     return torch.empty(0, dtype=torch.int16, device=device)
 
 
@@ -230,7 +230,7 @@ def sums_of(codes: Tensor, groups: int) -> Tensor:
     return codes.unflatten(1, (groups, codes.shape[1] // groups)).sum(-1, dtype=torch.int32)
 
 
-# Both caches are filled outside of inference mode, as those of ditq.numerics.hadamard.
+# Both caches are filled outside of inference mode, like those of ditq.numerics.hadamard.
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Tiles that were measured on the card at hand, in a file; those of ``tiles.py`` are where there is none.
+"""Tiles measured on this GPU, in a file; without a measurement the table of ``tiles.py`` applies.
 
-Nothing tunes itself: who has the time calls :func:`tune` (``benchmarks/gpu/run.py --tune 3`` does), so that no first
-image is late and no recorded graph is disturbed. Products only read what it found.
+Tuning is explicit, by :func:`tune` (``benchmarks/gpu/run.py --tune 3`` calls it), so that it neither delays a first
+image nor disturbs a recorded graph. Products only read its results.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from ditq.files import write_text
 from ditq.folders import cache_root
 
 GAIN = 1.03
-"""A tile has to be faster than the one of the table by this factor."""
+"""A tile must be faster than the one of the table by this factor."""
 
 _MORE: dict[int, tuple[Tile, ...]] = {
     80: (Tile(128, 64, 128, 4, 3), Tile(64, 128, 64, 4, 4)),
     89: (Tile(128, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3)),
     90: (Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 4), Tile(256, 128, 64, 8, 4)),
 }
-"""Tiles worth a try beside those of the table; compiled in the tests, too."""
+"""Further candidates besides the tiles of the table; the tests compile them too."""
 
 
 def candidates(capability: int, work: Work) -> tuple[Tile, ...]:
-    """What may be chosen for a product without groups."""
+    """The tiles that may be chosen for a product without groups."""
     own = architecture(capability)
     every = (*(tile for _, tile in tiles(capability, False)), *_MORE[own])
     return tuple(tile for tile in every if LARGEST[work][own] >= tile.BM * tile.BN)
 
 
 def key(m: int, n: int, k: int, bits: int, work: Work) -> str:
-    """What a tile is found by; 0 bits are int8 codes that are not packed."""
+    """The key of a product in the file; 0 bits are int8 codes that are not packed."""
     return f"{bucket(m)} x {n} x {k}, {bits} bits, {work}"
 
 
 def path(capability: int) -> Path:
-    """The file of cards of this compute capability."""
+    """The file for GPUs of this compute capability."""
     return cache_root() / "triton" / f"tiles-sm{capability}.json"
 
 
 @cache
 def known(capability: int) -> dict[str, Tile]:
-    """What the file says. One that cannot be read counts as absent, with a warning; so do entries that never fit."""
+    """The tiles in the file. A file that cannot be read is ignored with a warning; invalid entries are skipped."""
     file = path(capability)
     if not file.exists():
         return {}
@@ -62,7 +62,7 @@ def known(capability: int) -> dict[str, Tile]:
         return {name: tile for name, tile in found.items() if tile in allowed[_work(name)]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(
-            f"Measured tiles in {file} are not used: {error}. Delete the file to be rid of this.", stacklevel=2
+            f"Measured tiles in {file} are not used: {error}. Delete the file to remove this warning.", stacklevel=2
         )
         return {}
 
@@ -72,7 +72,7 @@ def _work(name: str) -> Any:
 
 
 def best_tile(m: int, n: int, k: int, bits: int, capability: int, work: Work) -> Tile:
-    """The tile of a product without groups: the measured one, or that of the table."""
+    """The tile of a product without groups: the measured one, or the one of the table."""
     return known(capability).get(key(m, n, k, bits, work)) or tile_for(m, n, capability, None, work)
 
 
@@ -82,20 +82,20 @@ def tune(
     run: Callable[[tuple[int, int, int, int, Work], Tile], tuple[Tensor, float]],
     enough: Callable[[], bool] = lambda: False,
 ) -> dict[str, Tile]:
-    """Measures products (M, N, K, bits, work), and adds what is faster than the table to the file.
+    """Measures products (M, N, K, bits, work), and adds tiles that are faster than the table's to the file.
 
     Args:
-        run: the output and the milliseconds of a product with a tile.
-        enough: asked before each product; True ends it.
+        run: returns the output and the milliseconds of a product with a tile.
+        enough: called before each product; True ends the tuning.
 
     Returns:
-        The tiles that were found.
+        The tiles that were added.
 
     Raises:
         RuntimeError: a graph is being recorded.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("tiles cannot be measured while a CUDA graph is recorded; tune before")
+        raise RuntimeError("tiles cannot be measured while a CUDA graph is recorded; tune before recording")
     found: dict[str, Tile] = {}
     for product in products:
         if enough():
@@ -107,7 +107,7 @@ def tune(
         for tile in candidates(capability, work):
             if tile == first:
                 continue
-            # A card with less memory or registers than its architecture's largest may refuse a tile.
+            # A GPU with less memory or fewer registers than the largest of its architecture may refuse a tile.
             with suppress(RuntimeError):
                 y, ms = run(product, tile)
                 if ms < least and torch.equal(y, expected):
@@ -119,6 +119,6 @@ def tune(
 
 
 def write(file: Path, content: dict[str, Any]) -> None:
-    """All at once: a reader sees the old file or the new one."""
+    """Writes atomically: a reader gets the old file or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(content, indent=1))

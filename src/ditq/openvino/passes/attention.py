@@ -1,7 +1,7 @@
-"""Attention in a graph of fixed sizes: as two products, long ones in bf16 where everything else is in float32.
+"""Attention in a graph of fixed sizes as two products; long ones optionally in bf16.
 
-The two products of attention are all that is left in floats of a quantized block: on a CPU with bf16 instructions
-they take a seventh of a DiT block's time in float32, and two thirds of that in bf16.
+Inside a quantized block only the two products of attention still run in floating point. On a CPU with bf16
+instructions they take a seventh of a DiT block's time in float32, and two thirds of that in bf16.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from ditq.openvino.options import Attention
 from ditq.openvino.probe import core
 from ditq.openvino.settings import PRECISION
 
-# Fewer pairs of a query and a key take no time worth a rounding: the frames of a clip, small images and their texts.
+# With fewer pairs of a query and a key, rounding saves no time: frames of a clip, small images and their texts.
 LONG = 128 * 128
 
 KIND = "ScaledDotProductAttention"
 
-# Moves of numbers, after which rounding gives what it gives before.
+# Operations that only move numbers, and so commute with rounding.
 MOVES = ("Transpose", "Reshape")
 
 
 def resolved(attention: Attention) -> Literal["f32", "bf16"]:
-    """What ``auto`` is on this CPU: the precision that OpenVINO chooses for it, bf16 where it has the instructions.
+    """The precision of attention. ``auto`` is OpenVINO's choice for this CPU: bf16 if it has the instructions.
 
-    What "int8" leaves in floats is as with ``auto``.
+    With "int8" the remaining float operations are as with ``auto``.
     """
     if attention == "f32" or attention == "bf16":
         return attention
@@ -36,15 +36,14 @@ def resolved(attention: Attention) -> Literal["f32", "bf16"]:
 def as_products(model: Any, half: bool = False) -> None:
     """Writes every attention of fixed sizes as softmax(q k^T) v, in place.
 
-    OpenVINO does that by itself, but then moves the channels of all keys behind their tokens in memory, a tenth of
-    attention's time; written like this it reads them where they are. And where there are as many queries as heads (16
-    frames and 16 heads of Latte) OpenVINO 2026.4 mixes them up when it joins their exchange with the product; with an
-    axis more it leaves both alone.
+    OpenVINO does that by itself, but then transposes all keys in memory, which takes a tenth of attention's time; in
+    this form it reads them in place. If there are as many queries as heads (16 frames and 16 heads of Latte), OpenVINO
+    2026.4 confuses both axes when it fuses their transposition with the product; an additional axis prevents that.
 
     Args:
-        model: an ``openvino.Model``; attention of open sizes stays as it is, and so does causal attention.
+        model: an ``openvino.Model``; attention of open sizes, and causal attention, is not changed.
         half: rounds the inputs of attention over :data:`LONG` pairs or more to bf16, unless its queries and keys
-            have 8 bits. With open sizes OpenVINO would cut digits off instead of rounding.
+            have 8 bits. With open sizes OpenVINO would truncate instead of rounding.
     """
     import openvino as ov
 
@@ -63,23 +62,23 @@ def as_products(model: Any, half: bool = False) -> None:
 
 
 def rounded_attentions(model: Any) -> int:
-    """How many attentions of an ``openvino.Model``, as exported, multiply 8-bit queries and keys."""
+    """The number of attentions of an exported ``openvino.Model`` that multiply 8-bit queries and keys."""
     nodes = (node for node in model.get_ops() if node.get_type_name() == KIND)
     return sum(_is_rounded(node.input_value(0)) and _is_rounded(node.input_value(1)) for node in nodes)
 
 
 def multiplying(compiled: Any) -> int:
-    """In how many attentions of an ``openvino.CompiledModel`` queries and keys are multiplied as integers."""
-    found = 0
+    """The number of attentions of an ``openvino.CompiledModel`` that multiply queries and keys as integers."""
+    count = 0
     for node in compiled.get_runtime_model().get_ops():
         info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
-        one = info["layerType"] == "Subgraph" and KIND in info["originalLayersNames"]
-        found += (one or info["layerType"] == "MatMul") and info["runtimePrecision"] in ("i8", "u8")
-    return found
+        fused = info["layerType"] == "Subgraph" and KIND in info["originalLayersNames"]
+        count += (fused or info["layerType"] == "MatMul") and info["runtimePrecision"] in ("i8", "u8")
+    return count
 
 
 def _is_rounded(x: Any) -> bool:
-    """Whether an ``openvino.Output`` of heads has 8-bit codes behind it."""
+    """Whether an ``openvino.Output`` of heads was rounded to 8-bit codes."""
     node = x.get_node()
     while node.get_type_name() in MOVES:
         node = node.input_value(0).get_node()
@@ -90,14 +89,16 @@ def _products(node: Any, half: bool) -> Any:
     """softmax(q k^T scale + mask) v for the inputs of an attention node."""
     import openvino.opset13 as op
 
-    q, k, v, *rest = (port.get_source_output() for port in node.inputs())
-    scale = rest[1] if len(rest) > 1 else op.constant(np.float32(q.get_partial_shape()[-1].get_length() ** -0.5))
-    mask = rest[0] if rest and len(rest[0].get_partial_shape()) > 0 else None
+    q, k, v, *optional = (port.get_source_output() for port in node.inputs())
+    scale = (
+        optional[1] if len(optional) > 1 else op.constant(np.float32(q.get_partial_shape()[-1].get_length() ** -0.5))
+    )
+    mask = optional[0] if optional and len(optional[0].get_partial_shape()) > 0 else None
     if mask is not None and mask.get_element_type().get_type_name() == "boolean":
         mask = op.select(mask, op.constant(np.float32(0)), op.constant(np.float32(-np.inf))).output(0)
     rounded = _is_rounded(q) and _is_rounded(k)
     half = half and not rounded
-    # A static scale of codes stays behind their product. Queries of 16 bits are scaled in float32: OpenVINO would
+    # The scale stays after the product of codes. Queries of 16 bits are scaled before, in float32: OpenVINO would
     # round them, scale them in bf16, and so round them twice.
     before, after = (None, scale) if rounded else (scale, None)
     if half:
@@ -105,18 +106,18 @@ def _products(node: Any, half: bool) -> Any:
     elif before is not None:
         q = op.multiply(q, before).output(0)
     shape = q.get_partial_shape()
-    confused = len(shape) > 3 and shape[-3] == shape[-2]
-    if confused:
+    ambiguous = len(shape) > 3 and shape[-3] == shape[-2]
+    if ambiguous:
         q, k, v = (op.unsqueeze(x, op.constant(0)).output(0) for x in (q, k, v))
     scores = op.matmul(q, k, False, True)
     scores = scores if after is None else op.multiply(scores, after)
     scores = scores if mask is None else op.add(scores, mask)
     y = op.matmul(op.softmax(scores, -1), v, False, False)
-    return op.squeeze(y, op.constant(0)) if confused else y
+    return op.squeeze(y, op.constant(0)) if ambiguous else y
 
 
 def _half(x: Any, factor: Any = None) -> Any:
-    """In bf16; rounded before heads are moved, which is then half the work, and joins that of the layer before."""
+    """``x`` in bf16, rounded before heads are transposed: half the bytes to move, fused with the layer before."""
     import openvino.opset13 as op
 
     node = x.get_node()
@@ -127,10 +128,10 @@ def _half(x: Any, factor: Any = None) -> Any:
 
 
 def _moved(y: Any, node: Any) -> tuple[Any, Any]:
-    """``y``, moved as the output of ``node`` is, in float32 only then: in the pass of whatever comes next.
+    """Applies the moves after ``node`` to ``y``, and only then converts to float32, fused with the next operation.
 
     Returns:
-        The new node, and the last one that it stands for.
+        The new node, and the last node that it replaces.
     """
     import openvino.opset13 as op
 
@@ -140,7 +141,7 @@ def _moved(y: Any, node: Any) -> tuple[Any, Any]:
         if (kind := following.get_type_name()) not in MOVES:
             break
         last = following
-        order, same = last.input_value(1), last.get_attributes().get("special_zero")
-        y = op.transpose(y, order) if kind == "Transpose" else op.reshape(y, order, same)
+        order, zero_keeps_size = last.input_value(1), last.get_attributes().get("special_zero")
+        y = op.transpose(y, order) if kind == "Transpose" else op.reshape(y, order, zero_keeps_size)
         y.set_friendly_name(last.get_friendly_name())
     return op.convert(y, "f32"), last

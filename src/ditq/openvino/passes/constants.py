@@ -1,4 +1,4 @@
-"""Constants of a graph in as few bytes as they need: equal ones once, numbers that bf16 holds exactly as bf16."""
+"""Shrinks the constants of a graph: stores equal ones once, and numbers that are exact in bf16 as bf16."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 
 import numpy as np
 
-# Smaller ones are not worth a node.
+# Smaller constants are not worth a node.
 FEW = 4096
 
 
 def shrink(model: Any) -> None:
-    """Shares equal constants of an ``openvino.Model``, and stores weights of products in 16 bit where that is exact.
+    """Shares equal constants of an ``openvino.Model``, and stores weights of products in 16 bit if that is exact.
 
-    A DiT has a copy of its embedders in every block; as one constant OpenVINO also computes them once. Parameters
-    that ditq keeps in 16 bit are bf16 numbers in float32 tensors when they come here.
+    A DiT has a copy of its embedders in every block; with shared constants OpenVINO also computes them once.
+    Parameters that ditq keeps in 16 bit are bf16 numbers in float32 tensors at this point.
     """
-    known: dict[tuple[Any, ...], Any] = {}
+    replacements: dict[tuple[Any, ...], Any] = {}
     for constant in _constants(model):
         values, kind = constant.data, constant.get_element_type().get_type_name()
         key = (kind, tuple(constant.get_output_shape(0)), hashlib.sha256(values.tobytes()).digest())
-        if key in known:
-            _replace(constant, known[key])
+        if key in replacements:
+            _replace(constant, replacements[key])
             continue
-        known[key] = constant
+        replacements[key] = constant
         if kind == "f32" and _only_weights(constant) and (half := _as_bf16(values)) is not None:
-            known[key] = half
+            replacements[key] = half
             _replace(constant, half)
 
 
 def keep_bf16(model: Any) -> None:
-    """Marks the constants that :func:`shrink` has made, or OpenVINO expands them; files do not keep the mark."""
+    """Marks the bf16 constants of :func:`shrink`, or OpenVINO expands them; files do not store the mark."""
     for constant in _constants(model):
         if constant.get_element_type().get_type_name() != "bf16":
             continue
@@ -47,7 +47,7 @@ def _constants(model: Any) -> Iterator[Any]:
 
 
 def _only_weights(constant: Any) -> bool:
-    """Whether all that reads it is products, as their second operand: other operations have no 16-bit kernels."""
+    """Whether only products read it, as their second operand: other operations have no 16-bit kernels."""
     return all(
         reader.get_node().get_type_name() == "MatMul" and reader.get_index() == 1
         for reader in constant.output(0).get_target_inputs()
@@ -55,7 +55,7 @@ def _only_weights(constant: Any) -> bool:
 
 
 def _as_bf16(values: Any) -> Any:
-    """A Convert of a bf16 Constant with the same values, or None if some need more digits."""
+    """A Convert of a bf16 Constant with the same values, or None if some need more bits."""
     import openvino as ov
     import openvino.opset13 as op
 

@@ -1,4 +1,4 @@
-"""Functions that OpenVINO computes faster when they are written in another way, in a graph before it is stored."""
+"""Rewrites functions of a graph, before it is stored, to forms that OpenVINO computes faster."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ditq.openvino.linear import CLIP
 
 
 def rewrite(model: Any) -> None:
-    """Writes every GELU with tanh of an ``openvino.Model`` as a quotient, in place: half the time.
+    """Writes every tanh GELU of an ``openvino.Model`` as a quotient, in place, which takes half the time.
 
-    0.5 x (1 + tanh u) = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3); where the exponential is
-    infinite the quotient is 0, as the GELU is in float32. A GELU whose output goes to static rounding stays: OpenVINO
-    computes both inside of the product before it.
+    0.5 x (1 + tanh u) = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3). If the exponential is infinite
+    the quotient is 0, like the GELU in float32. A GELU before static rounding is not changed: OpenVINO fuses both into
+    the product before it.
     """
     import openvino as ov
     import openvino.opset13 as op
@@ -39,7 +39,7 @@ def rewrite(model: Any) -> None:
 
 
 def _is_rounded_statically(node: Any) -> bool:
-    """Whether all that takes this output multiplies it, if at all, and clips it to the ends of its codes."""
+    """Whether all users of this output clip it to the range of its codes, possibly after a multiplication."""
 
     def clips(user: Any) -> bool:
         if user.get_type_name() == "Multiply":
