@@ -197,8 +197,8 @@ class DitqQuantizer(DiffusersQuantizer):
         """Casts unquantized parameters to their 16-bit storage dtype, and adds a checksum of every tensor."""
         if self.compiled:
             raise UsageError(
-                "Parts of this model are compiled graphs, which cannot be saved. Copy its folder, or load it inside "
-                "ditq.use_engine('torch')."
+                "Parts of this model are compiled graphs and cannot be saved again. Copy its folder, or load it "
+                "inside ditq.use_engine('torch')."
             )
         if not safe_serialization:
             raise UsageError("ditq writes safetensors only; leave safe_serialization=True.")

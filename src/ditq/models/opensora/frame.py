@@ -12,7 +12,7 @@ from ditq.models import blocks as nn_
 from ditq.models.module import ModelMixin
 
 
-class Around(ModelMixin, ConfigMixin):
+class STDiTBase(ModelMixin, ConfigMixin):
     """The base class of both transformers: embedders of patches, time and text, and the final layer."""
 
     def _add_layers(self, channels: int, patch: tuple[int, int, int], width: int, text: int, length: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ditq.models import blocks as nn_
 from ditq.models.module import ModelMixin as ModelMixin
-from ditq.models.opensora.frame import Around
+from ditq.models.opensora.frame import STDiTBase
 
 
 class STDiTBlock(nn.Module):
@@ -45,7 +45,7 @@ class STDiTBlock(nn.Module):
         return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
 
 
-class STDiT(Around):
+class STDiT(STDiTBase):
     """Open-Sora v1.0's transformer; the defaults are STDiT-XL/2.
 
     Args:

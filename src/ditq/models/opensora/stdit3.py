@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ditq.models import blocks as nn_
 from ditq.models.module import ModelMixin as ModelMixin
-from ditq.models.opensora.frame import Around
+from ditq.models.opensora.frame import STDiTBase
 
 
 class STDiT3Block(nn.Module):
@@ -52,7 +52,7 @@ class Rope(nn.Module):
         self.register_buffer("freqs", 10000.0 ** (-torch.arange(0, head, 2).float() / head))
 
 
-class STDiT3(Around):
+class STDiT3(STDiTBase):
     """Open-Sora v1.2's transformer; the defaults are STDiT3-XL/2.
 
     Masks of frames (image and video conditions) are not supported.
