@@ -387,7 +387,7 @@ def test_untouched_components_are_copied_from_the_source(tmp_path: Path) -> None
     [
         ("./nowhere", "no pipeline at"),
         ("bundled:none-such", "none-such"),
-        ("just-a-name", "give a folder, a hub id"),
+        ("just-a-name", "pass a folder, a hub id"),
     ],
 )
 def test_loading_from_nowhere_is_a_usage_error(path: str, complaint: str) -> None:

@@ -52,7 +52,7 @@ def test_many_models_from_paths(folders: dict[str, Path], tmp_path: Path) -> Non
         assert model.latent_sqnr_by_step is not None
         assert len(model.latent_sqnr_by_step.mean) == report.sampler["steps"] == 2
     assert report.sampler["width"] == 16
-    assert "rtn-w8a8 draws" in report.summary[0]
+    assert "reproduce" in report.summary[0]
     assert len(report.summary) == 3
 
 

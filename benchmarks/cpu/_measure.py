@@ -1,4 +1,4 @@
-"""What the CPU benchmarks share: interleaved timing, memory, rows of results, their table and their plots."""
+"""Shared code of the CPU benchmarks: interleaved timing, memory, rows of results, their table and their plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformers of the published sizes with random weights, and calls of them."""
+"""Transformers of published sizes with random weights, and example inputs for them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A transformer as each library executes it. Every builder takes the same fp32 model and returns how to call it.
+"""A transformer as each library executes it: every builder takes one fp32 model and returns a function to call it.
 
-``REGISTRY`` names them; libraries are imported where they are needed, so that one that is missing costs one row.
+``REGISTRY`` lists the builders. Each imports its library when it is called, so a missing library costs only one row.
 """
 
 from __future__ import annotations

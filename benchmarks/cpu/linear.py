@@ -1,9 +1,9 @@
-"""One linear layer on the CPU: ditq against what a user would pick, in the same run, interleaved.
+"""Times one linear layer on the CPU: ditq against the alternatives, interleaved in one run.
 
 ``python benchmarks/cpu/linear.py`` prints a table and writes ``benchmarks/results/cpu_linear.json`` and a bar plot.
-Times include everything a layer does: activation quantization, integer product, epilogue, and for 4 bits
-unpacking. The default shape is the up projection of a DiT-XL/2 block at 1024 tokens. The error is that of the
-output against fp32: ``|y - y_fp32| / |y_fp32|``, on normal inputs and weights.
+Times include all operations of a layer: activation quantization, integer product, epilogue, and unpacking for 4 bits.
+The default shape is the up projection of a DiT-XL/2 block at 1024 tokens. The error is that of the output against
+fp32, ``|y - y_fp32| / |y_fp32|``, on normal inputs and weights.
 """
 
 from __future__ import annotations

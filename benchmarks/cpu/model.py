@@ -1,12 +1,14 @@
-"""A whole transformer of published size with random weights on the CPU: ditq against what a user would pick.
+"""Times a whole transformer of published size with random weights on the CPU: ditq against the alternatives.
 
-``python benchmarks/cpu/model.py --model dit-xl`` builds every variant from one fp32 model, calls all of them in
-turn, and writes ``benchmarks/results/cpu_model_dit-xl_256.json`` and a bar plot. Times are of one call of the
-transformer, at batch 2 (one picture with guidance). The error is that of the output against fp32 on the same
-inputs: ``|y - y_fp32| / |y_fp32|``. Recipes of ditq are ``rtn-w8a8`` and ``rtn-w4a8``, which need no calibration,
-unless a row says otherwise; the static peers calibrate on ``--calls`` random calls, ViDiT-Q too. Peers quantize
-all linear layers, ditq those of its plan: in rows without "and modulation" the modulation stays in 16 bit.
-``--memory`` also runs each variant in a process of its own for its peak memory during a call (slow).
+``python benchmarks/cpu/model.py --model dit-xl`` builds every variant from one fp32 model and calls them in turn. It
+writes ``benchmarks/results/cpu_model_dit-xl_256.json`` and a bar plot. Times are those of one call of the transformer
+at batch 2 (one image with guidance). The error is that of the output against fp32 on the same inputs, ``|y - y_fp32| /
+|y_fp32|``.
+
+Recipes of ditq are ``rtn-w8a8`` and ``rtn-w4a8``, which need no calibration, unless a row says otherwise. Static
+variants of other libraries, and ViDiT-Q, calibrate on ``--calls`` random calls. Other libraries quantize all linear
+layers, ditq those of its plan: in rows without "and modulation" the modulation stays in 16 bit. ``--memory`` also runs
+each variant in its own process to measure peak memory during a call (slow).
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
-"""Seconds per picture of the bundled models, end to end, and whether both engines draw the same pictures.
+"""Seconds per image of the bundled models, end to end, and whether both engines generate the same images.
 
-``python benchmarks/cpu/pictures.py`` draws the same prompts from the same noise with every pipeline in turn: 16-bit
-weights in torch (fp32 and bf16), and each recipe by the torch engine and by OpenVINO (in fp32 between the layers, and
-in bf16 where the CPU has it; static recipes also with int8 attention), there as ``ditq export --whole-pipeline``
-leaves it. Text encoder, sampler and decoder are included. It writes ``benchmarks/results/cpu_pictures_MODEL.json``
-and a bar plot; the milliseconds there are per picture. ``psnr_db`` compares a row with the fp32 pictures, and with
-the torch engine's of the same plan.
+``python benchmarks/cpu/pictures.py`` generates images for the same prompts and noise with every pipeline in turn:
+
+* 16-bit weights in torch (fp32 and bf16);
+* each recipe with the torch engine;
+* each recipe with OpenVINO, as exported by ``ditq export --whole-pipeline``: in fp32 between the layers, and in bf16
+  if the CPU supports it; static recipes also with int8 attention.
+
+Text encoder, sampler and decoder are included. It writes ``benchmarks/results/cpu_pictures_MODEL.json`` and a bar
+plot, both in milliseconds per image. ``psnr_db`` compares a row with the fp32 images, and with the torch engine's
+images of the same plan.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Time against work on the CPU: a few blocks of DiT-XL width over tokens and batch sizes; cost should grow as work.
+"""How time grows with work on the CPU: a few blocks of DiT-XL width at several numbers of tokens and batch sizes.
 
 ``python benchmarks/cpu/scaling.py`` writes ``benchmarks/results/cpu_scaling.json`` and a line plot of milliseconds
-against GFLOP, both axes logarithmic, so that a cliff is a kink. ditq's models are compiled once per picture size
-and take every batch size; OpenVINO's own are compiled for each shape.
+against GFLOP on logarithmic axes, where time proportional to work is a straight line. ditq's models are compiled once
+per image size for all batch sizes; OpenVINO's own models are compiled for each shape.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this machine, before anything is timed: against the same on the CPU."""
+"""Checks the kernels on this machine against the CPU, before anything is timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers as others run them on a GPU: 16 bit, int8 by cuBLAS, fp8 by cuBLAS, torchao."""
+"""Linear layers of other libraries on a GPU: 16 bit, int8 by cuBLAS, fp8 by cuBLAS, torchao."""
 
 from __future__ import annotations
 

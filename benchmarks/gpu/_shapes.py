@@ -1,4 +1,4 @@
-"""What is measured: the linear layers of published transformers at the sizes of their usual pictures and videos."""
+"""The measured shapes: linear layers of published transformers at the sizes of their usual images and videos."""
 
 from __future__ import annotations
 

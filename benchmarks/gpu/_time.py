@@ -1,4 +1,4 @@
-"""Times of calls on a GPU, and how long there is for all of them."""
+"""Times calls on a GPU, and keeps the time budget of the whole run."""
 
 from __future__ import annotations
 

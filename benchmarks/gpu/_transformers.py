@@ -1,4 +1,4 @@
-"""Whole transformers of the published sizes with random weights, and a call of each as in one denoising step."""
+"""Whole transformers of published sizes with random weights, and the inputs of one denoising step for each."""
 
 from __future__ import annotations
 

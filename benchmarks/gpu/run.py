@@ -1,11 +1,11 @@
-"""The Triton engine on this GPU: first whether it is right, then how fast, beside what a user would pick instead.
+"""Benchmarks the Triton engine on this GPU: first whether it is correct, then how fast it is, beside the alternatives.
 
-``python benchmarks/gpu/run.py`` takes at most eight minutes, prints tables and writes ``gpu_*.json`` and plots into
-``--out``, and every row into ``gpu_rows.jsonl`` as soon as it is known. Nothing is timed when a check fails. Stages
-that find no time left say so in their rows.
+``python benchmarks/gpu/run.py`` takes at most eight minutes. It prints tables and writes ``gpu_*.json`` and plots into
+``--out``, and every row into ``gpu_rows.jsonl`` as soon as it is measured. Nothing is timed if a check fails. Rows of
+stages that did not fit into the time say so.
 
-``--dry-run`` goes the same way on a CPU, with tiny shapes, kernels in Triton's interpreter and references behind
-whole models: it shows that the program works. Its times mean nothing.
+``--dry-run`` runs the same program on a CPU, with tiny shapes, kernels in Triton's interpreter and reference
+implementations for whole models. It tests the program; its times mean nothing.
 """
 
 from __future__ import annotations

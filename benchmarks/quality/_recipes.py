@@ -1,4 +1,4 @@
-"""What the tables of recipes share: quantize a fresh model by each, draw the same prompts, measure, print, compare."""
+"""Shared code of the recipe tables: quantize a fresh model by each recipe, generate images, measure, print."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Peak memory of quantizing a video transformer of real size by ViDiT-Q, calibration included.
 
-``python benchmarks/quality/calibration_memory.py`` builds a Latte-1 (28 spatial and 28 temporal blocks, width 1152;
-random weights in float32) that draws 16 frames of 256 x 256 pixels, quantizes it by a recipe through its pipeline,
-and gives the peak of the whole process, weights and libraries included, after each stage. Two prompts, as
-many as calibration draws at once at this size, and one step: more of them take more time, but not more memory, as
-the sample of the inputs is bounded.
+``python benchmarks/quality/calibration_memory.py`` builds a Latte-1 for 16 frames of 256 x 256 pixels (28 spatial and
+28 temporal blocks, width 1152, random weights in float32) and quantizes it by a recipe through its pipeline. It
+reports the peak memory of the process after each stage, weights and libraries included. It uses one step and two
+prompts, which is the calibration batch at this size. More of them take more time but not more memory, because the
+sample of inputs is bounded.
 """
 
 from __future__ import annotations

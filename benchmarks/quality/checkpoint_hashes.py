@@ -1,9 +1,10 @@
-"""Whether quantization still computes what it did: one SHA-256 over all tensors of a checkpoint, for every recipe.
+"""Whether quantization still computes the same checkpoints: one SHA-256 over all tensors, for every recipe.
 
 ``python benchmarks/quality/checkpoint_hashes.py`` quantizes ``bundled:emoji-t2i`` by every measured recipe, and the
-two other bundled models by one of each family, with few prompts and steps (seed 0, one thread). It compares each with
-``benchmarks/results/checkpoint_hashes.json``, which ditq 0.1 wrote, and ends with status 1 if any differs; ``--write``
-writes the file anew. Float sums depend on the processor, so compare on the kind that the file names.
+two other bundled models by one recipe of each family, with few prompts and steps (seed 0, one thread). It compares
+each checkpoint with ``benchmarks/results/checkpoint_hashes.json``, which ditq 0.1 wrote, and exits with status 1 if
+any differs. ``--write`` writes the file again. Floating-point sums depend on the processor: compare on the model that
+the file names.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Q-DiT's ablation ladder and its rivals on a class-conditional model: FID, KID, IS, precision, and paired PSNR.
+"""Q-DiT's ablation ladder and other methods on a class-conditional model: FID, KID, IS, precision and paired PSNR.
 
 ``python benchmarks/quality/class_to_image.py`` quantizes ``bundled:emoji-class`` step by step as in Table 5 of the
 paper (nearest with static ranges, + groups, + dynamic activations, + GPTQ, + searched group sizes) and by the
-baselines, at W4A8, W4A4 and W3A8; draws every class seven times (2,149 pictures a row) from noise that calibration
-and search have not seen, the same for all rows; compares with the artwork the model learned and with the 16-bit
-pictures, with 95 % bootstrap intervals (paired where rows are compared); and writes
-``benchmarks/results/class_to_image.json`` and a sheet of pictures.
+baselines, at W4A8, W4A4 and W3A8. It generates every class seven times (2,149 images per row) from noise that
+calibration and search did not use, the same for all rows. It compares the images with the model's training artwork and
+with the 16-bit images, with 95 % bootstrap intervals (paired where rows are compared), and writes
+``benchmarks/results/class_to_image.json`` and a sheet of images.
 
-The plans of the search come from ``granularity_search.py`` (``--plans`` names its folder); without them that row is
-left out. Pictures are kept in ``--folder``: run it again to go on.
+The plans of the search come from ``granularity_search.py`` (``--plans`` is its folder). Without them that row is left
+out. Images are kept in ``--folder``: run the command again to resume.
 """
 
 from __future__ import annotations

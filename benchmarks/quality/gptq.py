@@ -1,16 +1,16 @@
-"""GPTQ beside rounding to nearest: errors of single layers, errors of the whole model, and memory.
+"""GPTQ against rounding to nearest: errors of single layers, errors of the whole model, and memory.
 
     python benchmarks/quality/gptq.py layers --model bundled:emoji-class
     python benchmarks/quality/gptq.py model --model bundled:emoji-class --bits 4a8 3a8
     python benchmarks/quality/gptq.py calls --model bundled:emoji-class
     python benchmarks/quality/gptq.py memory --blocks 28
 
-``layers`` rounds every linear by itself, on inputs of the 16-bit model, and gives the geometric mean over the
-layers of ||X (W - Q)^T|| / ||X W^T|| on the rows that GPTQ saw and on rows of other prompts and seeds.
-``model`` quantizes by recipes and gives the SQNR of the transformer's output on calls of other prompts and
-seeds, one random timestep of each prompt, with a 95 % bootstrap interval over these calls. ``calls`` does it for
-one recipe and different numbers of kept calls. ``memory`` quantizes a DiT-XL/2 with random weights and gives the
-peak of the process.
+* ``layers`` rounds every linear layer separately, on inputs of the 16-bit model. It reports the geometric mean over
+  the layers of ||X (W - Q)^T|| / ||X W^T||, on the rows that GPTQ used and on rows of other prompts and seeds.
+* ``model`` quantizes by recipes. It reports the SQNR of the transformer's output on calls of other prompts and seeds,
+  at one random timestep of each prompt, with a 95 % bootstrap interval over these calls.
+* ``calls`` does the same for one recipe and several numbers of kept calls.
+* ``memory`` quantizes a DiT-XL/2 with random weights and reports the peak memory of the process.
 """
 
 from __future__ import annotations

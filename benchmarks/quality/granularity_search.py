@@ -1,14 +1,14 @@
-"""Group sizes found by search against uniform ones and the search's rivals, at one budget of BitOps.
+"""Searched group sizes against uniform ones and other search methods, at one budget of BitOps.
 
 ``python benchmarks/quality/granularity_search.py`` searches group sizes for ``bundled:emoji-class`` at W4A8 and W4A4
 within the BitOps of uniform g = 128: by evolution, by random search with as many evaluations, and by an integer
-program on layer errors. Then it draws held-out classes from noise that no search has seen with every plan, and prints
-how near they are to the 16-bit model, as paired differences to uniform g = 128 with 95 % bootstrap intervals: by the
-search's own fitness (prediction error on the 16-bit trajectory) and by where the trajectories end. Rows are rounded to
-nearest; ``--gptq`` adds those with GPTQ. The result is ``benchmarks/results/granularity_search.json``, the plans are
-in ``--folder``.
+program on layer errors. Then it generates held-out classes with every plan, from noise that no search has used. It
+reports the distance to the 16-bit model as paired differences to uniform g = 128, with 95 % bootstrap intervals, by
+two measures: the search's fitness (prediction error on the 16-bit trajectory), and latent SQNR and PSNR of the
+generated images. Weights are rounded to nearest; ``--gptq`` adds rows with GPTQ.
 
-Everything is kept in ``--folder``: run it again to go on, or in several processes at once to share the searches.
+The result is ``benchmarks/results/granularity_search.json``; the plans are in ``--folder``. Everything is kept there:
+run the command again to resume, or run several processes at once to share the searches.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""A function-preserving copy of a model with the channel imbalance of large DiTs. Synthetic, and labelled so.
+"""A function-preserving copy of a model with the channel imbalance of large DiTs. It is synthetic, and labelled so.
 
-Small models lack the outlier channels that balancing methods exist for. For every input that a norm or a value
-projection produces, a channel factor c is moved: the producer is multiplied by c, the columns of the consumers
-are divided by it, so the 16-bit model draws the same pictures. Factors are log-normal (sigma 0.5); 4 % of the
-channels get weight columns 10 to 30 times larger (ViDiT-Q reports weight incoherence of 40.75 before and 5.02
-after balancing an FFN layer of a large DiT), another 4 % get activations 2 to 4 times larger.
+Small models lack the outlier channels that balancing methods are designed for. For every input that a norm or a value
+projection produces, this adds a factor c to each channel: the producer is multiplied by c, and the columns of the
+consumers are divided by it. The 16-bit model therefore generates the same images. Factors are log-normal (sigma 0.5).
+4 % of the channels get weight columns 10 to 30 times larger (ViDiT-Q reports a weight incoherence of 40.75 before and
+5.02 after balancing an FFN layer of a large DiT). Another 4 % get activations 2 to 4 times larger.
 
-Two limits. The factors are constant over timesteps, since a static linear cannot undo factors that vary: what
-varies with time is what the model itself has. And stronger activation outliers cannot be planted this way: they come
-with vanishing weight columns, on which 4-bit rotated weights are worse than none (``--outliers activations`` shows
-it), which no real model has. Inputs of ``ffn.down`` (after GELU), of the cross-attention query (residual) and text
-keys and values have no producer that can carry c, and stay as they are.
+There are two limits. The factors are constant over timesteps, because a static linear layer cannot undo factors that
+vary; variation over time is only that of the model itself. And stronger activation outliers cannot be created this
+way: they come with vanishing weight columns, which no real model has, and on which 4-bit rotated weights are worse
+than none (``--outliers activations`` shows it). Inputs of ``ffn.down`` (after GELU), of the cross-attention query
+(residual) and of text keys and values have no producer that can be multiplied by c, and are unchanged.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What each recipe family costs: seconds to quantize ``bundled:emoji-t2i`` at W4A8, calibration included.
+"""The cost of each recipe family: seconds to quantize ``bundled:emoji-t2i`` at W4A8, calibration included.
 
-``python benchmarks/quality/recipe_cost.py`` prints a table, writes ``benchmarks/results/recipe_cost.json`` and, with
-``--write``, the ``cost`` of every file in ``src/ditq/recipes``, which ``ditq recipes`` shows. Prompts, steps and calls
-are those of the recipe; the calibration cache is not used. Measure on a machine without other load.
+``python benchmarks/quality/recipe_cost.py`` prints a table and writes ``benchmarks/results/recipe_cost.json``. With
+``--write`` it also writes the ``cost`` of every file in ``src/ditq/recipes``, which ``ditq recipes`` shows. Prompts,
+steps and calls are those of the recipe. The calibration cache is not used. Measure on a machine without other load.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Every recipe on a bundled model: closeness to the 16-bit pictures of the same prompts and seeds.
+"""Every recipe on a bundled model: fidelity to the 16-bit images of the same prompts and seeds.
 
-``python benchmarks/quality/text_to_image.py`` quantizes ``bundled:emoji-t2i`` by all recipes, draws 64
-held-out prompts with each, does the same on an imbalanced copy of the model (synthetic, see
-``imbalanced.py``), prints two tables with 95 % bootstrap intervals and writes
-``benchmarks/results/text_to_image.json`` and a sheet of pictures.
+``python benchmarks/quality/text_to_image.py`` quantizes ``bundled:emoji-t2i`` by all recipes and generates 64 held-out
+prompts with each. It repeats this on an imbalanced copy of the model (synthetic, see ``imbalanced.py``). It prints two
+tables with 95 % bootstrap intervals, and writes ``benchmarks/results/text_to_image.json`` and a sheet of images.
 """
 
 from __future__ import annotations

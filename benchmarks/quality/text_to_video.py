@@ -1,10 +1,12 @@
-"""Every recipe on a bundled video model: closeness to the 16-bit videos of the same prompts and seeds, and motion.
+"""Every recipe on a bundled video model: fidelity to the 16-bit videos of the same prompts and seeds, and motion.
 
-``python benchmarks/quality/text_to_video.py`` quantizes ``bundled:emoji-video`` by all recipes, draws 32 held-out
-prompts with each, prints a table with 95 % bootstrap intervals and paired differences, and writes
-``benchmarks/results/text_to_video.json``, a sheet of frames and an animation of four rows side by side. Values of
-PSNR and SSIM are means over the frames of a video. Videos and finished rows are kept in ``--folder``: run it again to
-go on; several processes, each with other ``--widths``, may fill it before one run over all of them writes the table.
+``python benchmarks/quality/text_to_video.py`` quantizes ``bundled:emoji-video`` by all recipes and generates 32
+held-out prompts with each. It prints a table with 95 % bootstrap intervals and paired differences, and writes
+``benchmarks/results/text_to_video.json``, a sheet of frames and an animation of four rows side by side. PSNR and SSIM
+are means over the frames of a video.
+
+Videos and finished rows are kept in ``--folder``: run the command again to resume. Several processes with different
+``--widths`` can fill it before one run over all of them writes the table.
 """
 
 from __future__ import annotations

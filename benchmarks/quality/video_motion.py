@@ -1,13 +1,13 @@
-"""Does what moves in a drawn clip move as its prompt says? A judge of ``emoji-video`` that only looks at pixels.
+"""Whether the motion in a generated clip is that of its prompt, judged from the pixels alone, for ``emoji-video``.
 
-``python benchmarks/quality/video_motion.py`` draws the evaluation prompts, which training held out, with the 16-bit
-model and with each of ``--recipes``, decides for every clip which of the eleven motions it shows, prints how often
-that is the named one, and writes ``benchmarks/results/video_motion.json``.
+``python benchmarks/quality/video_motion.py`` generates the evaluation prompts, which were held out from training, with
+the 16-bit model and with each of ``--recipes``. It classifies every clip as one of the eleven motions, prints how
+often that is the named motion, and writes ``benchmarks/results/video_motion.json``.
 
-A clip is what differs from its background. Per frame: the centre of that ink, its spread, its opacity, how far its
-upper half is right of its lower half, and how it is turned against the fullest frame. Those are compared with the
-trajectory that ``bundled/training/clips.py`` gives each motion, and with an object that stays as it is; the nearest is
-what the clip shows. The judge looks neither at the prompt nor at which object it is.
+The object of a clip is all that differs from its background. For every frame the program computes the object's centre,
+spread, opacity, how far its upper half is right of its lower half, and its rotation against the fullest frame. It
+compares these with the trajectory of each motion in ``bundled/training/clips.py``, and with an object that stands
+still; the nearest one is the result. It uses neither the prompt nor the identity of the object.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Short names for contents: SHA-256, cut to the digits that are needed. Part of the formats on disk."""
+"""Short digests of contents: truncated SHA-256. They are part of the formats on disk."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ def of_text(text: str, digits: int = DIGITS) -> str:
 
 
 def of_json(value: Any) -> str:
-    """Of a value as JSON with sorted keys; what JSON does not know counts by its ``repr``."""
+    """The digest of a value as JSON with sorted keys. Types that JSON lacks are replaced by their ``repr``."""
     return of_text(json.dumps(value, sort_keys=True, default=repr))
 
 
 def of_file(path: Path) -> str:
-    """Of a file's bytes."""
+    """The digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
 
 
 def of_tensor(tensor: Tensor) -> str:
-    """Of a tensor's bytes in row-major order, its dtype and its shape: ``torch.uint8(24, 16)`` follows the bytes."""
+    """The digest of a tensor's bytes in row-major order, followed by its dtype and shape: ``torch.uint8(24, 16)``."""
     content = hashlib.sha256(tensor_bytes(tensor))
     content.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     return content.hexdigest()[:DIGITS]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The numbers of a tensor as bytes, row-major; without a copy where it lies contiguous in the CPU's memory."""
+    """The elements of a tensor as bytes, row-major. A contiguous tensor in CPU memory is not copied."""
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)

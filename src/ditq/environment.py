@@ -1,4 +1,4 @@
-"""What a number depends on besides the seeds: device, threads and versions."""
+"""The environment that results depend on besides the seeds: device, threads and versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LIBRARIES = ("torch", "diffusers", "transformers")
 
 
 def cpu_name() -> str:
-    """The processor as its maker calls it, where the system says."""
+    """The processor's product name, or its architecture if the system does not report one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
@@ -19,12 +19,12 @@ def cpu_name() -> str:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Installed versions of packages."""
+    """The installed versions of packages."""
     return {name: metadata.version(name) for name in names}
 
 
 def environment() -> dict[str, Any]:
-    """Device, processor with its instruction set, threads, and versions of what computes."""
+    """Device, processor with its instruction set, threads, and versions of ditq and the libraries it computes with."""
     import torch
 
     cpu = cpu_name()

@@ -1,4 +1,4 @@
-"""Where ditq keeps what it can make again."""
+"""The cache folder of ditq."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import platformdirs
 
 
 def cache_root() -> Path:
-    """``DITQ_CACHE``, or ``ditq`` in the user's cache folder of this system (Linux: ``~/.cache``)."""
-    own = os.environ.get("DITQ_CACHE")
-    return Path(own).expanduser() if own else Path(platformdirs.user_cache_dir("ditq", appauthor=False))
+    """``DITQ_CACHE`` if it is set, else ``ditq`` in the user's cache folder of this system (Linux: ``~/.cache``)."""
+    configured = os.environ.get("DITQ_CACHE")
+    return Path(configured).expanduser() if configured else Path(platformdirs.user_cache_dir("ditq", appauthor=False))

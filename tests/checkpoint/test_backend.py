@@ -409,7 +409,7 @@ from transformers.quantizers import auto
 from ditq.checkpoint import text_encoder
 assert auto.AUTO_QUANTIZER_MAPPING["ditq"] is text_encoder.DitqQuantizer
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["ditq"] is text_encoder.DitqConfig
-assert not [f for f in sys.meta_path if type(f).__name__ == "_Waiting"]
+assert not [f for f in sys.meta_path if type(f).__name__ == "_ImportHook"]
 """
 
 

@@ -319,7 +319,7 @@ def test_folder_that_is_no_pipeline(tmp_path: Path, capsys: pytest.CaptureFixtur
     out = tmp_path / "out"
     (tmp_path / "nothing").mkdir()
     result = ditq(capsys, "quantize", tmp_path / "nothing", "--recipe", "rtn-w8a8", "--out", out)
-    check_failure(result, 2, "no diffusers pipeline", "model_index.json", left=out)
+    check_failure(result, 2, "not a diffusers pipeline", "model_index.json", left=out)
     missing = ditq(capsys, "quantize", tmp_path / "absent", "--recipe", "rtn-w8a8", "--out", out)
     check_failure(missing, 2, "There is no pipeline", left=out)
 

@@ -154,7 +154,7 @@ def test_models_of_other_lengths_cannot_be_compared(
     longer.save_pretrained(tmp_path / "longer")
     arguments = ("--prompts", prompts, "--steps", 2, "--no-cache", "--explain", 0, "--out", tmp_path / "c")
     status, _, err = ditq(capsys, "compare", latte, tmp_path / "longer", *arguments, "--quiet")
-    check(status, err, ("longer draws videos of 4 frames", "the reference videos of 3 frames"), tmp_path / "c")
+    check(status, err, ("longer generates videos of 4 frames", "the reference videos of 3 frames"), tmp_path / "c")
 
 
 def test_video_demo_refuses_an_image_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -297,7 +297,7 @@ def test_too_few_pictures_and_two_networks_are_refused() -> None:
     with pytest.raises(UsageError, match="k must be from 1 to 9 for 20 images, got 10"):
         precision_recall(drawn(20), drawn(20), k=10)
     assert precision_recall(drawn(20), drawn(20), k=9)[0].value == 1
-    with pytest.raises(UsageError, match="one network"):
+    with pytest.raises(UsageError, match="from one network"):
         kid(drawn(50, d=8), drawn(50, d=9))
 
 

@@ -165,7 +165,7 @@ def test_no_real_pictures_skip_the_distribution_only() -> None:
     [
         ({"metrics": ["psnr"]}, "Unknown metric 'psnr'. Did you mean 'psnr_db'"),
         ({"network": "incepton"}, "Unknown feature network"),
-        ({"metrics": ["warping_error"]}, "It is for a video"),
+        ({"metrics": ["warping_error"]}, "It applies to videos only"),
     ],
 )
 def test_wrong_names_are_refused(options: dict[str, Any], complaint: str) -> None:
@@ -249,7 +249,9 @@ def test_media_and_numbers_of_frames_must_agree() -> None:
     base = samples(n=3)
     clips = Samples(base.conditions, base.seeds, videos_of(2, n=3), base.trajectory, base.timesteps, [0.1] * 3)
     shorter = Samples(**{**vars(clips), "images": [frames[:5] for frames in clips.images]})
-    with pytest.raises(UsageError, match="q draws videos of 5 frames of 24 x 24 pixels, the reference videos of 8"):
+    with pytest.raises(
+        UsageError, match="q generates videos of 5 frames of 24 x 24 pixels, the reference videos of 8"
+    ):
         measure(clips, {"q": shorter})
     with pytest.raises(UsageError, match="the reference images of 24 x 24 pixels"):
         measure(base, {"q": clips})

@@ -36,5 +36,5 @@ def test_folders_without_videos_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"at least 2 \(.gif, .mp4\), it has 1 video\."):
         videos_from_folder(tmp_path, (16, 16))
     (tmp_path / "b.mp4").write_bytes(b"nothing")
-    with pytest.raises(UsageError, match="b.mp4 is no video"):
+    with pytest.raises(UsageError, match="b.mp4 is not a readable video"):
         videos_from_folder(tmp_path, (16, 16))

@@ -72,7 +72,11 @@ def test_blocks_are_spatial_and_temporal_in_turn() -> None:
     ("key", "value", "complaint"),
     [
         ("blocks.3.attn.qkv.weight", None, r"lacks tensor 'temporal_blocks.1.attn.q.weight' \(or 'blocks.3.attn.qkv"),
-        ("blocks.0.mlp.fc1.bias", torch.zeros(128), r"'blocks.0.mlp.fc1.bias' is \(128,\); the model's is \(512,\)"),
+        (
+            "blocks.0.mlp.fc1.bias",
+            torch.zeros(128),
+            r"'blocks.0.mlp.fc1.bias' has shape \(128,\); the model expects \(512,\)",
+        ),
         ("blocks.4.mlp.fc1.bias", torch.zeros(512), "holds tensor 'blocks.4.mlp.fc1.bias'"),
     ],
     ids=["missing", "misshaped", "deeper"],

@@ -87,9 +87,13 @@ def test_a_model_takes_its_own_names_too(name: str) -> None:
         (
             "blocks.1.attn.qkv.weight",
             torch.zeros(128, 128),
-            r"'blocks.1.attn.qkv.weight' is \(128, 128\).*\(384, 128\)",
+            r"'blocks.1.attn.qkv.weight' has shape \(128, 128\).*\(384, 128\)",
         ),
-        ("y_embedder.embedding_table.weight", torch.zeros(10, 128), r"is \(10, 128\); the model's is \(11, 128\)"),
+        (
+            "y_embedder.embedding_table.weight",
+            torch.zeros(10, 128),
+            r"has shape \(10, 128\); the model expects \(11, 128\)",
+        ),
         ("blocks.2.mlp.fc1.bias", torch.zeros(512), "holds tensor 'blocks.2.mlp.fc1.bias'"),
     ],
     ids=["missing", "not-fused", "classes", "surplus"],

@@ -265,10 +265,13 @@ def damaged(name: str, how: str) -> tuple[dict[str, Tensor], str]:
         return {**tensors, f"{block}.attn.q.bias": rows[0], f"{block}.attn.v.bias": rows[2]}, rf"'{block}.attn.k.bias'"
     if how == "misshaped":
         tensors[f"{block}.mlp.fc1.weight"] = torch.zeros(512, 64)
-        return tensors, rf"'{block}.mlp.fc1.weight' is \(512, 64\); the model's is \(512, 128\)"
+        return tensors, rf"'{block}.mlp.fc1.weight' has shape \(512, 64\); the model expects \(512, 128\)"
     if how == "fused-misshaped":
         tensors[f"{block}.cross_attn.kv_linear.weight"] = torch.zeros(128, 128)
-        return tensors, rf"'{block}.cross_attn.kv_linear.weight' is \(128, 128\); the model's is \(256, 128\)"
+        return (
+            tensors,
+            rf"'{block}.cross_attn.kv_linear.weight' has shape \(128, 128\); the model expects \(256, 128\)",
+        )
     tensors["extra.weight"] = torch.zeros(1)
     return tensors, "holds tensor 'extra.weight', which STDiT.? does not have|holds tensor 'extra.weight'"
 
@@ -385,7 +388,7 @@ def test_a_pipeline_that_is_not_complete_is_refused_by_name(
     complaint = {
         "missing": "lacks tensor '",
         "misshaped": "because ",
-        "surplus": "has, beside the model's own, tensor '",
+        "surplus": "has the unexpected tensor '",
     }
     with pytest.raises(CheckpointError, match=complaint[how] + re.escape(key)):
         ditq.load(tmp_path)

@@ -115,7 +115,11 @@ def test_a_file_of_published_names_is_the_same_model(tmp_path: Path) -> None:
     ("key", "value", "complaint"),
     [
         ("temporal_vae.decoder.conv_blocks.1.conv.bias", None, "lacks tensor 'temporal_vae.decoder.conv_blocks.1"),
-        ("temporal_vae.encoder.conv_in.conv.weight", torch.zeros(8, 4, 1, 3, 3), r"is \(8, 4, 1, 3, 3\); the model's"),
+        (
+            "temporal_vae.encoder.conv_in.conv.weight",
+            torch.zeros(8, 4, 1, 3, 3),
+            r"has shape \(8, 4, 1, 3, 3\); the model",
+        ),
         ("spatial_vae.module.quant_conv.weight", None, "lacks tensor 'spatial_vae.module.quant_conv.weight'"),
         (
             "temporal_vae.decoder.conv_blocks.0.conv.bias",

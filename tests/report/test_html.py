@@ -85,8 +85,9 @@ def test_everything_that_was_measured_is_there(report: Report, page: Page) -> No
         assert info.about in page.words
     for expected in (
         report.title, report.date, report.command, "CLIPScore", "are not here", "DPMSolverMultistepScheduler",
-        "2.13.0+cpu", "0 to 29", "emoji artwork, 885", "29.4", "28.8 to 30.1", "n = 30; seen through emoji-classifier",
-        "18.21 MB", "0.32 of 16 bit", "0.93 ×", "slower than 16 bit", "24 of 30 prompts: the first ones, not selected",
+        "2.13.0+cpu", "0 to 29", "emoji artwork, 885", "29.4", "28.8 to 30.1",
+        "n = 30; feature network: emoji-classifier", "18.21 MB", "0.32 of 16 bit", "0.93 ×", "slower than 16 bit",
+        "24 of 30 prompts: the first ones, not selected",
         "no measurable difference in 2, worse in 2 of 4 metrics", "viditq-w8a8 minus viditq-w4a8: +19.4",
         *(model.fingerprint for model in report.models), *report.prompts,
     ):  # fmt: skip
@@ -223,7 +224,7 @@ def test_many_models_are_named_in_legends(report: Report, page: Page) -> None:
     assert "signs" not in [a.get("class") for a in page.all("ul")]
 
 
-def test_videos_have_controls_and_pictures_have_not(page: Page) -> None:
+def test_only_videos_have_playback_controls(page: Page) -> None:
     report = made_up.report("video", prompts=2)
     videos = Page(html.render(report, made_up.pictures(report)))
     ids = [{a.get("id") for _, a in p.elements} for p in (page, videos)]

@@ -1,8 +1,7 @@
-"""Small trained diffusion transformers, the prompts that go with them, and the network that judges what they draw.
+"""Small trained diffusion transformers, their prompts, and a classifier that evaluates their images.
 
-The models are plain diffusers pipeline folders, so ``DiffusionPipeline.from_pretrained(path(name))``
-loads one; the networks are plain transformers folders. This package only knows where they lie: it
-imports neither torch nor diffusers.
+The models are plain diffusers pipeline folders: ``DiffusionPipeline.from_pretrained(path(name))`` loads one. The
+networks are plain transformers folders. This package only returns paths; it imports neither torch nor diffusers.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ __all__ = ["names", "network", "networks", "path", "prompts"]
 
 SPLITS = ("calibration", "evaluation")
 
-# Wheels are unpacked at installation, so the package is a folder, as in an editable install.
+# The package is always a folder, because wheels are unpacked at installation.
 _ROOT = Path(str(files(__name__)))
 
 
@@ -47,10 +46,14 @@ def network(name: str) -> Path:
 
 
 def prompts(name: str, split: str) -> list[str]:
-    """The prompts (or class names) of a model: ``calibration`` and ``evaluation`` share no concept.
+    """The prompts (or class names) of a model.
+
+    Args:
+        name: the model.
+        split: ``calibration`` or ``evaluation``, which share no concept.
 
     Raises:
-        ValueError: the split or the model has no prompt list.
+        ValueError: the split is unknown, or the model has no prompts.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")

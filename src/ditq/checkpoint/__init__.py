@@ -1,4 +1,4 @@
-"""The on-disk format, and the diffusers backend that reads and writes it.
+"""The checkpoint format, and the diffusers backend that reads and writes it.
 
 Importing this package imports neither torch nor diffusers; see ``registration``.
 """

@@ -1,4 +1,4 @@
-"""The diffusers quantization backend ``ditq``: how a checkpoint's tensors become quantized layers, and back."""
+"""The diffusers quantization backend ``ditq``, which loads and saves the quantized layers of a checkpoint."""
 
 from __future__ import annotations
 
@@ -33,12 +33,17 @@ class Method(str, Enum):  # noqa: UP042 - diffusers reads `.value` of a str-valu
 
 
 class DitqConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a transformer: a plan, flattened, beside ``quant_method``.
+    """The ``quantization_config`` of a transformer: ``quant_method`` and the fields of a plan.
 
-    ``DitqConfig(recipe="rtn-w8a8")`` quantizes while loading, for recipes that need no calibration.
-    A config without plan and recipe is that of a component in floats which an engine executes (a VAE, a text encoder).
-    ``engine`` names a runtime whose graphs lie in a folder of that name beside the weights (``ditq export``), and its
-    options: ``{"name": "openvino", "shapes": "dynamic", "attention": "auto", "options": {"NUM_STREAMS": 1}}``.
+    ``DitqConfig(recipe="rtn-w8a8")`` quantizes while loading, for recipes without calibration. A config with neither
+    plan nor recipe belongs to a floating-point component that an engine executes (a VAE, a text encoder).
+
+    Args:
+        plan: the plan of a quantized transformer.
+        recipe: the name of a recipe to apply while loading.
+        engine: a runtime and its options: ``{"name": "openvino", "shapes": "dynamic", "attention": "auto", "options":
+            {"NUM_STREAMS": 1}}``. Its graphs (``ditq export``) are in a folder of that name beside the weights.
+        fields: the fields of a plan, as read from ``config.json``.
     """
 
     def __init__(
@@ -72,12 +77,12 @@ class DitqConfig(QuantizationConfigMixin):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the component has no integers of ditq."""
+        """Whether the component is not quantized by ditq."""
         return self.plan is None and self.recipe is None
 
 
 class DitqQuantizer(DiffusersQuantizer):
-    """What diffusers calls while it loads and saves a transformer quantized by ditq."""
+    """The methods that diffusers calls to load and save a transformer quantized by ditq."""
 
     requires_calibration = False
     required_packages = ("ditq",)
@@ -96,7 +101,7 @@ class DitqQuantizer(DiffusersQuantizer):
     def plan(self) -> Plan:
         plan = self.quantization_config.plan
         if plan is None:
-            raise DitqError("This transformer is not quantized yet: its config names a recipe only.")
+            raise DitqError("This transformer is not quantized yet: its config only names a recipe.")
         return plan
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
@@ -113,11 +118,11 @@ class DitqQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.pre_quantized and not self.quantization_config.is_plain:
             build(model, self.plan, self.dtype)
-            # diffusers would ignore these, and a model that lacks a fold draws something else.
-            surplus = sorted(self._stored - model.state_dict().keys())
-            if surplus:
+            # diffusers would ignore them, and a model without a fold generates other images.
+            unexpected = sorted(self._stored - model.state_dict().keys())
+            if unexpected:
                 raise CheckpointError(
-                    f"The checkpoint holds tensor {surplus[0]!r}, which the plan does not account for."
+                    f"The checkpoint holds tensor {unexpected[0]!r}, which the plan does not account for."
                 )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -135,13 +140,13 @@ class DitqQuantizer(DiffusersQuantizer):
         assert self._folder is not None
         self.compiled = compile_graphs(model, config.engine, self._folder)
         if not self.compiled:
-            config.engine = None  # what is saved from here has no graphs
+            config.engine = None  # a copy saved from this model will not have graphs
             if not config.is_plain:
                 self._wire(model)
         target = cast(Any, model)
         if config.is_plain and not self.compiled:
-            rest = {key: value for key, value in target.config.items() if key != "quantization_config"}
-            target._internal_dict = type(target.config)(rest)
+            other_fields = {key: value for key, value in target.config.items() if key != "quantization_config"}
+            target._internal_dict = type(target.config)(other_fields)
         else:
             target.register_to_config(quantization_config=config)
         return model
@@ -150,11 +155,11 @@ class DitqQuantizer(DiffusersQuantizer):
         try:
             architecture = load_architecture(self.plan.architecture)
         except UsageError:
-            return  # a user's own file is not part of a checkpoint; the model runs without
+            return  # a user's architecture file is not part of a checkpoint; the model runs without wiring
         wire(model, architecture)
 
     def remember(self, model: nn.Module) -> None:
-        """Notes which tensors are parameters: a state dict does not tell, and only they are stored in 16 bit."""
+        """Stores the names of the parameters: only they are saved in 16 bit, and a state dict does not mark them."""
         self._parameters = frozenset(name for name, _ in model.named_parameters())
 
     def check_if_quantized_param(
@@ -177,7 +182,7 @@ class DitqQuantizer(DiffusersQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        # The uncast tensor: diffusers has turned scales into the model's dtype by now.
+        # Not param_value: diffusers has already cast it to the model's dtype, scales included.
         parent, _, name = param_name.rpartition(".")
         model.get_submodule(parent)._buffers[name] = state_dict[param_name].to(target_device)
 
@@ -189,11 +194,11 @@ class DitqQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Unquantized parameters in their 16-bit storage dtype, and a checksum of every tensor."""
+        """Casts unquantized parameters to their 16-bit storage dtype, and adds a checksum of every tensor."""
         if self.compiled:
             raise UsageError(
-                "Parts of this model are compiled graphs and cannot be saved again. Copy its folder, or "
-                "load it inside ditq.use_engine('torch')."
+                "Parts of this model are compiled graphs and cannot be saved again. Copy its folder, or load it "
+                "inside ditq.use_engine('torch')."
             )
         if not safe_serialization:
             raise UsageError("ditq writes safetensors only; leave safe_serialization=True.")
@@ -216,7 +221,7 @@ class DitqQuantizer(DiffusersQuantizer):
                 replace(model, name, module.dequantize())
         unwire(model)
         unfold(model, load_architecture(self.plan.architecture), self.plan.folds)
-        # Not None but absent: diffusers writes whatever stands under this key.
+        # The key is removed, not set to None, because diffusers would write it.
         target = cast(Any, model)
         target._internal_dict = FrozenDict({k: v for k, v in target.config.items() if k != "quantization_config"})
         return model
@@ -227,14 +232,14 @@ class DitqQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True  # adapters on top are; integers are not
+        return True  # adapters on top can be trained; integer weights cannot
 
 
 def build(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
-    """Gives ``model`` (on the meta device) the structure of a plan; tensors are loaded afterwards.
+    """Replaces the layers of ``model`` (on the meta device) as its plan says. Tensors are loaded afterwards.
 
     Raises:
-        CheckpointError: the plan names a layer the model does not have, or of another size.
+        CheckpointError: the plan names a layer that the model does not have, or that has another size.
     """
     for record in plan.folds:
         prepare(model, record)
@@ -249,8 +254,8 @@ def build(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
         sizes = (getattr(linear, "in_features", None), getattr(linear, "out_features", None))
         if sizes != (layer.in_features, layer.out_features):
             raise CheckpointError(
-                f"The plan says {layer.in_features} -> {layer.out_features} for layer {layer.name!r}, "
-                f"{type(model).__name__} has {sizes[0]} -> {sizes[1]}."
+                f"Layer {layer.name!r} is {layer.in_features} -> {layer.out_features} in the plan, but "
+                f"{sizes[0]} -> {sizes[1]} in {type(model).__name__}."
             )
         if layer.timesteps:
             inner = layer.model_copy(update={"timesteps": None})
@@ -277,5 +282,5 @@ def attach(model: nn.Module, plan: Plan) -> None:
     target.register_to_config(quantization_config=config)
 
 
-# Where importing this module is what imported diffusers, the registration has waited for it.
+# If importing this module imported diffusers, its registration was deferred until here.
 register()

@@ -1,4 +1,4 @@
-"""The ``engine`` field of a component's config: a runtime whose graphs lie beside the weights."""
+"""The ``engine`` field of a component's config: a runtime whose graphs are stored beside the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPENVINO = "openvino"
 
 
 def checked(engine: Any) -> dict[str, Any]:
-    """The ``engine`` field of a config that somebody else may have written.
+    """Validates the ``engine`` field of a config, which may come from an untrusted source, and fills in defaults.
 
     Raises:
         CheckpointError: it is not ``{"name": "openvino", "shapes": "dynamic", "attention": "auto", "options":
@@ -33,17 +33,17 @@ def checked(engine: Any) -> dict[str, Any]:
         or not all(isinstance(k, str) and isinstance(v, str | int) for k, v in options.items())
     ):
         raise CheckpointError(
-            f"The config names the engine {engine!r}; known is {{'name': '{OPENVINO}', "
+            f"The config names the engine {engine!r}; expected {{'name': '{OPENVINO}', "
             f"'shapes': one of {SHAPES}, 'attention': one of {ATTENTIONS}, 'options': {{NAME: value}}}}."
         )
     return {"name": OPENVINO, "shapes": shapes, "attention": attention, "options": options}
 
 
 def compile_graphs(model: nn.Module, engine: dict[str, Any] | None, folder: Path) -> bool:
-    """Puts the exported graphs of a component's folder in the place of its modules.
+    """Replaces the modules of a component by the exported graphs in its folder.
 
     Returns:
-        Whether it did: not where there are none, or another engine is forced.
+        Whether modules were replaced: False if there are no graphs, or another engine is forced.
     """
     if engine is None or forced() not in (None, OPENVINO):
         return False

@@ -1,4 +1,4 @@
-"""Pipelines on disk: found, loaded, written, and the plans that they carry."""
+"""Finds, loads and saves pipelines on disk, and reads their plans."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def resolve(path: str | Path) -> Path | str:
-    """The folder that a pipeline argument means; a hub id stays a string.
+    """The folder of a pipeline argument; a hub id is returned as a string.
 
     Raises:
-        UsageError: an unknown bundled model, or a folder without ``model_index.json``.
+        UsageError: an unknown bundled model, a folder without ``model_index.json``, or no such folder.
     """
     text = str(path)
     if text.startswith("bundled:"):
@@ -37,21 +37,21 @@ def resolve(path: str | Path) -> Path | str:
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise UsageError(
-                f"{folder} is no diffusers pipeline: it has no model_index.json. Give the folder that "
+                f"{folder} is not a diffusers pipeline: it has no model_index.json. Pass the folder that "
                 "save_pretrained wrote, not its transformer subfolder."
             )
         return folder
     if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise UsageError(f"There is no pipeline at {text!r}: give a folder, a hub id (owner/name) or bundled:NAME.")
+        raise UsageError(f"There is no pipeline at {text!r}: pass a folder, a hub id (owner/name) or bundled:NAME.")
     return text
 
 
 def read_plan(folder: Path, component: str = "transformer") -> Plan | None:
-    """The plan of a transformer in a pipeline's folder, None where it is not quantized by ditq.
+    """The plan of a transformer in a pipeline's folder, or None if it is not quantized by ditq.
 
     Raises:
         UsageError: the folder has no such component.
-        CheckpointError: there is a plan but it is not valid.
+        CheckpointError: the config or the plan is not valid.
     """
     path = folder / component / "config.json"
     if not path.is_file():
@@ -65,28 +65,28 @@ def read_plan(folder: Path, component: str = "transformer") -> Plan | None:
     fields = dict(config.get("quantization_config") or {})
     if fields.pop("quant_method", None) != "ditq":
         return None
-    fields.pop("engine", None)  # how it is executed is not what was planned
+    fields.pop("engine", None)  # not a field of the plan
     return Plan.from_dict(fields)
 
 
 def read_plans(folder: Path) -> dict[str, Plan]:
-    """The plans of all transformers of a pipeline's folder that ditq has quantized, by component.
+    """The plans of all quantized transformers in a pipeline's folder, by component.
 
     Raises:
-        UsageError, CheckpointError: see :func:`read_plan`; a second transformer need not be there.
+        UsageError, CheckpointError: see :func:`read_plan`. A second transformer is optional.
     """
     present = [name for name in NAMES if name == NAMES[0] or (folder / name / "config.json").is_file()]
-    found = {name: read_plan(folder, name) for name in present}
-    return {name: plan for name, plan in found.items() if plan is not None}
+    plans = {name: read_plan(folder, name) for name in present}
+    return {name: plan for name, plan in plans.items() if plan is not None}
 
 
 def load_pipeline(folder: Path | str, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
-    """A pipeline from a folder or a hub id, see :func:`resolve`.
+    """Loads a pipeline from a folder or a hub id, see :func:`resolve`.
 
-    A folder's quantized transformers are checked before anything is loaded, each tensor once.
+    The quantized transformers of a folder are verified before anything is loaded.
 
     Raises:
-        CheckpointError: its files are damaged, or do not fit their plan.
+        CheckpointError: the files are damaged, or do not match their plan.
     """
     from diffusers import DiffusionPipeline
 
@@ -100,7 +100,7 @@ def load_pipeline(folder: Path | str, dtype: torch.dtype | None = None, **kwargs
         if isinstance(folder, Path):
             for component, plan in read_plans(folder).items():
                 verify(sorted((folder / component).glob("*.safetensors")), plan)
-            with suppress(OSError, ValueError, AttributeError):  # diffusers says what is wrong with it
+            with suppress(OSError, ValueError, AttributeError):  # diffusers raises a clear error below
                 kind = pipeline_class(json.loads((folder / "model_index.json").read_text()).get("_class_name"))
         try:
             return kind.from_pretrained(folder, **({"dtype": dtype} if dtype else {}), **kwargs)
@@ -111,7 +111,13 @@ def load_pipeline(folder: Path | str, dtype: torch.dtype | None = None, **kwargs
 
 
 def save_pipeline(pipe: Any, out: str | Path, source: str | Path | None = None, overwrite: bool = False) -> None:
-    """Writes a pipeline to a new folder, and what is not a transformer as it is in ``source``, where that is a folder.
+    """Writes a pipeline to a new folder.
+
+    Args:
+        pipe: the pipeline.
+        out: the folder to create.
+        source: the original pipeline. If it is a folder, all components but the transformers are copied from it.
+        overwrite: whether an existing ``out`` is replaced.
 
     Raises:
         UsageError, DitqError: see :func:`ditq.files.new_folder`.
@@ -127,7 +133,7 @@ def save_pipeline(pipe: Any, out: str | Path, source: str | Path | None = None, 
 
 
 def keep_labels(pipe: Any) -> None:
-    """Keeps class names for saving: DiTPipeline reads them from its index, but does not write them."""
+    """Adds the class names to the pipeline's config: DiTPipeline reads them from its index, but does not save them."""
     labels: dict[str, int] = getattr(pipe, "labels", None) or {}
     if labels and "id2label" not in pipe.config:
         names: dict[int, list[str]] = {}

@@ -1,8 +1,8 @@
 """Registers ditq as a quantization backend of diffusers and transformers, as late as possible.
 
-Neither has an entry point for backends: they look names up in two module dictionaries, which have to be
-extended. Importing them takes seconds, so where one is not imported yet, a one-shot import hook waits
-for the module that holds the dictionaries.
+Neither library has an entry point for backends. They look names up in two module dictionaries, which must be extended.
+Importing a library takes seconds. If it is not imported yet, a one-shot import hook extends the dictionaries once
+their module is imported.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-# The module that holds the dictionaries, and the one with what goes there.
+# The modules with the dictionaries, and the modules with the classes to add.
 TARGETS = {
     "diffusers.quantizers.auto": "ditq.checkpoint.backend",
     "transformers.quantizers.auto": "ditq.checkpoint.text_encoder",
 }
 
 
-# Modules that model_index.json of folders saved by ditq 0.1 names, and where they are now.
+# Modules named in the model_index.json of folders saved by ditq 0.1, and their new names.
 RENAMED = {
     "ditq.architectures.opensora": "ditq.models.opensora",
     "ditq.architectures.vchitect.latte": "ditq.models.latte_class.transformer",
@@ -30,21 +30,21 @@ RENAMED = {
 
 
 def register() -> None:
-    """Makes ``DiffusionPipeline.from_pretrained`` understand ditq checkpoints. Safe to call twice."""
+    """Lets ``DiffusionPipeline.from_pretrained`` load ditq checkpoints. It is safe to call twice."""
     if not any(isinstance(finder, _Renamed) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Renamed())
     for name in TARGETS:
         module = sys.modules.get(name)
         if module is not None:
             _extend(module)
-        elif not any(isinstance(finder, _Waiting) and finder.name == name for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Waiting(name))
+        elif not any(isinstance(finder, _ImportHook) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _ImportHook(name))
 
 
 def _extend(module: ModuleType) -> None:
     backend = importlib.import_module(TARGETS[module.__name__])
     if not hasattr(backend, "DitqQuantizer"):
-        return  # importing the backend is what imported the module: it registers itself when it is complete
+        return  # the backend is still being imported, and imported this module; it registers itself at its end
     try:
         module.AUTO_QUANTIZER_MAPPING["ditq"] = backend.DitqQuantizer
         module.AUTO_QUANTIZATION_CONFIG_MAPPING["ditq"] = backend.DitqConfig
@@ -53,13 +53,13 @@ def _extend(module: ModuleType) -> None:
 
         library = module.__name__.partition(".")[0]
         warnings.warn(
-            f"This {library} keeps its quantizers elsewhere ({error}): it cannot load ditq checkpoints.",
+            f"This version of {library} is not supported ({error}): it cannot load ditq checkpoints.",
             stacklevel=2,
         )
 
 
-class _Waiting:
-    """A meta path finder that finds nothing itself; it extends the target module once that has been run."""
+class _ImportHook:
+    """A one-shot meta path finder that extends the target module after it was executed."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -84,10 +84,10 @@ class _Waiting:
 
 
 class _Renamed:
-    """A meta path finder for which modules of :data:`RENAMED` have two names, the old one and the new one.
+    """A meta path finder that provides the modules of :data:`RENAMED` under both names.
 
-    Importing an old name gives the new module. And a new module, once imported, is in ``sys.modules`` under its old
-    name too: diffusers does not import what a ``model_index.json`` names, it looks there.
+    Importing an old name returns the new module. A new module, once imported, is also in ``sys.modules`` under its old
+    name, because diffusers looks up the modules of a ``model_index.json`` there without importing them.
     """
 
     def find_spec(
@@ -95,23 +95,23 @@ class _Renamed:
     ) -> ModuleSpec | None:
         if (new := _renamed(name, RENAMED)) is not None:
             return ModuleSpec(name, _Alias(new))  # type: ignore[arg-type]
-        old = [old for old, new in RENAMED.items() if name == new or name.startswith(f"{new}.")]
-        spec = PathFinder.find_spec(name, path) if old else None
+        old_names = [old for old, new in RENAMED.items() if name == new or name.startswith(f"{new}.")]
+        spec = PathFinder.find_spec(name, path) if old_names else None
         if spec is None or spec.loader is None:
             return None
         run = spec.loader.exec_module
 
         def run_then_alias(module: ModuleType) -> None:
             run(module)
-            for each in old:
-                sys.modules.setdefault(str(_renamed(name, {RENAMED[each]: each})), module)
+            for old in old_names:
+                sys.modules.setdefault(str(_renamed(name, {RENAMED[old]: old})), module)
 
         spec.loader.exec_module = run_then_alias  # type: ignore[method-assign]
         return spec
 
 
 class _Alias:
-    """A loader that gives a module which has another name."""
+    """A loader that returns the module with another name."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -122,12 +122,12 @@ class _Alias:
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # the import system has put the old name's there
+        module.__spec__ = self._spec  # the import system has replaced it by the spec of the old name
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str | None:
-    """The other name of a module, or of one inside; None if it has none."""
-    for one, other in names.items():
-        if name == one or name.startswith(f"{one}."):
-            return other + name[len(one) :]
+    """The new name of a module, or of a module inside a renamed package; None if it was not renamed."""
+    for old, new in names.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name[len(old) :]
     return None

@@ -1,6 +1,6 @@
-"""What transformers calls while it loads a text encoder that ``ditq export --whole-pipeline`` has written.
+"""The transformers quantization backend for text encoders that ``ditq export --whole-pipeline`` has written.
 
-Imports nothing of diffusers, which imports transformers itself.
+It does not import diffusers, because diffusers imports transformers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ditq.checkpoint.engine import checked, compile_graphs
 
 
 class DitqConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a component in floats that an engine executes."""
+    """The ``quantization_config`` of a floating-point component that an engine executes."""
 
     def __init__(self, engine: dict[str, Any], quant_method: str = "ditq", **fields: Any) -> None:
         self.quant_method = quant_method
@@ -23,7 +23,7 @@ class DitqConfig(QuantizationConfigMixin):
 
 
 class DitqQuantizer(HfQuantizer):
-    """Loads the weights as they are, then puts the graphs in; under another engine the model stays plain."""
+    """Loads the weights, then replaces modules by graphs. With another engine the model stays plain."""
 
     requires_calibration = False
 

@@ -1,4 +1,4 @@
-"""Checks the files of a quantized transformer against its plan before a single tensor is used."""
+"""Verifies the files of a quantized transformer against its plan before any tensor is used."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ditq.plan import Plan, StoredTensor
 DIGESTS = "ditq_sha256"
 
 
-# What has passed inside `once`: every file with its size and time of change, and the plan.
+# The verifications that passed inside `once`: the hash of the plan, and the state of every file.
 _passed: ContextVar[set[tuple[object, ...]] | None] = ContextVar("ditq_passed", default=None)
 
 
 @contextmanager
 def once() -> Iterator[None]:
-    """Inside, :func:`verify` does not read files again that passed and have not changed since.
+    """Inside this context, :func:`verify` skips files that already passed and have not changed since.
 
-    ``ditq.load`` checks all transformers before it loads anything; diffusers, loading one, has it checked as well.
+    ``ditq.load`` verifies all transformers before it loads anything, and loading a transformer verifies it again.
     """
     token = _passed.set(set())
     try:
@@ -40,7 +40,7 @@ def verify(files: Iterable[str | Path], plan: Plan) -> None:
     """Reads safetensors files and compares names, shapes, dtypes, ranges and checksums with the plan.
 
     Raises:
-        CheckpointError: names the file or the tensor and what is wrong with it.
+        CheckpointError: a file or a tensor is missing, damaged, or does not match the plan; the message names it.
     """
     paths = sorted(map(Path, files))
     passed = _passed.get()
@@ -52,19 +52,19 @@ def verify(files: Iterable[str | Path], plan: Plan) -> None:
 
 
 def _state(file: Path) -> tuple[object, ...]:
-    """Changes whenever the content of a file does, as far as its folder tells."""
+    """A key that changes with the content of a file: its path, inode, size and modification time."""
     try:
-        found = file.stat()
-    except OSError:  # verifying says what is wrong with it
+        status = file.stat()
+    except OSError:  # never equal, so the file is verified, which raises the error
         return (str(file), object())
-    return (str(file.resolve()), found.st_ino, found.st_size, found.st_mtime_ns)
+    return (str(file.resolve()), status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _verify(files: list[Path], plan: Plan) -> None:
     if not files:
         raise CheckpointError("There is no safetensors file of the transformer; ditq reads no other format.")
-    wanted = plan.tensors()
-    seen: set[str] = set()
+    expected = plan.tensors()
+    read: set[str] = set()
     for file in files:
         if file.suffix != ".safetensors":
             raise CheckpointError(f"{file} is not a safetensors file; ditq reads no other format.")
@@ -73,19 +73,19 @@ def _verify(files: list[Path], plan: Plan) -> None:
                 sums = _digests(stored.metadata(), file)
                 for name in stored.keys():  # noqa: SIM118
                     tensor = stored.get_tensor(name)
-                    if name in wanted:
-                        _check(name, tensor, wanted[name])
+                    if name in expected:
+                        _check(name, tensor, expected[name])
                     if sums.get(name) != digests.of_tensor(tensor):
                         raise CheckpointError(
                             f"Tensor {name!r} of {file} does not match its checksum: the file is damaged. "
                             "Copy or download it again."
                         )
-                    seen.add(name)
+                    read.add(name)
         except (SafetensorError, OSError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{file} cannot be read ({error}): truncated or damaged. Copy it again.") from error
-    missing = sorted(set(wanted) - seen)
+    missing = sorted(set(expected) - read)
     if missing:
         raise CheckpointError(
             f"The checkpoint lacks tensor {missing[0]!r}" + (f" and {len(missing) - 1} more." if missing[1:] else ".")
@@ -96,11 +96,9 @@ def _digests(metadata: dict[str, str] | None, file: Path) -> dict[str, str]:
     try:
         digests = json.loads((metadata or {})[DIGESTS])
     except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{file} has no checksums of ditq: it was not written by ditq, or is damaged."
-        ) from error
+        raise CheckpointError(f"{file} has no ditq checksums: it was not written by ditq, or is damaged.") from error
     if not isinstance(digests, dict):
-        raise CheckpointError(f"{file}: the checksums are no JSON object.")
+        raise CheckpointError(f"{file}: the checksums are not a JSON object.")
     return digests
 
 
@@ -108,7 +106,7 @@ def _check(name: str, tensor: Tensor, expected: StoredTensor) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tuple(tensor.shape) != expected.shape or dtype != expected.dtype:
         raise CheckpointError(
-            f"Tensor {name!r} is {dtype} {tuple(tensor.shape)}; the plan says {expected.dtype} {expected.shape}."
+            f"Tensor {name!r} is {dtype} {tuple(tensor.shape)}; the plan expects {expected.dtype} {expected.shape}."
         )
     if expected.dtype == "float32" and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
         raise CheckpointError(f"Tensor {name!r} holds scales that are not positive and finite.")

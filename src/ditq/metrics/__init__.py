@@ -1,4 +1,4 @@
-"""How close a quantized model's images are to the 16-bit model's, with the same prompt and seed."""
+"""Metrics of generated images and videos: fidelity to the 16-bit model, alignment, distribution and motion."""
 
 from ditq.metrics.fidelity import FIDELITY, latent_sqnr_db, psnr_db, ssim
 from ditq.metrics.interval import Interval, aggregate, paired_difference

@@ -1,7 +1,7 @@
-"""How well an image or a video shows what its prompt says: CLIPScore, or what a classifier of concepts sees.
+"""Agreement of an image or a video with its prompt: CLIPScore, and scores of a concept classifier.
 
-Every function takes one image or video as what a network saw in its frames, one row a frame (an image has one), and
-averages over frames.
+Every function takes the features of one image or video, one row per frame (an image has one), and averages over
+frames.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ditq.errors import UsageError
 from ditq.metrics.metric import Description
 from ditq.metrics.networks.base import MissingWeights
 
-CLIP = "openai/clip-vit-base-patch32"  # the one of CLIPScore and of CLIPSIM
+CLIP = "openai/clip-vit-base-patch32"  # the model of CLIPScore and of CLIPSIM
 BETWEEN_WORDS = re.compile(r"[\W_]+")
 
 ALIGNMENT = (
@@ -32,11 +32,11 @@ ALIGNMENT = (
     ),
     Description(
         "concept_score", "Concept score", "", True, "alignment",
-        "Probability that a classifier gives to the concept that the prompt names; for videos the mean over frames.",
+        "Probability that a classifier assigns to the concept named by the prompt; for videos the mean over frames.",
     ),
     Description(
         "concept_accuracy", "Concept accuracy", "", True, "alignment",
-        "Share of images (or frames) whose first class is the concept that the prompt names.",
+        "Share of images (or frames) whose most probable class is the concept named by the prompt.",
     ),
 )  # fmt: skip
 
@@ -49,10 +49,10 @@ class Clip:
             ``openai/clip-vit-base-patch32``.
 
     Attributes:
-        name: stands beside every number, e.g. ``clip-vit-base-patch32``.
+        name: printed beside every number, e.g. ``clip-vit-base-patch32``.
 
     Raises:
-        MissingWeights: it is not on this machine.
+        MissingWeights: the model is not on this machine.
     """
 
     def __init__(self, source: str | Path | None = None) -> None:
@@ -63,15 +63,15 @@ class Clip:
         try:
             self.model = CLIPModel.from_pretrained(source, local_files_only=True).eval().requires_grad_(False)
             self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-            # Pillow's resampling, also where torchvision is installed: the same numbers on all machines.
+            # Pillow's resampling even where torchvision is installed, for the same numbers on all machines.
             self.processor = AutoImageProcessor.from_pretrained(source, local_files_only=True, backend="pil")
         except OSError as e:
             from huggingface_hub.constants import HF_HUB_CACHE
 
             raise MissingWeights(
-                f"CLIP needs the weights of {source}, which are not on this machine: no such folder, and not (or not "
-                f"whole) in the Hub cache {HF_HUB_CACHE}. Fetch them with `hf download {source}`, or set DITQ_CLIP to "
-                "a folder with a CLIP model."
+                f"CLIP needs the weights of {source}, which are not on this machine: there is no such folder, and the "
+                f"Hub cache {HF_HUB_CACHE} does not have all of them. Fetch them with `hf download {source}`, or set "
+                "DITQ_CLIP to a folder with a CLIP model."
             ) from e
 
     def images(self, images: Sequence[Image.Image], batch_size: int = 32) -> Tensor:
@@ -84,7 +84,7 @@ class Clip:
         return torch.cat(rows)
 
     def text(self, prompt: str) -> Tensor:
-        """Embedding of a prompt, cut off after the 77 tokens that CLIP can read: [d]."""
+        """Embedding of a prompt [d], truncated to the 77 tokens that CLIP can read."""
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer([prompt], truncation=True, max_length=limit, return_tensors="pt")
         return self.model.text_projection(self.model.text_model(**tokens).pooler_output)[0]
@@ -93,15 +93,15 @@ class Clip:
 def clip_score(images: Tensor, text: Tensor) -> float:
     """100 cos(image, text), mean over frames; ``images``: [frames, d], ``text``: [d].
 
-    The scale of torchmetrics and of most tables. Hessel et al. 2021 print 2.5 max(cos, 0); tables of videos print
-    CLIPSIM, the mean cosine itself, a hundredth of this.
+    This is the scale of torchmetrics and of most tables. Hessel et al. 2021 report 2.5 max(cos, 0). Tables of videos
+    report CLIPSIM, the mean cosine itself.
     """
     return 100 * cosine_similarity(images, text[None]).mean().item()
 
 
 @cache
 def _words(text: str) -> str:
-    """Lower-case words with one space between, before and after: "red-apple" and "Red apple." are the same."""
+    """Lower-case words with a space before and after each: "red-apple" and "Red apple." become equal."""
     return f" {BETWEEN_WORDS.sub(' ', text.lower()).strip()} "
 
 
@@ -111,13 +111,13 @@ def concept(prompt: str, labels: Sequence[str]) -> int:
     "a noto style emoji of a red apple" and "red-apple" name "red-apple", not "apple".
 
     Raises:
-        UsageError: it names none.
+        UsageError: it names no class.
     """
     prompt_words = _words(prompt)
-    named = [i for i, label in enumerate(labels) if _words(label) in prompt_words]
-    if not named:
-        raise UsageError(f"The prompt {prompt!r} names none of the {len(labels)} classes that this network knows.")
-    return max(named, key=lambda i: len(_words(labels[i])))
+    matches = [i for i, label in enumerate(labels) if _words(label) in prompt_words]
+    if not matches:
+        raise UsageError(f"The prompt {prompt!r} names none of the {len(labels)} classes of this network.")
+    return max(matches, key=lambda i: len(_words(labels[i])))
 
 
 def concept_score(probabilities: Tensor, concept: int) -> float:
@@ -126,5 +126,5 @@ def concept_score(probabilities: Tensor, concept: int) -> float:
 
 
 def concept_accuracy(probabilities: Tensor, concept: int) -> float:
-    """Share of frames whose first class is ``concept``; ``probabilities``: [frames, classes]."""
+    """Share of frames whose most probable class is ``concept``; ``probabilities``: [frames, classes]."""
     return (probabilities.argmax(1) == concept).float().mean().item()

@@ -1,14 +1,14 @@
-"""How near a set of images is to a set of real ones: KID, FID, sFID, Inception Score, precision and recall.
+"""Distances of a set of images to a set of real ones: KID, FID, sFID, Inception Score, precision and recall.
 
-Every function takes what a network saw (`Features`) and returns an `Estimate`: the number, and what it becomes on
-resamples of the images, from which the 95 % interval follows. Resamples depend on the sizes of the sets and the seed
-alone, so two models that drew the same prompts with the same seeds are compared pair by pair by subtraction::
+Every function takes the `Features` of images in a network and returns an `Estimate`: the value, and its values on
+resamples of the images, from which the 95 % interval is computed. Resamples depend only on the sizes of the sets and
+the seed. Two models with the same prompts and seeds are therefore compared pair by pair by subtraction::
 
     kid(real, quantized) - kid(real, reference)
 
-The interval of that difference is far narrower than those of its terms, which share the real images and the prompts.
-Values of different networks, or of sets of different sizes, do not compare. KID is the one to read on small sets: its
-expectation does not depend on their size, while FID, sFID and the Inception Score are biased by it.
+The interval of the difference is far narrower than those of its terms, which share the real images and the prompts.
+Values of different networks, or of sets of different sizes, are not comparable. Use KID on small sets: its expectation
+does not depend on their size, while FID, sFID and the Inception Score are biased by it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ RESAMPLES = 1000  # of KID's bootstrap
 GROUPS = 10  # of the jackknife
 HALVINGS = 50  # of precision and recall
 SMALLEST = 20  # images in a set: two in every group of the jackknife, and halves with more than k neighbours
-# Standard errors to half a 95 % interval: Student's t with GROUPS - 1 degrees of freedom. Halvings have more, but
-# come out up to a tenth too narrow on 64 images.
+# Half a 95 % interval in standard errors: Student's t with GROUPS - 1 degrees of freedom. Halvings have more degrees,
+# but their intervals are up to a tenth too narrow on 64 images.
 T_975 = 2.262
-BLOCK = 1024  # rows of a kernel or distance matrix held at once
+BLOCK = 1024  # rows of a kernel or distance matrix computed at once
 
 DISTRIBUTION = (
     Description(
         "kid", "KID", "", False, "distribution",
-        "Kernel distance to real images (Bińkowski et al. 2018), unbiased: near zero, and as often below, where the "
-        "two sets cannot be told apart. The primary one on small sets.",
+        "Kernel distance to real images (Bińkowski et al. 2018). It is unbiased: for two sets of one distribution it "
+        "is near zero, and negative as often as positive. The main distribution metric on small sets.",
     ),
     Description(
         "fid", "FID", "", False, "distribution",
@@ -48,12 +48,12 @@ DISTRIBUTION = (
     ),
     Description(
         "sfid", "sFID", "", False, "distribution",
-        "FID of an earlier layer with places kept (Nash et al. 2021): sensitive to layout and texture.",
+        "FID of an earlier layer with spatial positions (Nash et al. 2021): sensitive to layout and texture.",
     ),
     Description(
         "inception_score", "IS", "", True, "distribution",
-        "Inception Score (Salimans et al. 2016): images of one clear class each, all classes alike. Knows no real "
-        "pictures.",
+        "Inception Score (Salimans et al. 2016): high if each image clearly shows one class and all classes are "
+        "equally frequent. It does not use real images.",
     ),
     Description(
         "precision", "Precision", "", True, "distribution",
@@ -68,13 +68,15 @@ DISTRIBUTION = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and what it becomes on resamples of the images it was measured on.
+    """A value, with its values on resamples of the images it was measured on.
 
     Attributes:
-        replicates: float64 [resamples]. The number itself on each resample of a bootstrap; or deviations, the root
-            mean square of which is its standard error, where ``deviations`` is True.
-        n: generated images behind the number.
-        bounds: the values that it can have; no interval reaches beyond.
+        value: on all images.
+        replicates: float64 [resamples]. The value on each resample of a bootstrap. If ``deviations`` is True,
+            deviations instead, whose root mean square is the standard error.
+        n: the number of generated images.
+        deviations: the kind of ``replicates``.
+        bounds: the smallest and largest possible value; intervals are clipped to them.
     """
 
     value: float
@@ -84,10 +86,10 @@ class Estimate:
     bounds: tuple[float, float] = (-np.inf, np.inf)
 
     def interval(self) -> Interval:
-        """The 95 % interval: how far the number would move with other images of the same models.
+        """The 95 % interval: how much the value varies between sets of images of the same models.
 
-        The bias of FID, sFID and the Inception Score on small sets is not in it; it is much the same for two models
-        on sets of one size, and so leaves their difference.
+        It does not include the bias of FID, sFID and the Inception Score on small sets. That bias is about the same
+        for two models on sets of one size, and cancels in their difference.
         """
         if self.deviations:
             half = T_975 * float(np.sqrt(np.square(self.replicates).mean()))
@@ -98,13 +100,15 @@ class Estimate:
         return Interval(mean=self.value, ci95=(float(low), float(high)), n=self.n)
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """The paired difference of one metric of two models: same prompts and seeds in the same order.
+        """The paired difference of one metric between two models with the same prompts and seeds in the same order.
 
         Raises:
-            UsageError: they were not measured on equally many images.
+            UsageError: the numbers of images differ.
         """
         if (self.n, self.deviations) != (other.n, other.deviations):
-            raise UsageError(f"pairs need one metric on equally many images, got {self.n} and {other.n} images")
+            raise UsageError(
+                f"a paired difference needs one metric on equally many images, got {self.n} and {other.n} images"
+            )
         bounds = (self.bounds[0] - other.bounds[1], self.bounds[1] - other.bounds[0])
         return Estimate(self.value - other.value, self.replicates - other.replicates, self.n, self.deviations, bounds)
 
@@ -112,14 +116,15 @@ class Estimate:
 def kid(real: Features, fake: Features, seed: int = 0) -> Estimate:
     """Kernel Inception Distance: unbiased squared MMD with the kernel (x.y / d + 1)^3 (Bińkowski et al. 2018).
 
-    Over all pairs at once, not averaged over subsets, so nothing is random in the value; the sets may differ in size
-    (the helpers of torchmetrics assume one size; its kernel is used here). The bootstrap draws both sets anew. A
-    pair of draws of the same image is left out, as pairs of an image with itself are in the value: kept, they
-    would raise every replicate. Where both sets come from one distribution the interval is wider than it need be. A
-    set against itself gives less than zero: it is unbiased only for sets that share no image.
+    It is computed over all pairs at once, not averaged over random subsets, so the value is deterministic. The sets
+    may differ in size (torchmetrics' helpers assume one size; only its kernel is used here). The bootstrap resamples
+    both sets. Pairs of two draws of the same image are left out of a replicate, as pairs of an image with itself are
+    left out of the value; otherwise they would raise every replicate. If both sets come from one distribution, the
+    interval is wider than necessary. The KID of a set to itself is negative: it is unbiased only for sets without
+    common images.
 
     Raises:
-        UsageError: a set has fewer than 20 images, or the two were seen by different networks.
+        UsageError: a set has fewer than 20 images, or the features come from different networks.
     """
     _check(real.pooled, fake.pooled)
     x, y = real.pooled.double(), fake.pooled.double()
@@ -152,8 +157,8 @@ def sfid(real: Features, fake: Features, seed: int = 0) -> Estimate:
 def frechet(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
     """|m - m'|^2 + tr(S + S' - 2 (S S')^1/2) of the means and covariances of x [n, d] and y [n, d].
 
-    Two sets of one Gaussian are not at zero: at n = d, more than half of its variance apart; at n = 2 d, less than
-    half. Below, covariances are singular and small changes of the images drown, or come out with the wrong sign.
+    The distance of two samples of one Gaussian is not zero: more than half of its variance at n = d, less than half at
+    n = 2 d. With fewer images covariances are singular: small changes of the images drown, or get the wrong sign.
 
     Raises:
         UsageError: n < 2 d.
@@ -165,7 +170,7 @@ def frechet(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
     if n < 2 * d:
         raise UsageError(
             f"a Fréchet distance of {d} features needs at least {2 * d} images in each set, got {n}: with fewer, it "
-            "measures the number of images more than the images. KID needs far fewer."
+            "depends more on the number of images than on the images. KID needs far fewer."
         )
 
     def value(x: Tensor, y: Tensor) -> float:
@@ -177,7 +182,8 @@ def frechet(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
 def inception_score(fake: Features, seed: int = 0) -> Estimate:
     """The exponential of the mean KL divergence between p(class | image) and p(class) (Salimans et al. 2016).
 
-    Over all images at once. Published values are means over ten parts of 5000, and smaller sets give smaller values.
+    It is computed over all images at once. Published values are means over ten parts of 5000 images; smaller sets have
+    smaller values.
 
     Raises:
         UsageError: the network has no classes, or there are fewer than 20 images.
@@ -185,7 +191,7 @@ def inception_score(fake: Features, seed: int = 0) -> Estimate:
     from torchmetrics.functional import kl_divergence
 
     if fake.probabilities is None:
-        raise UsageError("the Inception Score needs a network with classes; this one has none")
+        raise UsageError("the Inception Score needs a network with classes; this network has none")
     p = fake.probabilities.double()
     _check(p, p)
     return _jackknife(lambda _, p: float(kl_divergence(p, p.mean(0).expand_as(p)).exp()), p, p, seed)
@@ -194,15 +200,16 @@ def inception_score(fake: Features, seed: int = 0) -> Estimate:
 def precision_recall(real: Features, fake: Features, k: int = 3, seed: int = 0) -> tuple[Estimate, Estimate]:
     """Improved precision and recall (Kynkäänniemi et al. 2019), on sets of one size.
 
-    A set's region is the union of balls around its images, each as wide as the distance to the k-th nearest other
-    one. Precision is the share of generated images in the real region, recall of real ones in the generated region.
+    A set's region is the union of balls around its images; the radius of a ball is the distance to the k-th nearest
+    other image. Precision is the share of generated images in the real region, recall the share of real images in the
+    generated region.
 
     Standard errors come from halvings: half the difference of the values on two random halves. Neighbours change too
-    abruptly for the jackknife, whose intervals of differences came out twice as wide as need be. Where all images
-    lie inside (or none), the interval has no width.
+    abruptly for the jackknife, whose intervals of differences were twice as wide as necessary. If all images lie
+    inside (or none), the interval has no width.
 
     Raises:
-        UsageError: a set has fewer than 20 images or half a set no k neighbours, or the two were seen by different
+        UsageError: a set has fewer than 20 images, k is too large for half a set, or the features come from different
             networks.
     """
     _check(real.pooled, fake.pooled)
@@ -210,12 +217,12 @@ def precision_recall(real: Features, fake: Features, k: int = 3, seed: int = 0) 
     if not 1 <= k < len(fake) // 2:
         raise UsageError(f"k must be from 1 to {len(fake) // 2 - 1} for {len(fake)} images, got {k}")
     x, y = real.pooled.double(), fake.pooled.double()
-    kept = _halves(len(x), seed)
-    return _share_inside(y, x, kept, k), _share_inside(x, y, kept, k)
+    subsets = _halves(len(x), seed)
+    return _share_inside(y, x, subsets, k), _share_inside(x, y, subsets, k)
 
 
 def matched(real: Features, fake: Features, seed: int = 0) -> tuple[Features, Features]:
-    """Both sets at the size of the smaller one: a seeded subset of the larger one, the same for all models."""
+    """Reduces the larger set to the size of the smaller one: a seeded subset, the same for all models."""
     n = min(len(real), len(fake))
 
     def subset(features: Features) -> Features:
@@ -227,46 +234,48 @@ def matched(real: Features, fake: Features, seed: int = 0) -> tuple[Features, Fe
 
 
 def estimates(real: Features, fake: Features, seed: int = 0) -> tuple[dict[str, Estimate], dict[str, str]]:
-    """All metrics of `DISTRIBUTION` by name, and the reasons for those that these sets do not allow.
+    """All metrics of `DISTRIBUTION` by name, and the reasons for those that cannot be computed on these sets.
 
     Raises:
-        UsageError: a set has fewer than 20 images, or the two were seen by different networks.
+        UsageError: a set has fewer than 20 images, or the features come from different networks.
     """
-    found = {"kid": kid(real, fake, seed)}
-    found["precision"], found["recall"] = precision_recall(real, fake, seed=seed)
+    by_name = {"kid": kid(real, fake, seed)}
+    by_name["precision"], by_name["recall"] = precision_recall(real, fake, seed=seed)
     refused = {}
-    rest: dict[str, Callable[[], Estimate]] = {
+    optional: dict[str, Callable[[], Estimate]] = {
         "fid": lambda: fid(real, fake, seed),
         "sfid": lambda: sfid(real, fake, seed),
         "inception_score": lambda: inception_score(fake, seed),
     }
-    for name, function in rest.items():
+    for name, function in optional.items():
         try:
-            found[name] = function()
+            by_name[name] = function()
         except UsageError as e:
             refused[name] = str(e)
-    return {metric.name: found[metric.name] for metric in DISTRIBUTION if metric.name in found}, refused
+    return {metric.name: by_name[metric.name] for metric in DISTRIBUTION if metric.name in by_name}, refused
 
 
 def _check(x: Tensor, y: Tensor) -> None:
     if min(len(x), len(y)) < SMALLEST:
         raise UsageError(
-            f"distribution metrics need at least {SMALLEST} images in each set, got {len(x)} real and {len(y)}"
+            f"distribution metrics need at least {SMALLEST} images in each set, got {len(x)} real and {len(y)} "
+            "generated"
         )
     if x.shape[1] != y.shape[1]:
         raise UsageError(
-            f"one network must see both sets at one size of images, got {x.shape[1]} and {y.shape[1]} features"
+            "the features of both sets must come from one network at one image size, got "
+            f"{x.shape[1]} and {y.shape[1]} features"
         )
 
 
 def _counts(n: int, seed: tuple[int, int]) -> Tensor:
-    """How often each of n images comes: once in column 0, as drawn in each resample after it: [n, 1 + resamples]."""
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).T
-    return torch.from_numpy(np.concatenate([np.ones((n, 1)), drawn], 1))
+    """How often each of n images occurs, [n, 1 + resamples]: once in column 0, then as drawn for each resample."""
+    resamples = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).T
+    return torch.from_numpy(np.concatenate([np.ones((n, 1)), resamples], 1))
 
 
 def _kernel_sums(x: Tensor, y: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """Sum over i, j of c[i, r] K(x[i], y[j]) d[j, r] for every resample r: [r]."""
+    """Sum over i, j of c[i, r] K(x[i], y[j]) d[j, r], for every resample r."""
     from torchmetrics.image.kid import poly_kernel
 
     sums = torch.zeros(c.shape[1], dtype=torch.float64)
@@ -276,7 +285,7 @@ def _kernel_sums(x: Tensor, y: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 
 def _within(x: Tensor, c: Tensor) -> Tensor:
-    """Mean kernel of the pairs of different images of one set, for every resample: [r]."""
+    """Mean kernel over the pairs of different images of one set, for every resample."""
     diagonal = (x.square().mean(1) + 1) ** 3  # K(x[i], x[i])
     n = len(x)
     return (_kernel_sums(x, x, c, c) - diagonal @ c.square()) / (n * n - c.square().sum(0))
@@ -285,8 +294,8 @@ def _within(x: Tensor, c: Tensor) -> Tensor:
 def _jackknife(value: Callable[[Tensor, Tensor], float], x: Tensor, y: Tensor, seed: int) -> Estimate:
     """The value on x and y (of one size), and its deviations with one of ten random groups left out at a time.
 
-    A bootstrap would put duplicates into the sets, which bias all of these numbers; leaving out does not. The groups
-    hold the same rows of both sets, which is as good as any others for independent sets.
+    A bootstrap would put duplicates into the sets, which bias all of these metrics; a jackknife does not. The groups
+    contain the same rows of both sets; for independent sets this is as good as any other choice.
     """
     group = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)) % GROUPS)
     left_out = np.array([value(x[group != i], y[group != i]) for i in range(GROUPS)])
@@ -295,17 +304,17 @@ def _jackknife(value: Callable[[Tensor, Tensor], float], x: Tensor, y: Tensor, s
 
 
 def _halves(n: int, seed: int) -> list[Tensor]:
-    """All n rows, and then the two halves of one random halving after the other (an odd row is left out)."""
+    """All n rows, followed by the two halves of each random halving (an odd row is left out)."""
     rng = np.random.default_rng(seed)
     order = [torch.from_numpy(rng.permutation(n)) for _ in range(HALVINGS)]
     return [torch.arange(n)] + [half for rows in order for half in rows[: n // 2 * 2].chunk(2)]
 
 
-def _share_inside(x: Tensor, y: Tensor, kept: Sequence[Tensor], k: int) -> Estimate:
-    """The share of x inside the region of y; ``kept`` are rows of both, first all and then pairs of halves."""
+def _share_inside(x: Tensor, y: Tensor, subsets: Sequence[Tensor], k: int) -> Estimate:
+    """The share of x inside the region of y; ``subsets`` are rows of both: first all, then pairs of halves."""
     to_y, in_y = torch.cdist(x, y), torch.cdist(y, y)
-    shares = np.empty(len(kept))
-    for i, rows in enumerate(kept):
+    shares = np.empty(len(subsets))
+    for i, rows in enumerate(subsets):
         grid = rows[:, None], rows
         radii = in_y[grid].topk(k + 1, largest=False).values[:, -1]  # the nearest is the image itself
         shares[i] = (to_y[grid] <= radii).any(1).double().mean()

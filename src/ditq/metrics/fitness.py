@@ -1,4 +1,4 @@
-"""Distances to real images as the fitness of a search, as in the paper of Q-DiT: FID, and KID for fewer images."""
+"""Distances to real images as the fitness of a search, as in the Q-DiT paper: FID, and KID for fewer images."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ METRICS = ("fid", "kid", "sfid")
 
 
 def distance_to_real(metric: str, real: Real | Path, network: Extractor) -> Fitness:
-    """FID, sFID or KID of what a candidate draws; the 16-bit model's images play no part.
+    """FID, sFID or KID of a candidate's images to real ones; the 16-bit model's images are not used.
 
     Args:
-        real: real images, or a folder of them, which are fitted to the size of the drawn ones.
+        metric: ``fid``, ``kid`` or ``sfid``.
+        real: real images, or a folder of them. Those of a folder are resized to the size of the generated ones.
+        network: the feature network.
 
     Raises:
-        UsageError: another metric; ``real`` has only features of other networks.
+        UsageError: an unknown metric, or ``real`` has only features of other networks.
     """
     if metric not in METRICS:
         raise unknown("fitness", metric, METRICS)
@@ -36,15 +38,15 @@ def distance_to_real(metric: str, real: Real | Path, network: Extractor) -> Fitn
         name = f"{real.name} ({zlib.crc32(repr(files).encode()):08x})"
     else:
         name = f"{real.name} ({float(real.seen_by(network).pooled.double().sum()):.9g})"
-    known: list[Features] = []
+    cached_features: list[Features] = []
 
-    def score(_: Samples, drawn: Samples) -> float:
-        if not bool(torch.isfinite(drawn.latents).all()):
+    def score(_: Samples, generated: Samples) -> float:
+        if not bool(torch.isfinite(generated.latents).all()):
             return math.inf
-        frames = [f for x in drawn.images for f in ([x] if isinstance(x, Image.Image) else x)]
-        if not known:
-            fitted = from_folder(real, frames[0].size) if isinstance(real, Path) else real
-            known.append(fitted.seen_by(network))
-        return float(function(known[0], network(frames)).value)
+        frames = [f for x in generated.images for f in ([x] if isinstance(x, Image.Image) else x)]
+        if not cached_features:
+            resized = from_folder(real, frames[0].size) if isinstance(real, Path) else real
+            cached_features.append(resized.seen_by(network))
+        return float(function(cached_features[0], network(frames)).value)
 
     return Fitness(f"{metric.upper()} to {name} through {network.name}", score)

@@ -1,4 +1,4 @@
-"""Dense optical flow between two frames, warping along it, and where it cannot be trusted."""
+"""Dense optical flow between two frames, warping along it, and masks of occluded pixels."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ditq.metrics.networks.base import MissingWeights
 Flow = NDArray[np.float32]  # [H, W, 2]: pixels to the right, pixels down
 
 SMALLEST = 16  # pixels: two patches of DIS
-# At full resolution DIS takes 10 ms for a pair of 64 px and 30 ms for one of 128 px; above, its finest level
-# is half the resolution (the preset's own choice), at 24 ms for 256 px.
+# At full resolution DIS takes 10 ms for a pair of 64 px and 30 ms for a pair of 128 px. For larger frames its finest
+# level is half the resolution, the preset's default: 24 ms for 256 px.
 LARGEST_AT_FULL_RESOLUTION = 128
-REFINEMENT = 10  # iterations of variational refinement; more are slower and hardly better
+REFINEMENT = 10  # iterations of variational refinement; more are slower and hardly more accurate
 
 
 @lru_cache(maxsize=2)
@@ -41,12 +41,15 @@ def _dis(full_resolution: bool) -> Any:
 
 
 def flow(a: Image.Image, b: Image.Image) -> Flow:
-    """Where every pixel x of ``a`` went: b(x + w(x)) = a(x); w float32 [H, W, 2] in pixels to the right and down.
+    """The optical flow w from ``a`` to ``b``: b(x + w(x)) = a(x).
 
-    Dense inverse search (Kroeger et al. 2016) of OpenCV on grey values. On emoji artwork of 64 px that was moved by
-    0.5 to 4 pixels it errs by 0.1 pixels on average, by 0.7 at 8 pixels, and underestimates more. Brightness
-    changes of the whole frame move nothing; noise of 2 levels seems to move by 0.2 pixels. Flat ground shows no motion
-    of its own, and is filled in from what moves beside it.
+    It is OpenCV's dense inverse search (Kroeger et al. 2016) on grey values. On emoji artwork of 64 px that was moved
+    by 0.5 to 4 pixels the mean error is 0.1 pixels; at 8 pixels it is 0.7, and larger motion is underestimated.
+    Brightness changes of the whole frame cause no flow; noise of 2 levels causes 0.2 pixels. Flat areas are filled in
+    from the motion around them.
+
+    Returns:
+        float32 [H, W, 2], in pixels to the right and down.
 
     Raises:
         UsageError: the frames differ in size, or a side is shorter than 16 pixels.
@@ -66,22 +69,22 @@ def warp(frame: Tensor, flow: Flow) -> tuple[Tensor, Tensor]:
         flow: [H, W, 2].
 
     Returns:
-        The warped frame [C, H, W], edges repeated beyond the border, and whether x + flow(x) lies in the frame:
-        bool [H, W].
+        The warped frame [C, H, W], with edges repeated beyond the border, and a mask bool [H, W]: whether x + flow(x)
+        lies inside the frame.
     """
     height, width = frame.shape[1:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     last = torch.tensor([width - 1, height - 1])
-    places = torch.stack([x, y], -1) + torch.from_numpy(flow)  # [H, W, 2]
-    grid = places * 2 / last - 1  # -1 and 1 are the centres of the outermost pixels
+    positions = torch.stack([x, y], -1) + torch.from_numpy(flow)  # [H, W, 2]
+    grid = positions * 2 / last - 1  # -1 and 1 are the centres of the outermost pixels
     warped = grid_sample(frame[None], grid[None], padding_mode="border", align_corners=True)[0]
-    return warped, ((places >= 0) & (places <= last)).all(-1)
+    return warped, ((positions >= 0) & (positions <= last)).all(-1)
 
 
 def occluded(forward: Flow, backward: Flow) -> Tensor:
-    """Pixels of the first frame that the second does not show, by forward-backward consistency: bool [H, W].
+    """Pixels of the first frame that are hidden in the second, by forward-backward consistency: bool [H, W].
 
-    With w the forward flow and w' the backward flow at the place it leads to, a pixel is occluded where
+    With w the forward flow at a pixel and w' the backward flow at its target, the pixel is occluded where
 
         |w + w'|^2 > 0.01 (|w|^2 + |w'|^2) + 0.5
 

@@ -1,4 +1,4 @@
-"""Means with 95 % bootstrap intervals; two models are compared pair by pair."""
+"""Means with 95 % bootstrap intervals, and paired differences of two models."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pydantic import BaseModel, ConfigDict
 
 RESAMPLES = 2000
 
-# From fewer values no interval is given: one value has none, and that of two is their distance.
+# Fewer values get no interval: a bootstrap of one value has no width, and that of two values spans just the two.
 FEWEST = 3
 
 
 class Interval(BaseModel):
-    """A mean, its 95 % interval (None where there are too few values for one) and the number of values behind it."""
+    """A mean, its 95 % interval (None for too few values) and the number of values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -23,12 +23,12 @@ class Interval(BaseModel):
     n: int
 
     def __str__(self) -> str:
-        shown = "no interval" if self.ci95 is None else f"{self.ci95[0]:.2f}, {self.ci95[1]:.2f}"
-        return f"{self.mean:.2f} [{shown}]"
+        bounds = "no interval" if self.ci95 is None else f"{self.ci95[0]:.2f}, {self.ci95[1]:.2f}"
+        return f"{self.mean:.2f} [{bounds}]"
 
 
 def aggregate(values: Sequence[float], seed: int = 0) -> Interval:
-    """Mean and percentile bootstrap interval (2000 resamples, seeded); of fewer than three values the mean alone.
+    """Mean and percentile bootstrap interval (2000 resamples, seeded). Fewer than three values get no interval.
 
     Raises:
         ValueError: there are no values, or one is not finite.
@@ -44,5 +44,5 @@ def aggregate(values: Sequence[float], seed: int = 0) -> Interval:
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Interval:
-    """The mean of a - b over pairs, with its interval: smaller than the intervals of a and b suggest."""
+    """The mean of a - b over pairs, with its interval, which is narrower than the intervals of a and b suggest."""
     return aggregate(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), seed)  # type: ignore[arg-type]

@@ -1,9 +1,12 @@
-"""All metrics of any number of models at once, against one 16-bit reference, with intervals and verdicts.
+"""Measures all metrics of any number of models against one reference, with intervals and verdicts.
 
-A metric is one of three kinds. *Paired*: a value for each prompt, of the quantized model's image against the
-16-bit model's (fidelity). *Own*: a value for each prompt, of either model by itself (alignment, temporal): the
-16-bit model has one too, and the difference is paired. *Set*: one value for all images against real ones
-(distribution), paired through common resamples.
+A metric is one of three kinds:
+
+* *paired* (fidelity): one value for each prompt, which compares the quantized model's image with the reference's.
+* *own* (alignment, temporal): one value for each prompt and model. The reference has one too, and the difference is
+  paired.
+* *set* (distribution): one value for all images of a model, compared with real images. Differences are paired through
+  common resamples.
 """
 
 from __future__ import annotations
@@ -27,16 +30,16 @@ from ditq.metrics.real import Real
 from ditq.metrics.score import Curve, PairDifference, Score, verdict
 from ditq.sampling import Samples
 
-# What is always measured: needs no network and no real images.
+# The default metrics: they need neither a feature network nor real images.
 BASIC = ("psnr_db", "ssim", "latent_sqnr_db")
 
-# Tried in this order where nobody says which network to look through.
+# The feature networks that "auto" tries, in this order.
 NETWORKS = ("inception-v3", "efficientnet-lite0")
 
 
 @dataclass
 class View:
-    """One model's images, and what networks saw in them (each at most once)."""
+    """One model's images, with their features in every network that a metric needs, each computed once."""
 
     samples: Samples
     network: Callable[[], Extractor]
@@ -45,12 +48,12 @@ class View:
 
     @cached_property
     def frames(self) -> list[list[Image.Image]]:
-        """Every image as a list of frames: one for images."""
+        """The frames of every image or video; an image has one."""
         return [[x] if isinstance(x, Image.Image) else list(x) for x in self.samples.images]
 
     @property
     def flat(self) -> list[Image.Image]:
-        """All frames of all images."""
+        """All frames of all images or videos."""
         return [frame for frames in self.frames for frame in frames]
 
     @cached_property
@@ -66,7 +69,7 @@ class View:
         return list(self.clip().images(self.flat).split(list(map(len, self.frames))))
 
     def precision_recall(self, real: Features, seed: int) -> tuple[distribution.Estimate, distribution.Estimate]:
-        """Both at once, and once: they share their work."""
+        """Precision and recall, computed together and once, because they share their distances."""
         if self._precision_recall is None:
             self._precision_recall = distribution.precision_recall(real, Features.cat(self.features), seed=seed)
         return self._precision_recall
@@ -83,36 +86,38 @@ Look = Literal["features", "clip"]
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric and how to take it.
+    """A metric and the function that computes it.
 
     Attributes:
-        function: paired: (reference, quantized) views to values; own: a view to values; set: a view, features of
-            real images (or of the frames of each real video) and a seed to an estimate.
-        through: the network it looks through, whose name stands beside the number: the feature network, or CLIP.
-        medium: what it is for.
+        function: its arguments and result depend on ``kind``. Paired: (reference view, quantized view) to values.
+            Own: a view to values. Set: a view, the features of real images (or of the frames of each real video) and
+            a seed to an estimate.
+        through: the network it uses, whose name is printed beside the number: the feature network, or CLIP.
+        medium: whether it applies to images, videos or both.
     """
 
     description: Description
     kind: Kind
     function: Callable[..., Any]
     through: Look | None = None
-    medium: Literal["any", "picture", "video"] = "any"
+    medium: Literal["any", "image", "video"] = "any"
 
     def fits(self, video: bool) -> bool:
-        """Whether it is for what was drawn."""
-        return self.medium in ("any", "video" if video else "picture")
+        """Whether it applies to videos, or else to images."""
+        return self.medium in ("any", "video" if video else "image")
 
 
 @dataclass
 class Measurement:
-    """What :func:`measure` found.
+    """The results of :func:`measure`.
 
     Attributes:
-        values: for each model and metric the value of each prompt; the 16-bit model's own under ``""``.
+        values: for each model and metric, the value of each prompt; those of the reference are under ``""``.
         scores: for each model and metric.
         differences: between every two quantized models.
-        curves: latent SQNR in dB along the trajectory, for each model.
-        skipped: metrics that were not measured, and why.
+        curves: for each model, latent SQNR in dB along the trajectory.
+        descriptions: of the measured metrics.
+        skipped: the metrics that were not measured, with the reason.
     """
 
     values: dict[str, dict[str, list[float]]]
@@ -133,53 +138,60 @@ def measure(
     seed: int = 0,
     on_metric: Callable[[int, int], None] | None = None,
 ) -> Measurement:
-    """Measures every model against the reference; all were drawn from the same prompts and seeds.
+    """Measures every model against the reference. All samples must share prompts, seeds and sizes.
 
     Args:
-        metrics: names; "all" takes all that these images and this machine allow, and lists the others as skipped.
-        network: the feature network by name; ``auto`` takes the first of ``NETWORKS`` whose weights are here.
-        on_metric: called with (metrics done, metrics in all).
+        reference: the reference's samples.
+        models: each quantized model's samples, by name.
+        metrics: names, or "all" for every metric that these samples and this machine allow; the others are listed as
+            skipped.
+        network: the feature network by name; ``auto`` is the first of ``NETWORKS`` whose weights are on this machine.
+        real: the real images or videos that distribution metrics compare with.
+        seed: of the resamples of distribution metrics.
+        on_metric: called with (number of finished metrics, number of all metrics).
 
     Raises:
-        UsageError: an unknown metric or network; prompts, seeds or sizes differ; or a metric that was asked for by
+        UsageError: an unknown metric or network; prompts, seeds or sizes differ; or a metric that was selected by
             name cannot be measured.
-        MissingWeights: a metric that was asked for by name needs a network that is not on this machine.
+        MissingWeights: a metric that was selected by name needs a network that is not on this machine.
     """
     for name, samples in models.items():
         if samples.conditions != reference.conditions or samples.seeds != reference.seeds:
-            raise UsageError(f"{name} and the reference were not drawn from the same prompts and seeds.")
-        if (here := _size(samples)) != (there := _size(reference)):
-            raise UsageError(f"{name} draws {here}, the reference {there}; only equal sizes can be compared.")
-    known = {m.description.name: m for m in MEASURES if m.fits(reference.is_video)}
+            raise UsageError(f"{name} and the reference were not generated from the same prompts and seeds.")
+        if (size := _size(samples)) != (reference_size := _size(reference)):
+            raise UsageError(
+                f"{name} generates {size}, the reference {reference_size}; only equal sizes can be compared."
+            )
+    available = {m.description.name: m for m in MEASURES if m.fits(reference.is_video)}
     for name in () if metrics == "all" else metrics:
-        if name not in known:
-            elsewhere = next((f"It is for a {m.medium}." for m in MEASURES if m.description.name == name), "")
-            raise unknown("metric", name, known, elsewhere)
-    chosen = list(known.values()) if metrics == "all" else [known[name] for name in metrics]
-    look = feature_network(network)
-    views = {name: View(samples, look, _clip) for name, samples in {"": reference, **models}.items()}
-    found = Measurement({name: {} for name in views}, {name: {} for name in models}, [], {}, [], {})
+        if name not in available:
+            hint = next((f"It applies to {m.medium}s only." for m in MEASURES if m.description.name == name), "")
+            raise unknown("metric", name, available, hint)
+    chosen = list(available.values()) if metrics == "all" else [available[name] for name in metrics]
+    load_network = feature_network(network)
+    views = {name: View(samples, load_network, _clip) for name, samples in {"": reference, **models}.items()}
+    results = Measurement({name: {} for name in views}, {name: {} for name in models}, [], {}, [], {})
     estimates: dict[str, dict[str, distribution.Estimate]] = {name: {} for name in views}
     for i, entry in enumerate(chosen):
         try:
-            _take(entry, views, found, estimates, real, seed)
-            found.descriptions.append(entry.description)
+            _add_metric(entry, views, results, estimates, real, seed)
+            results.descriptions.append(entry.description)
         except (MissingWeights, UsageError) as error:
             if metrics != "all":
                 raise
-            found.skipped[entry.description.name] = str(error)
+            results.skipped[entry.description.name] = str(error)
         if on_metric:
             on_metric(i + 1, len(chosen))
     for a, b in combinations(models, 2):
-        for description in found.descriptions:
-            found.differences.append(_difference(description, a, b, found, estimates))
+        for description in results.descriptions:
+            results.differences.append(_difference(description, a, b, results, estimates))
     for name, samples in models.items():
-        found.curves[name] = _curve(reference, samples)
-    return found
+        results.curves[name] = _curve(reference, samples)
+    return results
 
 
 def _size(samples: Samples) -> str:
-    """What was drawn, in words: the medium, and the sizes there are."""
+    """The medium and size of samples in words."""
     first = samples.images[0]
     frames = [first] if isinstance(first, Image.Image) else first
     pixels = f"{frames[0].width} x {frames[0].height} pixels"
@@ -187,15 +199,15 @@ def _size(samples: Samples) -> str:
 
 
 def feature_network(name: str) -> Callable[[], Extractor]:
-    """Finds a network when it is needed; ``auto`` is the first of ``NETWORKS`` whose weights are here.
+    """A function that loads the network ``name``; ``auto`` is the first of ``NETWORKS`` whose weights are available.
 
     Raises:
-        UsageError: there is none of this name (at once).
+        UsageError: no network has this name. Raised at once, before the function is called.
     """
     if name != "auto" and name not in networks.names():
         raise unknown("feature network", name, networks.names())
 
-    def look() -> Extractor:
+    def load_network() -> Extractor:
         if name != "auto":
             return networks.load(name)
         reasons = []
@@ -206,7 +218,7 @@ def feature_network(name: str) -> Callable[[], Extractor]:
                 reasons.append(str(error))
         raise MissingWeights(" Or: ".join(reasons))
 
-    return look
+    return load_network
 
 
 @cache
@@ -214,15 +226,15 @@ def _clip() -> Clip:
     return Clip()
 
 
-def _take(
+def _add_metric(
     entry: Measure,
     views: dict[str, View],
-    found: Measurement,
+    results: Measurement,
     estimates: dict[str, dict[str, distribution.Estimate]],
     real: Real | None,
     seed: int,
 ) -> None:
-    """Adds one metric of every model to ``found``."""
+    """Adds one metric of every model to ``results``."""
     name, better = entry.description.name, entry.description.higher_is_better
     reference, others = views[""], {key: view for key, view in views.items() if key}
     label = {"features": lambda: reference.network().name, "clip": lambda: reference.clip().name, None: lambda: None}[
@@ -231,37 +243,37 @@ def _take(
     if entry.kind == "paired":
         for key, view in others.items():
             values = entry.function(reference, view)
-            found.values[key][name] = values
-            found.scores[key][name] = Score(**dict(aggregate(values)), higher_is_better=better, network=label)
+            results.values[key][name] = values
+            results.scores[key][name] = Score(**dict(aggregate(values)), higher_is_better=better, network=label)
         return
     if entry.kind == "own":
-        taken = {key: entry.function(view) for key, view in views.items()}
-        for key, values in taken.items():
-            found.values[key][name] = values
-        own = aggregate(taken[""])
+        values_of = {key: entry.function(view) for key, view in views.items()}
+        for key, values in values_of.items():
+            results.values[key][name] = values
+        reference_value = aggregate(values_of[""])
         for key in others:
-            gap = paired_difference(taken[key], taken[""])
-            found.scores[key][name] = _against(aggregate(taken[key]), own, gap, better, label)
+            gap = paired_difference(values_of[key], values_of[""])
+            results.scores[key][name] = _score(aggregate(values_of[key]), reference_value, gap, better, label)
         return
     features: Any = None
-    if name != "inception_score":  # the only one that knows no real images
+    if name != "inception_score":  # the only set metric without real images
         if real is None:
-            what = "videos" if entry.medium == "video" else "pictures"
-            raise UsageError(f"there are no real {what} to compare with: --real FOLDER names some")
-        look = real.videos_seen_by if entry.medium == "video" else real.seen_by
-        features = look(reference.network())
+            medium = "videos" if entry.medium == "video" else "images"
+            raise UsageError(f"there are no real {medium} to compare with: pass --real FOLDER")
+        features_of = real.videos_seen_by if entry.medium == "video" else real.seen_by
+        features = features_of(reference.network())
     for key, view in views.items():
         estimates[key][name] = entry.function(view, features, seed)
-    own = estimates[""][name].interval()
+    reference_value = estimates[""][name].interval()
     for key in others:
         gap = (estimates[key][name] - estimates[""][name]).interval()
-        found.scores[key][name] = _against(estimates[key][name].interval(), own, gap, better, label)
+        results.scores[key][name] = _score(estimates[key][name].interval(), reference_value, gap, better, label)
 
 
-def _against(value: Interval, own: Interval, gap: Interval, better: bool, network: str | None) -> Score:
+def _score(value: Interval, reference: Interval, difference: Interval, better: bool, network: str | None) -> Score:
     return Score(
-        **dict(value), higher_is_better=better, network=network, reference=own, difference=gap,
-        verdict=verdict(gap, better),
+        **dict(value), higher_is_better=better, network=network, reference=reference, difference=difference,
+        verdict=verdict(difference, better),
     )  # fmt: skip
 
 
@@ -269,11 +281,11 @@ def _difference(
     entry: Description,
     a: str,
     b: str,
-    found: Measurement,
+    results: Measurement,
     estimates: dict[str, dict[str, distribution.Estimate]],
 ) -> PairDifference:
-    if entry.name in found.values[a]:
-        gap = paired_difference(found.values[a][entry.name], found.values[b][entry.name])
+    if entry.name in results.values[a]:
+        gap = paired_difference(results.values[a][entry.name], results.values[b][entry.name])
     else:
         gap = (estimates[a][entry.name] - estimates[b][entry.name]).interval()
     return PairDifference(metric=entry.name, a=a, b=b, difference=gap, verdict=verdict(gap, entry.higher_is_better))
@@ -295,7 +307,7 @@ def _curve(reference: Samples, samples: Samples) -> Curve:
 
 
 def _framewise(function: Callable[..., float]) -> Callable[[View, View], list[float]]:
-    """A distance of two images, as one of two videos: the mean over frames."""
+    """Turns a distance between two images into one between two videos: the mean over frames."""
 
     def values(reference: View, other: View) -> list[float]:
         pairs = zip(reference.frames, other.frames, strict=True)
@@ -324,15 +336,15 @@ def _clip_score(view: View) -> list[float]:
 
 
 def _by_concept(function: Callable[[Tensor, int], float]) -> Callable[[View], list[float]]:
-    """A score of the concept that each prompt names, by the classes of the feature network."""
+    """Scores the concept that each prompt names, with the classes of the feature network."""
 
     def values(view: View) -> list[float]:
         network = view.network()
         if not network.labels:
             raise UsageError(f"the feature network {network.name!r} has no named classes to compare prompts with")
-        named = [alignment.concept(prompt, network.labels) for prompt in view.samples.conditions]
+        concepts = [alignment.concept(prompt, network.labels) for prompt in view.samples.conditions]
         probabilities = [f.probabilities for f in view.features]
-        return [function(p, c) for p, c in zip(probabilities, named, strict=True) if p is not None]
+        return [function(p, c) for p, c in zip(probabilities, concepts, strict=True) if p is not None]
 
     return values
 
@@ -393,7 +405,7 @@ def _measures() -> tuple[Measure, ...]:
         Measure(about["clip_score"], "own", _clip_score, "clip"),
         Measure(about["concept_score"], "own", _by_concept(alignment.concept_score), "features"),
         Measure(about["concept_accuracy"], "own", _by_concept(alignment.concept_accuracy), "features"),
-        *(Measure(d, "set", _estimate(d.name), "features", "picture") for d in distribution.DISTRIBUTION),
+        *(Measure(d, "set", _estimate(d.name), "features", "image") for d in distribution.DISTRIBUTION),
         Measure(about["kvd"], "set", _of_videos(temporal.kvd), "features", "video"),
         Measure(about["fvd"], "set", _of_videos(temporal.fvd), "features", "video"),
         Measure(about["delta_flow"], "paired", _delta_flow, None, "video"),

@@ -1,4 +1,4 @@
-"""What a metric is, for people: its name in tables, its unit, and what it says."""
+"""The description of a metric for readers: its name in tables, its unit, and how to read it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ Family = Literal["fidelity", "alignment", "distribution", "temporal"]
 
 @dataclass(frozen=True)
 class Description:
-    """What stands beside the numbers of one metric.
+    """The texts beside the numbers of one metric.
 
     Attributes:
         name: the key in ``report.json``, e.g. ``"kid"``.
-        title: the heading of its column, e.g. ``"KID"``.
-        unit: e.g. ``"dB"``; empty for pure numbers.
-        family: what it compares with: the 16-bit model's images, the prompt, real images, or the other frames.
-        about: a sentence on what it measures and how to read it, with the paper.
+        title: the heading in tables, e.g. ``"KID"``.
+        unit: e.g. ``"dB"``; empty for dimensionless numbers.
+        higher_is_better: whether a larger value is the better one.
+        family: what images are compared with: the 16-bit model's images, the prompt, real images, or other frames.
+        about: a sentence on what the metric measures and how to read it, with its paper.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""An image as numbers: what every metric and every network starts from."""
+"""Images as tensors, the input of every metric and every network."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def pair(reference: Image.Image, other: Image.Image) -> tuple[Tensor, Tensor]:
-    """Both as [1, 3, H, W].
+    """Two images as float32 [1, 3, H, W] in [0, 1].
 
     Raises:
         UsageError: they differ in size.
     """
     if reference.size != other.size:
-        raise UsageError(f"two images of one size are compared, got {reference.size} and {other.size}")
+        raise UsageError(f"two images must have one size, got {reference.size} and {other.size}")
     return to_tensor(reference)[None], to_tensor(other)[None]

@@ -1,4 +1,4 @@
-"""Real images or videos that distribution metrics compare with: a folder of one's own, or features of a model's."""
+"""Real images or videos that distribution metrics compare with: the user's folder, or stored features."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VIDEO_SUFFIXES = (".gif", ".mp4")
 
 @dataclass
 class Real:
-    """Real images, or what networks saw in them; or real videos."""
+    """Real images, their features by network, or real videos."""
 
     name: str
     images: Sequence[Image.Image] = ()
@@ -33,10 +33,12 @@ class Real:
         """Features of the frames of each real video; computed once.
 
         Raises:
-            UsageError: these are images.
+            UsageError: there are images only.
         """
         if not self.videos:
-            raise UsageError(f"{self.name!r} are real images, not videos: --real FOLDER with GIF or MP4 files")
+            raise UsageError(
+                f"{self.name!r} are real images, not videos: pass --real FOLDER, a folder of GIF or MP4 files"
+            )
         if network.name not in self._video_features:
             self._video_features[network.name] = [network(frames) for frames in self.videos]
         return self._video_features[network.name]
@@ -45,61 +47,63 @@ class Real:
         """Features of the real images; computed once.
 
         Raises:
-            UsageError: there are only features of other networks.
+            UsageError: there are features of other networks only.
         """
         if network.name not in self.features:
             if not self.images:
-                seen = ", ".join(self.features)
-                raise UsageError(f"the real images {self.name!r} were seen by {seen} only, not by {network.name}")
+                available = ", ".join(self.features)
+                raise UsageError(
+                    f"the real images {self.name!r} have features of {available} only, not of {network.name}"
+                )
             self.features = {**self.features, network.name: network(self.images)}
         return self.features[network.name]
 
 
 def from_folder(folder: Path, size: tuple[int, int]) -> Real:
-    """All images of a folder (not of folders inside), resized and cropped from the middle to ``size`` (w, h).
+    """All images of a folder, not of its subfolders, resized and centre-cropped to ``size`` (width, height).
 
     Raises:
-        UsageError: there is no such folder, it has fewer than two images, or a file is no image.
+        UsageError: the folder does not exist, it has fewer than two images, or an image cannot be read.
     """
     images = []
-    for path in _files(folder, "picture", SUFFIXES):
+    for path in _files(folder, "image", SUFFIXES):
         try:
             with Image.open(path) as image:
                 images.append(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS))
         except (OSError, Image.DecompressionBombError) as error:
-            raise UsageError(f"{path} is no image that can be read: {error}.") from error
+            raise UsageError(f"{path} is not a readable image: {error}.") from error
     return Real(folder.name, images)
 
 
 def videos_from_folder(folder: Path, size: tuple[int, int]) -> Real:
-    """All GIF and MP4 files of a folder, frames resized and cropped from the middle to ``size`` (w, h).
+    """All GIF and MP4 files of a folder, with frames resized and centre-cropped to ``size`` (width, height).
 
     Raises:
-        UsageError: there is no such folder, it has fewer than two videos, or one has no frames that can be read.
-        MissingWeights: there is an MP4 file, and no OpenCV.
+        UsageError: the folder does not exist, it has fewer than two videos, or a video cannot be read.
+        MissingWeights: there is an MP4 file, but OpenCV is not installed.
     """
     videos = []
     for path in _files(folder, "video", VIDEO_SUFFIXES):
         frames = _gif(path) if path.suffix.lower() == ".gif" else _mp4(path)
         if not frames:
-            raise UsageError(f"{path} is no video that can be read.")
+            raise UsageError(f"{path} is not a readable video.")
         videos.append([ImageOps.fit(frame, size, Image.Resampling.LANCZOS) for frame in frames])
     return Real(folder.name, videos=videos)
 
 
-def _files(folder: Path, thing: str, suffixes: Sequence[str]) -> list[Path]:
-    """Those of a folder that have one of the suffixes, sorted.
+def _files(folder: Path, medium: str, suffixes: Sequence[str]) -> list[Path]:
+    """The files of a folder with one of the suffixes, sorted.
 
     Raises:
-        UsageError: there is no such folder, or it has fewer than two.
+        UsageError: the folder does not exist, or has fewer than two such files.
     """
     if not folder.is_dir():
-        raise UsageError(f"There is no folder of real {thing}s {folder}.")
+        raise UsageError(f"There is no folder of real {medium}s {folder}.")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     if len(paths) < 2:
-        count = f"{len(paths)} {thing}{'' if len(paths) == 1 else 's'}"
+        count = f"{len(paths)} {medium}{'' if len(paths) == 1 else 's'}"
         raise UsageError(
-            f"The folder of real {thing}s {folder} must have at least 2 ({', '.join(suffixes)}), it has {count}."
+            f"The folder of real {medium}s {folder} must have at least 2 ({', '.join(suffixes)}), it has {count}."
         )
     return paths
 
@@ -120,17 +124,17 @@ def _mp4(path: Path) -> list[Image.Image]:
     reader = cv2.VideoCapture(str(path))
     frames: list[Image.Image] = []
     while True:
-        more, pixels = reader.read()
-        if not more:
+        has_frame, pixels = reader.read()
+        if not has_frame:
             return frames
         frames.append(Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)))
 
 
 def from_features(name: str, network: str, path: Path) -> Real:
-    """Features that were computed before, from a safetensors file with ``pooled`` and ``spatial`` [n, ...].
+    """Stored features, from a safetensors file with ``pooled`` and ``spatial`` [n, ...].
 
     Raises:
-        CheckpointError: the file is damaged, or its tensors do not fit together.
+        CheckpointError: the file is damaged, or its tensors differ in length.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -139,7 +143,7 @@ def from_features(name: str, network: str, path: Path) -> Real:
         tensors = load_file(path)
         pooled, spatial = tensors["pooled"].float(), tensors["spatial"].float()
     except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{path} holds no features of real images: {error}.") from error
+        raise CheckpointError(f"{path} does not hold features of real images: {error}.") from error
     probabilities = tensors["probabilities"].float() if "probabilities" in tensors else None
     parts = [t for t in (pooled, spatial, probabilities) if t is not None]
     if any(t.ndim != 2 or len(t) != len(pooled) or not bool(torch.isfinite(t).all()) for t in parts):

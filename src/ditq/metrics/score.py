@@ -1,4 +1,4 @@
-"""What a metric says of one model: a mean with its interval, the 16-bit model's own value, and a verdict."""
+"""The result of one metric for one model: a mean with its interval, the reference's value, and a verdict."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ class Score(Interval):
     """One metric of one model.
 
     Attributes:
-        network: the feature network it was seen through, None for plain arithmetic.
-        reference: the 16-bit model's own value, where the metric has one (alignment, distribution, temporal).
-        difference: quantized minus 16-bit, paired by prompt and seed, where the metric has one.
-        verdict: of ``difference``: "same" where its interval holds zero (no measurable difference);
-            None for fidelity metrics, which compare with the 16-bit model by themselves, and from fewer than three
-            pairs.
+        network: the feature network behind the number; None for metrics without a network.
+        reference: the 16-bit model's value; None for fidelity metrics.
+        difference: quantized minus 16-bit, paired by prompt and seed; None for fidelity metrics.
+        verdict: on ``difference``: "same" (not measurable) where its interval contains zero. None for fidelity
+            metrics, which already compare with the 16-bit model, and for fewer than three pairs.
     """
 
     higher_is_better: bool
@@ -33,7 +32,10 @@ class Score(Interval):
 
 
 class PairDifference(BaseModel):
-    """Two quantized models on one metric: a minus b, paired; the verdict, if there are enough pairs, is on a."""
+    """The paired difference a minus b of two quantized models on one metric.
+
+    The verdict is on a; it is None if there are too few pairs.
+    """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -45,7 +47,7 @@ class PairDifference(BaseModel):
 
 
 class Curve(BaseModel):
-    """A quantity along the sampling trajectory; ``ci95`` has one (low, high) a step, or is empty (too few values)."""
+    """A quantity along the sampling trajectory. ``ci95`` has one (low, high) for each step, or none for few values."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -56,7 +58,7 @@ class Curve(BaseModel):
 
 
 def verdict(difference: Interval, higher_is_better: bool) -> Verdict | None:
-    """Whether a difference is measurable, and to which side; None where it has no interval."""
+    """Whether a difference is measurable, and in which direction; None if it has no interval."""
     if difference.ci95 is None:
         return None
     low, high = difference.ci95

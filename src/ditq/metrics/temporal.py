@@ -1,11 +1,11 @@
 """Motion and its faults in a video: flow, flicker, consistency, FVD.
 
-Every function takes one video as what was computed of its frames once: the frames themselves, their `Motion`, or what
-a feature network saw in them (``Features.pooled``, one row a frame).
+Every function takes one video: its frames, their `Motion`, or their features in a network (``Features.pooled``, one
+row per frame). Motion and features are computed once for all metrics.
 
-The numbers of papers look through other networks: RAFT for flow, AMT for smoothness, DINO for subjects, I3D for FVD.
-Ours see the same faults and order models alike, but do not compare with published values; the network's name stands
-beside each of them. For published numbers of VBench, see `ditq.metrics.adapters.vbench`.
+Papers use other networks: RAFT for flow, AMT for smoothness, DINO for subjects, I3D for FVD. Our metrics detect the
+same faults and rank models alike, but their values are not comparable with published ones. The name of the network is
+printed beside each number. For published numbers of VBench, see `ditq.metrics.adapters.vbench`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Video = Sequence[Image.Image]
 TEMPORAL = (
     Description(
         "delta_flow", "ΔFlow", "px", False, "temporal",
-        "How far the mean optical flow is from the 16-bit model's, in pixels a frame, either way (as in ViDiT-Q).",
+        "Absolute difference of the mean optical flow to the 16-bit model's, in pixels per frame (as in ViDiT-Q).",
     ),
     Description(
         "flow_score", "Flow score", "px", True, "temporal",
-        "Mean optical flow in pixels a frame (EvalCrafter, Liu et al. 2024; here DIS flow, there RAFT). More motion, "
-        "not better motion.",
+        "Mean optical flow in pixels per frame (EvalCrafter, Liu et al. 2024; here DIS flow, there RAFT). It measures "
+        "the amount of motion, not its quality.",
     ),
     Description(
         "dynamic_degree", "Dynamic degree", "", True, "temporal",
@@ -45,8 +45,8 @@ TEMPORAL = (
     ),
     Description(
         "warping_error", "Warping error", "", False, "temporal",
-        "Mean squared difference of each frame and the next one warped back along the optical flow, where both show "
-        "the same (Lai et al. 2018): flicker and tearing.",
+        "Mean squared difference of each frame and the next one warped back along the optical flow, where nothing is "
+        "occluded (Lai et al. 2018): flicker and tearing.",
     ),
     Description(
         "motion_smoothness", "Motion smoothness", "", True, "temporal",
@@ -59,25 +59,25 @@ TEMPORAL = (
     ),
     Description(
         "subject_consistency", "Subject consistency", "", True, "temporal",
-        "Mean cosine of each frame's features with the first and with the previous frame's (VBench; there DINO).",
+        "Mean cosine of each frame's features with those of the first and of the previous frame (VBench; there DINO).",
     ),
     Description(
         "background_consistency", "Background consistency", "", True, "temporal",
-        "As subject consistency, of CLIP embeddings (VBench).",
+        "The same as subject consistency, with CLIP embeddings (VBench).",
     ),
     Description(
         "scene_consistency", "Scene consistency", "", True, "temporal",
-        "Share of frames in which a classifier names what the prompt names among its first five (VBench's scene; "
-        "there a captioner, Tag2Text).",
+        "Share of frames in which the prompt's concept is among the first five classes of a classifier (VBench's "
+        "scene; there a captioner, Tag2Text).",
     ),
     Description(
         "fvd", "Frame-FVD", "", False, "temporal",
-        "Fréchet distance to real videos of frame features averaged over time and of their mean change (after "
+        "Fréchet distance to real videos, on the mean of frame features over time and on their mean change (after "
         "Unterthiner et al. 2019; there I3D).",
     ),
     Description(
         "kvd", "Frame-KVD", "", False, "temporal",
-        "Kernel distance to real videos of the same features (Unterthiner et al. 2019): unbiased on small sets.",
+        "Kernel distance to real videos on the same features (Unterthiner et al. 2019): unbiased on small sets.",
     ),
 )  # fmt: skip
 
@@ -107,20 +107,21 @@ def motion(frames: Video) -> Motion:
 
 
 def flow_score(motion: Motion) -> float:
-    """Mean length of the forward flow over pixels and pairs of frames, in pixels a frame (EvalCrafter)."""
+    """Mean length of the forward flow over pixels and pairs of frames, in pixels per frame (EvalCrafter)."""
     return float(np.mean([np.linalg.norm(w, axis=-1).mean() for w in motion.forward]))
 
 
 def delta_flow(reference: Motion, other: Motion) -> float:
-    """|flow score - the 16-bit model's flow score| of two videos of one prompt and seed, in pixels a frame."""
+    """|flow score - the 16-bit model's flow score| of two videos of one prompt and seed, in pixels per frame."""
     return abs(flow_score(other) - flow_score(reference))
 
 
 def dynamic_degree(motion: Motion) -> float:
-    """1.0 where a video moves, else 0.0, by the rule of VBench.
+    """1.0 if a video has large motion, else 0.0, by the rule of VBench.
 
-    A pair of frames moves where the mean of its largest 5 % of flow lengths exceeds 6 pixels at 256 (in proportion
-    at other sizes); a video of T frames where at least T / 4 pairs move. Meant for 8 frames a second.
+    A pair of frames counts as moving if the mean of its largest 5 % of flow lengths exceeds 6 pixels at a side of 256
+    (scaled for other sizes). A video of T frames counts as moving if at least T / 4 pairs do. The limits are meant for
+    8 frames per second.
     """
     limit = 6 * min(motion.forward[0].shape[:2]) / 256
     lengths = [np.sort(np.linalg.norm(w, axis=-1), axis=None) for w in motion.forward]
@@ -132,8 +133,8 @@ def warping_error(frames: Video, motion: Motion) -> float:
     """Mean over pairs of frames of mean (V_t - warp(V_{t+1}))^2 over the pixels of V_t that V_{t+1} shows, in [0, 1].
 
     Lai et al. 2018, frames in [0, 1], with `occluded` as mask. EvalCrafter's code, which papers use, sums the three
-    channels of frames at half size and also masks motion boundaries. That hides tearing, so we do not. A pair that
-    shares no pixel, such as a cut, counts whole.
+    channels of frames at half size and also masks motion boundaries. We do not mask them, because that hides tearing.
+    For a pair without a common pixel, such as a cut, all pixels count.
     """
     errors = []
     for (a, b), forward, backward in zip(pairwise(frames), motion.forward, motion.backward, strict=True):
@@ -146,9 +147,9 @@ def warping_error(frames: Video, motion: Motion) -> float:
 def motion_smoothness(frames: Video) -> float:
     """1 - mean |V_t - V'_t| over every second frame t = 1, 3, ..., in [0, 1], as VBench.
 
-    V'_t is made from its neighbours V_0 and V_1 along the flow w between them: halfway, Super SloMo's approximation
-    (Jiang et al. 2018, eq. 4) is w_{t->0} = (w_{1->0} - w_{0->1}) / 4 = -w_{t->1}, and V'_t the mean of both
-    warped frames. VBench interpolates with a network, AMT.
+    V'_t is interpolated from its neighbours V_0 and V_1 along the flow w between them. Halfway, Super SloMo's
+    approximation (Jiang et al. 2018, eq. 4) is w_{t->0} = (w_{1->0} - w_{0->1}) / 4 = -w_{t->1}, and V'_t is the mean
+    of both warped frames. VBench interpolates with a network, AMT.
 
     Raises:
         UsageError: fewer than three frames, or they differ in size or are smaller than 16 pixels.
@@ -164,15 +165,18 @@ def motion_smoothness(frames: Video) -> float:
 
 
 def clip_temp(features: Tensor) -> float:
-    """Mean cosine of consecutive frames' features [T, d] (EvalCrafter's CLIP-temp where the network is CLIP)."""
+    """Mean cosine of the features [T, d] of consecutive frames (EvalCrafter's CLIP-temp if the network is CLIP)."""
     _check(features, 2)
     return cosine_similarity(features[1:], features[:-1]).mean().item()
 
 
 def consistency(features: Tensor) -> float:
-    """Mean over frames t >= 1 of half the cosine to frame t - 1 and half that to frame 0; negatives count 0 (VBench).
+    """Mean over frames t >= 1 of (cosine to frame t - 1 + cosine to frame 0) / 2, negative cosines as 0 (VBench).
 
-    Of DINO features it is VBench's subject consistency, of CLIP's its background consistency. ``features``: [T, d].
+    With DINO features it is VBench's subject consistency, with CLIP features its background consistency.
+
+    Args:
+        features: [T, d].
     """
     _check(features, 2)
     previous = cosine_similarity(features[1:], features[:-1]).clamp(min=0)
@@ -183,16 +187,16 @@ def consistency(features: Tensor) -> float:
 def scene_consistency(probabilities: Tensor, concept: int, top: int = 5) -> float:
     """Share of frames with the class ``concept`` among the first ``top``; ``probabilities``: [T, classes].
 
-    VBench's scene: the share of frames whose caption by Tag2Text holds the words of the scene.
+    VBench's scene metric is the share of frames whose caption by Tag2Text contains the words of the scene.
     """
     first = probabilities.topk(min(top, probabilities.shape[1]), dim=1).indices  # [T, top]
     return (first == concept).any(1).float().mean().item()
 
 
 def video_features(videos: Sequence[Features]) -> Features:
-    """One row a video, from the features of its frames: the mean over time, and the mean |change| between frames.
+    """One row per video, from the features of its frames: the mean over time, and the mean |change| between frames.
 
-    The second half sees motion: shuffled or flickering frames leave the first half as it is.
+    The second half is sensitive to motion; shuffled or flickering frames do not change the first half.
     """
     rows = [torch.cat([f.pooled.mean(0), f.pooled.diff(dim=0).abs().mean(0)]) for f in videos]
     return Features(torch.stack(rows), torch.empty(len(rows), 0), None)
@@ -201,10 +205,10 @@ def video_features(videos: Sequence[Features]) -> Features:
 def fvd(real: Sequence[Features], fake: Sequence[Features], seed: int = 0) -> Estimate:
     """Fréchet distance of `video_features` of real and generated videos (after Unterthiner et al. 2019).
 
-    The paper's network is I3D; this is "frame-FVD" of the network that saw the frames.
+    The paper uses I3D. This is "frame-FVD": the features are those of single frames.
 
     Raises:
-        UsageError: fewer videos than four times the network's features.
+        UsageError: there are fewer videos than four times the network's feature size.
     """
     return fid(video_features(real), video_features(fake), seed)
 

@@ -1,4 +1,7 @@
-"""What the transformers that diffusers lacks are made of, named as in their checkpoints, with q, k and v apart."""
+"""Building blocks for transformers that diffusers does not provide.
+
+Modules are named as in the original checkpoints, except that q, k and v are separate linear layers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ CHUNKS = 6  # shift, scale, gate of the attention, then of the MLP
 
 
 class RMSNorm(nn.Module):
-    """Over the channels of a head; rounds to the input's dtype before the weight."""
+    """RMS norm over the channels of a head. It casts to the input's dtype before multiplying by the weight."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -25,7 +28,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of [batch, tokens, channels]; ``rope`` holds frequencies [head / 2] of rotary positions."""
+    """Self-attention of [batch, tokens, channels]; ``rope`` are the frequencies [head / 2] of rotary positions."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
@@ -44,7 +47,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """From tokens [B, tokens, channels] to text [B, length, channels], where ``mask`` [B, length] is set."""
+    """Cross-attention of tokens [B, tokens, channels] to text [B, length, channels] where ``mask`` [B, length] > 0."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -54,8 +57,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (split(y, self.heads) for y in (self.q_linear(x), self.k_linear(text), self.v_linear(text)))
-        seen = None if mask is None else (mask > 0)[:, None, None, :]
-        return self.proj(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=seen)))
+        attn_mask = None if mask is None else (mask > 0)[:, None, None, :]
+        return self.proj(joined(F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)))
 
 
 class Mlp(nn.Module):
@@ -68,7 +71,7 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """[B, C, T, H, W] to tokens [B, T' H' W', channels]; sizes that patches do not divide are padded with zeros."""
+    """[B, C, T, H, W] to tokens [B, T' H' W', channels]. Sides are padded with zeros to a multiple of the patch."""
 
     def __init__(self, patch: tuple[int, int, int], channels: int, width: int) -> None:
         super().__init__()
@@ -92,7 +95,7 @@ class PatchEmbed2d(nn.Module):
 
 
 class ScalarEmbed(nn.Module):
-    """Numbers [B] to vectors [B, channels], by 128 cosines and sines."""
+    """Numbers [B] to vectors [B, channels], by 128 cosines and 128 sines."""
 
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
@@ -106,7 +109,7 @@ class ScalarEmbed(nn.Module):
 
 
 class CaptionEmbed(nn.Module):
-    """Text [B, length, T5's channels] to [B, length, channels]; ``y_embedding`` is the text of no prompt."""
+    """Text [B, length, T5's channels] to [B, length, channels]; ``y_embedding`` replaces the text without a prompt."""
 
     y_embedding: Tensor
 
@@ -142,7 +145,7 @@ def joined(x: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotary positions of [..., n, d]: neighbouring channels are pairs, turned by position times frequency [d / 2]."""
+    """Rotary positions of [..., n, d]: rotates pairs of neighbouring channels by position times frequency [d / 2]."""
     angles = torch.arange(x.shape[-2], device=x.device).float()[:, None] * frequencies.float()
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     even, odd = x[..., ::2], x[..., 1::2]
@@ -169,18 +172,18 @@ def from_positions(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1, 2)
 
 
-def positions_1d(width: int, places: Tensor) -> Tensor:
-    """Sines, then cosines, of places [n]: [n, width] float32."""
-    frequencies = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64, device=places.device) / (width / 2))
-    angles = places.double()[:, None] * frequencies
+def positions_1d(width: int, positions: Tensor) -> Tensor:
+    """Embeddings [n, width] of positions [n]: sines, then cosines, in float32."""
+    frequencies = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64, device=positions.device) / (width / 2))
+    angles = positions.double()[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()
 
 
 def positions_2d(width: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Of a grid, row by row: half of the channels for the column, then half for the row, [rows columns, width]."""
-    of_columns = positions_1d(width // 2, columns).repeat(len(rows), 1)
-    of_rows = positions_1d(width // 2, rows).repeat_interleave(len(columns), dim=0)
-    return torch.cat([of_columns, of_rows], dim=-1)
+    """Embeddings [rows columns, width] of a grid, row by row: half the channels for the column, half for the row."""
+    column_embeddings = positions_1d(width // 2, columns).repeat(len(rows), 1)
+    row_embeddings = positions_1d(width // 2, rows).repeat_interleave(len(columns), dim=0)
+    return torch.cat([column_embeddings, row_embeddings], dim=-1)
 
 
 def to_video(x: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int], channels: int) -> Tensor:

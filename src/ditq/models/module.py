@@ -1,4 +1,4 @@
-"""The base class of our own models: one that is loaded is complete."""
+"""The base class of ditq's models, which refuses incomplete checkpoints."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ditq.errors import CheckpointError
 
 
 class ModelMixin(_ModelMixin):
-    """diffusers' class of this name, which fills a tensor that the checkpoint lacks with random numbers, and warns.
+    """diffusers' ``ModelMixin``, except that a missing tensor is an error; diffusers fills it with random numbers.
 
-    Named like its base because diffusers, to load a class, looks for this name in the module that defines it: that
-    module has to import it.
+    It has the name of its base, because diffusers looks for this name in the module that defines a model. That module
+    must import it.
     """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As diffusers' own, from safetensors only.
+        """Like diffusers' method, but reads safetensors only.
 
         Raises:
-            CheckpointError: a tensor is missing, or is none of the model's; it is named. Or the files are pickles.
+            CheckpointError: a tensor is missing or unexpected (the message names it), or the files are pickles.
         """
-        wanted = kwargs.pop("output_loading_info", False)
+        return_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
         try:
@@ -32,16 +32,16 @@ class ModelMixin(_ModelMixin):
             if "safetensors" not in str(error):
                 raise
             raise CheckpointError(
-                f"{error} ditq reads safetensors, and no pickles (.bin, .pth), which can run code. Convert what you "
-                "trust: save_file(torch.load(path, weights_only=True), path) of safetensors.torch."
+                f"{error} ditq reads safetensors and no pickles (.bin, .pth), because pickles can run code. Convert a "
+                "file that you trust: save_file(torch.load(path, weights_only=True), path) of safetensors.torch."
             ) from error
         missing = set(info["missing_keys"])
-        if kwargs.get("device_map") is None:  # with one, tensors may lie on a disk
-            # Of several files diffusers believes the index, and leaves what is not in them without memory.
+        if kwargs.get("device_map") is None:  # with a device map, tensors may be on a disk
+            # With several files diffusers trusts the index, and leaves tensors that no file has on the meta device.
             missing |= {name for name, tensor in model.state_dict().items() if tensor.is_meta}
-        where = f"The checkpoint {pretrained_model_name_or_path}"
-        for found, complaint in ((missing, "lacks"), (info["unexpected_keys"], "has, beside the model's own,")):
-            if names := sorted(found):
+        checkpoint = f"The checkpoint {pretrained_model_name_or_path}"
+        for tensor_names, problem in ((missing, "lacks"), (info["unexpected_keys"], "has the unexpected")):
+            if names := sorted(tensor_names):
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise CheckpointError(f"{where} {complaint} tensor {names[0]!r}{more} ({cls.__name__}).")
-        return (model, info) if wanted else model
+                raise CheckpointError(f"{checkpoint} {problem} tensor {names[0]!r}{more} ({cls.__name__}).")
+        return (model, info) if return_info else model

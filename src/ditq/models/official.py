@@ -1,4 +1,7 @@
-"""Checkpoints with the names of their original repositories, into our classes and diffusers'; nothing missing."""
+"""Loads checkpoints with the tensor names of their original repositories into classes of ditq and diffusers.
+
+Missing and unexpected tensors are errors.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,14 @@ _OPEN_SORA = ((r"(.*attn\w*)\.[qkv]", r"\1.qkv"), (r"(.*cross_attn)\.[kv]_linear
 _BLOCK = r"transformer_blocks\.(\d+)\."
 
 
-def _latte_block(found: re.Match[str]) -> str:
-    """Latte has one list of blocks, a spatial and a temporal one in turn."""
-    kind, pair, module = found.groups()
+def _latte_block(match: re.Match[str]) -> str:
+    """The original name of a module in a block: Latte has one list, with spatial and temporal blocks in turn."""
+    kind, pair, module = match.groups()
     return f"blocks.{2 * int(pair) + (kind == 'temporal')}.{re.sub(r'^attn[.][qkv]$', 'attn.qkv', module)}"
 
 
-# Names of a class's modules and what the original repository calls them. Several with one original name are rows of
-# one tensor, one below the other (q, k and v), or copies of it (the time embedder in every block of DiT).
+# Names of a class's modules and their names in the original repository. Several modules with one original name are the
+# rows of one tensor (q, k and v), or copies of it (the time embedder in every block of DiT).
 ORIGINAL: dict[str, tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]] = {
     "STDiT": _OPEN_SORA,
     "STDiT3": _OPEN_SORA,
@@ -45,84 +48,89 @@ ORIGINAL: dict[str, tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
         (r"proj_out_2", "final_layer.linear"),
     ),
 }
-# What a checkpoint may have or not: these classes make positions for the size that they are called with.
+# Tensors that a checkpoint may lack. These classes compute positions for the size that they are called with.
 POSITIONS = ("pos_embed", "pos_embed_temporal", "pos_embed.pos_embed", "temp_pos_embed", "temp_embed")
 OPTIONAL = ("rope.freqs", "shift", "scale")
 
 
 def official(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The original name of every tensor of a model, and which of its own tensors that holds, in order.
+    """The original names of a model's tensors, each with the tensors of the model that it contains, in order.
 
     Raises:
-        UsageError: nothing is known about checkpoints of this class.
+        UsageError: the original names of this class are not known.
     """
     kind = type(model).__name__
     if kind not in ORIGINAL:
         raise unknown("class with original checkpoints", kind, ORIGINAL)
-    found: dict[str, list[str]] = {}
+    by_original: dict[str, list[str]] = {}
     for name in model.state_dict():
         module, dot, last = name.rpartition(".")
         names = (re.sub(pattern, new, module) for pattern, new in ORIGINAL[kind] if re.fullmatch(pattern, module))
-        found.setdefault(next(names, module) + dot + last, []).append(name)
-    return {name: tuple(own) for name, own in found.items()}
+        by_original.setdefault(next(names, module) + dot + last, []).append(name)
+    return {original: tuple(names) for original, names in by_original.items()}
 
 
 @torch.no_grad()
 def load_official(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies the tensors of a checkpoint into ``model``: original names (``attn.qkv``) or its own (``attn.q``).
+    """Copies the tensors of a checkpoint into ``model``.
+
+    A tensor may have its original name (``attn.qkv``) or the model's name (``attn.q``).
 
     Raises:
-        UsageError: nothing is known about checkpoints of this class.
-        CheckpointError: a tensor is missing, has another shape, or is none of the model's; it is named, and nothing
-            was copied.
+        UsageError: the original names of this class are not known.
+        CheckpointError: a tensor is missing, unexpected, or of another shape. The message names it, and nothing was
+            copied.
     """
     state = model.state_dict()
-    taken: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     known = set(POSITIONS)
-    for name, own in official(model).items():
-        known |= {name, *own}
-        if name in tensors:
-            taken |= dict(_parts(name, tensors[name], own, state))
+    for original, parts in official(model).items():
+        known |= {original, *parts}
+        if original in tensors:
+            values |= dict(_split(original, tensors[original], parts, state))
         else:
-            for part in own:
+            for part in parts:
                 if part in tensors:
-                    taken |= dict(_parts(part, tensors[part], (part,), state))
+                    values |= dict(_split(part, tensors[part], (part,), state))
                 elif part not in OPTIONAL:
-                    also = f" (or {name!r})" if name != part else ""
-                    raise CheckpointError(f"The checkpoint lacks tensor {part!r}{also} of {type(model).__name__}.")
-    surplus = sorted(set(tensors) - known)
-    if surplus:
+                    alternative = f" (or {original!r})" if original != part else ""
+                    raise CheckpointError(
+                        f"The checkpoint lacks tensor {part!r}{alternative} of {type(model).__name__}."
+                    )
+    unexpected = sorted(set(tensors) - known)
+    if unexpected:
         raise CheckpointError(
-            f"The checkpoint holds tensor {surplus[0]!r}, which {type(model).__name__} does not have."
+            f"The checkpoint holds tensor {unexpected[0]!r}, which {type(model).__name__} does not have."
         )
-    for part, value in taken.items():
+    for part, value in values.items():
         state[part].copy_(value)
 
 
-def _parts(
-    name: str, tensor: Tensor, own: tuple[str, ...], state: Mapping[str, Tensor]
+def _split(
+    name: str, tensor: Tensor, parts: tuple[str, ...], state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    shape = tuple(state[own[0]].shape)
-    copied = len({part.rsplit(".", 2)[0] for part in own}) > 1  # to modules of different blocks
-    wanted = shape if copied else (len(own) * shape[0], *shape[1:])
-    if tuple(tensor.shape) != wanted:
-        raise CheckpointError(f"Tensor {name!r} is {tuple(tensor.shape)}; the model's is {wanted}.")
-    yield from zip(own, [tensor] * len(own) if copied else tensor.chunk(len(own)), strict=True)
+    """The model's tensors ``parts`` from one tensor of the checkpoint: its rows, or copies of it."""
+    shape = tuple(state[parts[0]].shape)
+    copied = len({part.rsplit(".", 2)[0] for part in parts}) > 1  # to modules of different blocks
+    expected = shape if copied else (len(parts) * shape[0], *shape[1:])
+    if tuple(tensor.shape) != expected:
+        raise CheckpointError(f"Tensor {name!r} has shape {tuple(tensor.shape)}; the model expects {expected}.")
+    yield from zip(parts, [tensor] * len(parts) if copied else tensor.chunk(len(parts)), strict=True)
 
 
 def from_official(kind: Any, path: str | Path, **config: Any) -> Any:
-    """A model of class ``kind`` from a safetensors file with original names.
+    """Loads a model of class ``kind`` from safetensors files with original names.
+
+    Pickles (.pth) are not read. The error explains how to convert one that you trust.
 
     Args:
-        kind: STDiT, STDiT3 or OpenSoraVAE of ``ditq.models.opensora``, Latte of
-            ``ditq.models.latte_class``, or DiTTransformer2DModel or LatteTransformer3DModel of diffusers.
-        path: the file; of several, their index (``model.safetensors.index.json``).
-        config: of the model, where it differs from the class's defaults.
-
-    Files that hold pickles (.pth) are not read; convert them where you trust them, see the error.
+        kind: STDiT, STDiT3 or OpenSoraVAE of ``ditq.models.opensora``, Latte of ``ditq.models.latte_class``, or
+            DiTTransformer2DModel or LatteTransformer3DModel of diffusers.
+        path: the file, or the index of several files (``model.safetensors.index.json``).
+        config: the model's configuration where it differs from the class's defaults.
 
     Raises:
-        CheckpointError: see :func:`load_official`; or the file is none of safetensors, or damaged.
+        CheckpointError: see :func:`load_official`; or the file is damaged or not a safetensors file.
     """
     model = kind(**config)
     load_official(model, _read(Path(path)))
@@ -142,8 +150,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         files = [path]
     else:
         raise CheckpointError(
-            f"{path} is not a safetensors file, and ditq reads no pickles, which can run code. Convert one that you "
-            'trust: tensors = torch.load(path, weights_only=True); tensors = tensors.get("ema", tensors); '
+            f"{path} is not a safetensors file. ditq reads no pickles, because they can run code. Convert a file that "
+            'you trust: tensors = torch.load(path, weights_only=True); tensors = tensors.get("ema", tensors); '
             'save_file(tensors, "model.safetensors") of safetensors.torch.'
         )
     tensors: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What the pipelines of our own video transformers share: guided denoising by a scheduler of diffusers, and frames."""
+"""The base class of ditq's video pipelines: guided denoising with a scheduler of diffusers, and decoding of frames."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 @dataclass
 class VideoOutput(BaseOutput):
-    """``frames``: lists of images, or what ``output_type`` asks for."""
+    """``frames``: lists of images, or the type set by ``output_type``."""
 
     frames: Any
 
 
 class VideoPipeline(DiffusionPipeline):
-    """Guidance runs in one batch, the conditional half first; decoding takes each frame by itself.
+    """Denoising and decoding of videos.
 
-    ``GUIDED`` is how many channels of the transformer's output guidance acts on. The others (the variance, at least)
-    are the conditional half's.
+    Guidance runs in one batch, with the conditional half first. Frames are decoded one by one.
+
+    Attributes:
+        GUIDED: the number of channels of the transformer's output that guidance acts on. The other channels (such as
+            the variance) are taken from the conditional half.
     """
 
     GUIDED = 4
     model_cpu_offload_seq = "text_encoder->transformer->vae"
 
     def _assembled(self, **parts: Any) -> None:
-        """The last line of a constructor: its modules, and what follows from them."""
+        """Registers the modules and sets the attributes that depend on them; the last call of a constructor."""
         self.register_modules(**parts)
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -50,11 +53,16 @@ class VideoPipeline(DiffusionPipeline):
         return_dict: bool,
         **decoding: Any,
     ) -> Any:
-        """From noise, or ``latents`` in its place, to what a pipeline returns.
+        """Denoises and decodes videos.
 
         Args:
             shape: of the latents, [n, C, T, H, W].
-            inputs: of the transformer beside latents and timestep: [2 n, ...] under guidance, else [n, ...].
+            inputs: of the transformer, besides latents and timestep: [2 n, ...] with guidance, else [n, ...].
+            guidance_scale: above 1 turns guidance on.
+            generator: of the initial noise and of the scheduler.
+            latents: the initial noise; None generates it.
+            output_type: as in diffusers; ``latent`` returns latents.
+            return_dict: False returns a tuple.
             decoding: arguments of :meth:`_decoded`.
         """
         scheduler, device = self.scheduler, self._execution_device
@@ -68,15 +76,15 @@ class VideoPipeline(DiffusionPipeline):
         learned = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
         with self.progress_bar(total=len(scheduler.timesteps)) as bar:
             for t in scheduler.timesteps:
-                both = torch.cat([latents, latents]) if guided else latents
+                batch = torch.cat([latents, latents]) if guided else latents
                 out = self.transformer(
-                    hidden_states=scaled(both, t), timestep=t.expand(len(both)), **inputs, return_dict=False
+                    hidden_states=scaled(batch, t), timestep=t.expand(len(batch)), **inputs, return_dict=False
                 )[0]
                 if guided:
-                    out, other = out.chunk(2)
-                    least = other[:, : self.GUIDED]
-                    first = least + guidance_scale * (out[:, : self.GUIDED] - least)
-                    out = torch.cat([first, out[:, self.GUIDED :]], dim=1)
+                    out, unconditional = out.chunk(2)
+                    base = unconditional[:, : self.GUIDED]
+                    prediction = base + guidance_scale * (out[:, : self.GUIDED] - base)
+                    out = torch.cat([prediction, out[:, self.GUIDED :]], dim=1)
                 if not learned:
                     out = out[:, : shape[1]]
                 latents = scheduler.step(self._direction(out), t, latents, **options, return_dict=False)[0]
@@ -89,11 +97,11 @@ class VideoPipeline(DiffusionPipeline):
         return VideoOutput(frames=frames) if return_dict else (frames,)
 
     def _direction(self, out: Tensor) -> Tensor:
-        """The transformer's output as the scheduler counts it."""
+        """The transformer's output in the sign convention of the scheduler."""
         return out
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """Latents [n, C, T, H, W] to a video [n, 3, T, pixels, pixels]."""
         frames = latents.transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
-        pictures = torch.cat([self.vae.decode(frame, return_dict=False)[0] for frame in frames.split(1)])
-        return pictures.unflatten(0, (len(latents), -1)).transpose(1, 2)
+        images = torch.cat([self.vae.decode(frame, return_dict=False)[0] for frame in frames.split(1)])
+        return images.unflatten(0, (len(latents), -1)).transpose(1, 2)

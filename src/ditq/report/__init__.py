@@ -1,1 +1,1 @@
-"""Results for people: tables of a plan, sheets of images."""
+"""Reports for people: tables of a plan, the HTML page, the model card, and sheets of images."""

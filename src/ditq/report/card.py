@@ -13,7 +13,7 @@ from ditq.report import wording
 from ditq.report.document import MetricInfo, ModelReport, Report
 from ditq.report.rows import rows
 
-MARK = "<!-- written by ditq -->"  # of cards that may be written over
+MARK = "<!-- written by ditq -->"  # marks cards that may be overwritten
 
 USE = """import ditq  # registers the backend
 from diffusers import DiffusionPipeline
@@ -24,40 +24,40 @@ pipe = DiffusionPipeline.from_pretrained(path)  # this folder, or its name on th
 def card(report: Report, model: ModelReport) -> str:
     """The card of one quantized model of a comparison, in Markdown.
 
-    The licence is left out: it is that of the base model, which a comparison does not know.
+    It names no licence: that of the base model applies, which a comparison does not read.
     """
     front = yaml.safe_dump(_front_matter(report, model), sort_keys=False, allow_unicode=True, width=1000)
     bits = wording.bits(model)
     kept = Counter(str(layer.get("role")) for layer in model.layers if layer["weight_bits"] == 16)
     quantized = len(model.layers) - sum(kept.values())
-    what = f"{_code(report.reference.name)}, its transformer quantized by ditq"
+    intro = f"{_code(report.reference.name)}, its transformer quantized by ditq"
     if model.recipe:
-        what += f" with the recipe {_code(model.recipe)}"
+        intro += f" with the recipe {_code(model.recipe)}"
     if bits:
-        what += f" ({bits})"
+        intro += f" ({bits})"
     if model.transformer_bytes and report.reference.transformer_bytes:
         share = wording.number(model.transformer_bytes / report.reference.transformer_bytes, 2)
-        what += (
+        intro += (
             f": {wording.megabytes(model.transformer_bytes)} instead of "
             f"{wording.megabytes(report.reference.transformer_bytes)} ({share})"
         )
-    own_name = re.compile(rf"(?<![\w./-]){re.escape(model.name)}(?![\w/-])")
-    about = [sentence for sentence in report.summary if own_name.search(sentence)]
-    stays = ", ".join(f"{count} {_text(role)}" for role, count in sorted(kept.items())) or "none"
+    name_pattern = re.compile(rf"(?<![\w./-]){re.escape(model.name)}(?![\w/-])")
+    about = [sentence for sentence in report.summary if name_pattern.search(sentence)]
+    kept_roles = ", ".join(f"{count} {_text(role)}" for role, count in sorted(kept.items())) or "none"
     sections = [
         f"# {_text(model.name)}",
-        f"{what}.",
+        f"{intro}.",
         "\n\n".join(_text(sentence) for sentence in about or report.summary),
         "## Measured",
-        f"{_sampled(report)}, same noise for both models. Mean and 95 % bootstrap interval; the verdict is that of "
-        f"the paired difference to {wording.reference(report.reference)}.",
+        f"{_sampled(report)}, same noise for both models. Mean and 95 % bootstrap interval; the verdict is on the "
+        f"paired difference to {wording.reference(report.reference)}.",
         _table(report, model),
     ]
     if report.skipped:
         sections.append("Not measured: " + "; ".join(f"{_text(s.metric)} ({_text(s.reason)})" for s in report.skipped))
     sections += [
         "## What stayed in 16 bit",
-        f"{quantized} linear layers are quantized, {sum(kept.values())} are not: {stays}.",
+        f"{quantized} linear layers are quantized, {sum(kept.values())} are not: {kept_roles}.",
         "## Use",
         _block(USE, "python"),
         "## Reproduce",
@@ -115,16 +115,16 @@ def _table(report: Report, model: ModelReport) -> str:
             score = model.metrics.get(row.info.name)
             if score is None:
                 continue
-            own, reference = (
+            value, reference = (
                 f"{wording.number(i.mean, row.places)} ({wording.interval(i, row.places)})"
                 if i
                 else "is the reference"
                 for i in (score, row.reference)
             )
-            words = wording.verdict(score.verdict) if score.difference else ""
+            verdict = wording.verdict(score.verdict) if score.difference else ""
             better = "higher" if row.info.higher_is_better else "lower"
             lines.append(
-                f"| {_text(_metric(row.info, score))} | {better} | {reference} | {own} | {words} | {score.n} |"
+                f"| {_text(_metric(row.info, score))} | {better} | {reference} | {value} | {verdict} | {score.n} |"
             )
     return "\n".join(lines)
 
@@ -137,12 +137,12 @@ def _settings(report: Report, model: ModelReport) -> str:
 
 
 def _text(value: str) -> str:
-    """As text in Markdown: one line, and nothing in it acts as markup, HTML or the border of a cell."""
+    """Escapes text for Markdown: on one line, without effect as markup, HTML or the border of a cell."""
     return re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", " ".join(value.split()))
 
 
 def _code(value: str) -> str:
-    """As code within a line."""
+    """Inline code in Markdown."""
     line = " ".join(value.split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"

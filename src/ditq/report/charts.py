@@ -1,4 +1,4 @@
-"""Charts as inline SVG. Made as an element tree, so that every name in them is escaped."""
+"""Charts as inline SVG, built as an element tree, so that every name in them is escaped."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ditq.report.document import ModelReport
 from ditq.report.wording import interval, megabytes, number
 from ditq.report.wording import reference as label
 
-NAMED = 6  # so many models have their names beside their points; more need a legend
+NAMED = 6  # up to this number of models, names stand beside the points; more models get a legend
 
-# Units of the view box. Text of 12 units stays readable on a phone, where a chart is 350 pixels wide.
+# Units of the view box. Text of 12 units is still readable on a phone, where a chart is 350 pixels wide.
 WIDTH, HEIGHT = 420, 290
 LEFT, RIGHT, TOP, BOTTOM = 38, 408, 30, 244
 
-COLOURS = 6  # of classes m0 to m5 in page.css; with the markers 30 models can be told apart
+COLOURS = 6  # the classes m0 to m5 in page.css; with the markers they distinguish 30 models
 MARKERS = (
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",  # circle
     "M-4 -4h8v8h-8z",  # square
@@ -28,20 +28,20 @@ MARKERS = (
 
 
 def element(parent: ET.Element | None, tag: str, text: str = "", **attributes: object) -> ET.Element:
-    """A new element; ``class_`` stands for class, other underscores for hyphens; floats are rounded."""
-    named = {
+    """A new element. ``class_`` becomes ``class``, other underscores become hyphens; floats are rounded."""
+    rendered = {
         name.rstrip("_").replace("_", "-"): f"{value:.2f}".rstrip("0").rstrip(".")
         if isinstance(value, float)
         else str(value)
         for name, value in attributes.items()
     }
-    made = ET.Element(tag, named) if parent is None else ET.SubElement(parent, tag, named)
-    made.text = text or None
-    return made
+    new = ET.Element(tag, rendered) if parent is None else ET.SubElement(parent, tag, rendered)
+    new.text = text or None
+    return new
 
 
-def picture(width: float, height: float, title: str, description: str) -> ET.Element:
-    """An empty drawing that screen readers announce by its title and description."""
+def drawing(width: float, height: float, title: str, description: str) -> ET.Element:
+    """An empty SVG image that screen readers announce by its title and description."""
     root = element(None, "svg", role="img")
     root.set("viewBox", f"0 0 {width:g} {height:g}")
     root.set("aria-label", f"{title}. {description}")
@@ -51,12 +51,12 @@ def picture(width: float, height: float, title: str, description: str) -> ET.Ele
 
 
 def svg(root: ET.Element) -> str:
-    """The drawing as text that can stand in an HTML page."""
+    """The image as text that can be embedded in an HTML page."""
     return ET.tostring(root, encoding="unicode")
 
 
 def marker(index: int) -> str:
-    """The sign of a model in legends and switches; the reference has index -1."""
+    """The marker of a model in legends and switches; the reference has index -1."""
     root = element(None, "svg", class_="marker", viewBox="-7 -7 14 14", aria_hidden="true")
     _mark(root, index, 0, 0)
     return svg(root)
@@ -72,9 +72,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def pareto(models: Sequence[ModelReport], reference: ModelReport, metric: str, title: str, unit: str) -> str | None:
-    """Quality against memory, one point a model with its 95 % interval; None where nobody has both.
+    """Quality against memory: a point with its 95 % interval for each model. None if no model has both values.
 
-    The dotted line joins the models that no other one beats in both.
+    The dotted line connects the models that no other model beats in both.
     """
     points = [(i, m, m.metrics[metric]) for i, m in enumerate(models) if metric in m.metrics and m.transformer_bytes]
     if not points:
@@ -83,27 +83,27 @@ def pareto(models: Sequence[ModelReport], reference: ModelReport, metric: str, t
         f"{m.name}: {megabytes(m.transformer_bytes)}, {number(s.mean, 1)} {unit}, {interval(s, 1)}"
         for _, m, s in points
     )
-    root = picture(WIDTH, HEIGHT, f"{title} against memory of the transformer", described)
+    root = drawing(WIDTH, HEIGHT, f"{title} against memory of the transformer", described)
     scale = 1e9 if reference.transformer_bytes >= 1e9 else 1e6
     xs = ticks(0, max(reference.transformer_bytes, *(m.transformer_bytes for _, m, _ in points)) / scale)
     ys = ticks(min(_ends(s)[0] for *_, s in points), max(_ends(s)[1] for *_, s in points))
     x = _axis(xs[0], xs[-1], LEFT, RIGHT)
     y = _axis(ys[0], ys[-1], BOTTOM, TOP)
     _grid(root, x, y, xs, ys, f"transformer memory, {'GB' if scale == 1e9 else 'MB'}", f"{title}, {unit}")
-    at = x(reference.transformer_bytes / scale)
-    element(root, "line", class_="limit", x1=at, x2=at, y1=float(TOP), y2=float(BOTTOM))
-    element(root, "text", label(reference), class_="label m-ref", x=at - 5, y=TOP + 10.0, text_anchor="end")
-    better = sorted(points, key=lambda p: (p[1].transformer_bytes, -p[2].mean))
+    reference_x = x(reference.transformer_bytes / scale)
+    element(root, "line", class_="limit", x1=reference_x, x2=reference_x, y1=float(TOP), y2=float(BOTTOM))
+    element(root, "text", label(reference), class_="label m-ref", x=reference_x - 5, y=TOP + 10.0, text_anchor="end")
+    by_size = sorted(points, key=lambda p: (p[1].transformer_bytes, -p[2].mean))
     front: list[tuple[float, float]] = []
-    for _, m, s in better:
+    for _, m, s in by_size:
         if not front or s.mean > front[-1][1]:
             front.append((m.transformer_bytes, s.mean))
     if len(front) > 1:
         element(root, "polyline", class_="front", points=_points([(x(b / scale), y(q)) for b, q in front]))
     labels = _Labels()
-    labels.boxes.append((at - 50, at, TOP + 5.0))
-    placed = [(i, m, s, x(m.transformer_bytes / scale), y(s.mean)) for i, m, s in points]
-    for i, m, s, px, py in placed:
+    labels.boxes.append((reference_x - 50, reference_x, TOP + 5.0))
+    positions = [(i, m, s, x(m.transformer_bytes / scale), y(s.mean)) for i, m, s in points]
+    for i, m, s, px, py in positions:
         group = element(root, "g", class_=_colour(i))
         element(group, "title", f"{m.name}: {number(s.mean, 1)} {unit} at {megabytes(m.transformer_bytes)}")
         low, high = map(y, _ends(s))
@@ -112,30 +112,30 @@ def pareto(models: Sequence[ModelReport], reference: ModelReport, metric: str, t
         _mark(group, i, px, py)
         labels.boxes.append((px - 5, px + 5, py))
     if len(models) <= NAMED:
-        for i, m, _, px, py in placed:
+        for i, m, _, px, py in positions:
             labels.put(root, m.name, i, px, py)
     return svg(root)
 
 
 def curves(models: Sequence[ModelReport], title: str, unit: str) -> str | None:
-    """One line a model along the sampling trajectory, with its band of 95 %; None where nobody has one."""
-    drawn = [(i, m.name, m.latent_sqnr_by_step) for i, m in enumerate(models) if m.latent_sqnr_by_step]
-    if not drawn:
+    """One line for each model along the sampling trajectory, with its 95 % band. None if no model has a curve."""
+    plotted = [(i, m.name, m.latent_sqnr_by_step) for i, m in enumerate(models) if m.latent_sqnr_by_step]
+    if not plotted:
         return None
     described = "; ".join(
         f"{name}: {number(c.mean[0], 1)} {unit} after the first step, {number(c.mean[-1], 1)} {unit} after the last"
-        for _, name, c in drawn
+        for _, name, c in plotted
     )
-    root = picture(WIDTH, HEIGHT, f"{title} by step", described)
-    steps = max(len(c.mean) for *_, c in drawn)
+    root = drawing(WIDTH, HEIGHT, f"{title} by step", described)
+    steps = max(len(c.mean) for *_, c in plotted)
     xs = [t for t in ticks(1, steps) if 1 <= t <= steps and t == int(t)]
-    ends = [value for *_, c in drawn for value in (*c.mean, *(end for pair in c.ci95 for end in pair))]
+    ends = [value for *_, c in plotted for value in (*c.mean, *(end for pair in c.ci95 for end in pair))]
     ys = ticks(min(ends), max(ends))
     x = _axis(1, max(2, steps), LEFT, RIGHT)
     y = _axis(ys[0], ys[-1], BOTTOM, TOP)
-    _grid(root, x, y, xs, ys, "sampling step (the last one gives the image)", f"{title}, {unit}")
+    _grid(root, x, y, xs, ys, "sampling step (the last one yields the image)", f"{title}, {unit}")
     labels = _Labels()
-    for i, name, c in drawn:
+    for i, name, c in plotted:
         group = element(root, "g", class_=_colour(i))
         upper = [(x(k + 1), y(high)) for k, (_, high) in enumerate(c.ci95)]
         lower = [(x(k + 1), y(low)) for k, (low, _) in enumerate(c.ci95)]
@@ -146,14 +146,14 @@ def curves(models: Sequence[ModelReport], title: str, unit: str) -> str | None:
             point = _mark(group, i, x(k + 1), y(value), small=True)
             element(point, "title", f"{name}, step {k + 1} (t = {c.timesteps[k]:.0f}): {number(value, 1)} {unit}")
     if len(models) <= NAMED:
-        for i, name, c in drawn:
+        for i, name, c in plotted:
             middle = len(c.mean) // 2
             labels.put(root, name, i, x(middle + 1), y(c.mean[middle]) - 9)
     return svg(root)
 
 
 def bar(share: float, full: float, index: int, mark: float | None = None) -> str:
-    """A bar of ``share`` where ``full`` is the whole width, with a tick at ``mark``; the numbers stand beside it."""
+    """A bar of length ``share`` on a track of length ``full``, with a tick at ``mark``; the numbers are beside it."""
     root = element(None, "svg", class_="bar", viewBox="0 0 100 10", preserveAspectRatio="none", aria_hidden="true")
     element(root, "rect", class_="track", width=100, height=10)
     element(root, "rect", class_=f"fill {_colour(index)}", width=100 * share / full, height=10)
@@ -163,9 +163,9 @@ def bar(share: float, full: float, index: int, mark: float | None = None) -> str
 
 
 def whisker(value: Interval, row: Sequence[Interval], reference: Interval | None, index: int) -> str:
-    """Mean and interval on the scale that all cells of a table row share; a tick is the 16-bit model's mean."""
-    everything = [*row, *([reference] if reference else [])]
-    low, high = min(_ends(i)[0] for i in everything), max(_ends(i)[1] for i in everything)
+    """Mean and interval on a scale that all cells of a table row share; the tick marks the 16-bit model's mean."""
+    intervals = [*row, *([reference] if reference else [])]
+    low, high = min(_ends(i)[0] for i in intervals), max(_ends(i)[1] for i in intervals)
     x = _axis(low, high if high > low else low + 1, 5, 95)
     root = element(None, "svg", class_=f"whiskers {_colour(index)}", viewBox="0 0 100 12", aria_hidden="true")
     element(root, "line", class_="rail", x1=0, x2=100, y1=6, y2=6)
@@ -178,12 +178,12 @@ def whisker(value: Interval, row: Sequence[Interval], reference: Interval | None
 
 
 def _ends(i: Interval) -> tuple[float, float]:
-    """Those of the interval; the mean twice where there is none."""
+    """The ends of the interval, or the mean twice if there is no interval."""
     return i.ci95 or (i.mean, i.mean)
 
 
 class _Labels:
-    """Names beside points, moved up or down until they cover neither each other nor a point."""
+    """Names beside points, moved up or down until they overlap neither each other nor a point."""
 
     def __init__(self) -> None:
         self.boxes: list[tuple[float, float, float]] = []  # left, right, middle height
@@ -205,7 +205,7 @@ class _Labels:
 
 
 class _axis:  # noqa: N801
-    """A linear map from values to units of the drawing."""
+    """A linear map from values to units of the view box."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         self.low, self.start, self.slope = low, start, (end - start) / (high - low)

@@ -1,4 +1,4 @@
-"""The report as data: what ``report.json`` holds, and what the HTML page and the model card are made from."""
+"""The report as data: the contents of ``report.json``, and the source of the HTML page and the model card."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class _Model(BaseModel):
 
 
 class ModelReport(_Model):
-    """One model of the comparison. Plan fields are None for the 16-bit reference.
+    """One model of the comparison. The fields of a plan are None for the 16-bit reference.
 
     Attributes:
         layers: rows of ``ditq inspect --json`` (name, role, weight_bits, activation_bits, granularity, balance, ...).
-        seconds_per_picture: while drawing, VAE and text encoder included; None if all images came from the cache
-            of another machine.
+        seconds_per_picture: seconds to generate one image, VAE and text encoder included; None if all images came
+            from the cache of another machine.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Skipped(_Model):
 
 
 class MetricInfo(_Model):
-    """What a metric is, for people. ``family`` orders the table."""
+    """The description of a metric for readers. ``family`` orders the table."""
 
     name: str
     title: str
@@ -78,13 +78,13 @@ class MetricInfo(_Model):
 
 
 class Report(_Model):
-    """Everything that was measured in one comparison.
+    """All results of one comparison.
 
     Attributes:
-        summary: sentences for people, the first one says it all.
+        summary: sentences for readers; the first one covers all models.
         sampler: scheduler, steps, guidance_scale, width, height, frames.
         environment: device, cpu, threads, versions.
-        real: the set of real images that distribution metrics compare with: {"name", "n"}.
+        real: the real images that the distribution metrics compare with: {"name", "n"}.
     """
 
     format_version: Literal[1] = 1
@@ -106,11 +106,14 @@ class Report(_Model):
 
 
 def read(path: Path) -> Report:
-    """The report of a ``report.json``, or of the folder that holds one.
+    """Reads a report.
+
+    Args:
+        path: a ``report.json``, or the folder that holds one.
 
     Raises:
-        UsageError: there is no such file.
-        DitqError: it is not a report that this version of ditq understands.
+        UsageError: the file does not exist.
+        DitqError: it is not a report that this version of ditq can read.
     """
     file = path / "report.json" if path.is_dir() else path
     if not file.is_file():
@@ -119,5 +122,5 @@ def read(path: Path) -> Report:
         return Report.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise DitqError(f"{file} is not a report of this version of ditq: {where}: {first['msg']}.") from error
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise DitqError(f"{file} is not a report of this version of ditq: {field}: {first['msg']}.") from error

@@ -1,4 +1,4 @@
-"""Equal layers of equal blocks as one row: what makes the plan of a deep transformer a table of one screen."""
+"""Groups equal layers of equal blocks into one row, so that the plan of a deep transformer fits on one screen."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Treatment = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """Layers that get the same treatment, smoothing strengths apart.
+    """Layers that are treated alike, except for the smoothing strength.
 
     Attributes:
-        label: their name within a block, their name, or their role.
-        blocks: those that the layers are in; empty outside of a stack.
-        total: how many blocks the stack has.
+        label: their name within a block, their full name, or their role.
+        blocks: indices of the blocks that contain the layers; empty outside of a stack.
+        total: the number of blocks in the stack.
     """
 
     label: str
@@ -30,14 +30,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """Rows under one heading: a stack and its blocks, ``transformer_blocks.0-27``; empty for layers outside."""
+    """Rows under one heading: a stack with its blocks, ``transformer_blocks.0-27``, or "" for layers outside."""
 
     title: str
     rows: tuple[Row, ...]
 
 
 def sections(layers: Iterable[LayerPlan], by: By = "blocks") -> list[Section]:
-    """The table's rows in the order of the layers; by ``layers`` or ``roles`` there is one section."""
+    """The rows of the table, in the order of the layers. By ``layers`` or ``roles`` there is one section."""
     if by == "layers":
         return [Section("", tuple(Row(layer.name, (layer,)) for layer in layers))]
     if by == "roles":
@@ -46,17 +46,20 @@ def sections(layers: Iterable[LayerPlan], by: By = "blocks") -> list[Section]:
     stacks: list[tuple[str, list[tuple[int, str, LayerPlan]]]] = []
     for layer in layers:
         stack, index, inner = within_block(layer.name)
-        known = next((members for name, members in stacks if name == stack), None) if stack else None
-        if known is None and not stack and stacks and not stacks[-1][0]:
-            known = stacks[-1][1]
-        if known is None:
-            stacks.append((stack, known := []))
-        known.append((index, inner, layer))
+        members = next((members for name, members in stacks if name == stack), None) if stack else None
+        if members is None and not stack and stacks and not stacks[-1][0]:
+            members = stacks[-1][1]
+        if members is None:
+            stacks.append((stack, members := []))
+        members.append((index, inner, layer))
     return [_of_stack(stack, members) for stack, members in stacks]
 
 
 def within_block(name: str) -> tuple[str, int, str]:
-    """``("transformer_blocks", 3, "ff.net.0.proj")`` of a name; no stack, 0 and the name outside of blocks."""
+    """Splits a name into stack, block index and the name within the block.
+
+    ``("transformer_blocks", 3, "ff.net.0.proj")``, or ``("", 0, name)`` for a layer outside of blocks.
+    """
     parts = name.split(".")
     for i, part in enumerate(parts[1:-1], 1):
         if part.isdecimal():
@@ -65,7 +68,7 @@ def within_block(name: str) -> tuple[str, int, str]:
 
 
 def ranges(numbers: Iterable[int]) -> list[str]:
-    """Ascending runs: ``["0-3", "7"]``."""
+    """Numbers as ascending runs: ``["0-3", "7"]``."""
     runs: list[list[int]] = []
     for n in sorted(set(numbers)):
         if runs and n == runs[-1][1] + 1:
@@ -81,21 +84,21 @@ def _of_stack(stack: str, members: list[tuple[int, str, LayerPlan]]) -> Section:
     blocks = {index for index, *_ in members}
     rows = []
     for (inner, _), layers in _split([(inner, layer) for _, inner, layer in members]).items():
-        here = frozenset(within_block(layer.name)[1] for layer in layers)
-        rows.append(Row(inner, tuple(layers), here, len(blocks)))
+        row_blocks = frozenset(within_block(layer.name)[1] for layer in layers)
+        rows.append(Row(inner, tuple(layers), row_blocks, len(blocks)))
     return Section(f"{stack}.{', '.join(ranges(blocks))}", _ordered(rows))
 
 
 def _ordered(rows: list[Row]) -> tuple[Row, ...]:
-    """Rows of one label together, in the order in which the labels come first."""
+    """Puts rows with the same label together, in the order in which the labels first appear."""
     first = {label: i for i, label in enumerate(dict.fromkeys(row.label for row in rows))}
     return tuple(sorted(rows, key=lambda row: first[row.label]))
 
 
-def _split(named: list[tuple[str, LayerPlan]]) -> dict[tuple[str, Treatment], list[LayerPlan]]:
-    """Layers of one label that get the same treatment, by label and treatment."""
+def _split(labelled: list[tuple[str, LayerPlan]]) -> dict[tuple[str, Treatment], list[LayerPlan]]:
+    """Groups (label, layer) pairs by label and treatment."""
     groups: dict[tuple[str, Treatment], list[LayerPlan]] = {}
-    for label, layer in named:
+    for label, layer in labelled:
         groups.setdefault((label, _treatment(layer)), []).append(layer)
     return groups
 

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ditq.report.charts import element, picture, svg
+from ditq.report.charts import drawing, element, svg
 from ditq.report.document import LayerErrors
 from ditq.report.wording import number
 
-# Nine colours of matplotlib's inferno (van der Walt and Smith, CC0), good to bad: lightness rises evenly with
-# the error, so that it reads the same with any colour vision, and bad layers glow on either theme.
+# Nine colours of matplotlib's inferno (van der Walt and Smith, CC0), from good to bad. Lightness rises evenly with the
+# error: the map is readable with any colour vision, and bad layers stand out on both themes.
 INFERNO = np.array([
     [0x1B, 0x0C, 0x41], [0x4A, 0x0C, 0x6B], [0x78, 0x1C, 0x6D], [0xA5, 0x2C, 0x60], [0xCF, 0x44, 0x46],
     [0xED, 0x69, 0x25], [0xFB, 0x9B, 0x06], [0xF7, 0xD1, 0x3D], [0xFC, 0xFF, 0xA4],
@@ -28,7 +28,7 @@ WIDTH, LEFT, RIGHT, TOP = 420.0, 34.0, 414.0, 20.0
 
 @dataclass(frozen=True)
 class Worst:
-    """A layer of the list: ``row`` and ``column`` lead to its worst cell in the map."""
+    """An entry of the list of worst layers; ``row`` and ``column`` are those of its worst cell in the map."""
 
     name: str
     role: str
@@ -48,12 +48,12 @@ def worst(errors: LayerErrors, count: int = 10) -> list[Worst]:
 
 
 def _decibels(errors: LayerErrors) -> NDArray[np.float64]:
-    """[layers, timesteps]; NaN where a layer is not called."""
+    """SQNR in dB [layers, timesteps]; NaN where a layer is not called."""
     return np.array(errors.sqnr_db, dtype=np.float64)
 
 
 def shared_range(maps: Sequence[LayerErrors]) -> tuple[float, float]:
-    """The decibels that the colours span, the same in all maps; a layer without error does not stretch it."""
+    """The range of the colours in dB, the same in all maps. Percentiles keep layers without error from widening it."""
     values = np.concatenate([np.ravel(_decibels(errors)) for errors in maps])
     low, high = np.nanpercentile(values, [0.5, 95])
     low = 5 * np.floor(low / 5)
@@ -61,7 +61,7 @@ def shared_range(maps: Sequence[LayerErrors]) -> tuple[float, float]:
 
 
 def colours(sqnr_db: NDArray[np.float64], low: float, high: float) -> NDArray[np.uint8]:
-    """Decibels of any shape to RGB; the lower, the brighter. NaN, where a layer is not called, is no error."""
+    """Decibels of any shape to RGB: the lower, the brighter. NaN (a layer that is not called) counts as no error."""
     badness = np.clip((high - np.nan_to_num(sqnr_db, nan=high)) / (high - low), 0, 1) * (len(INFERNO) - 1)
     stops = np.arange(len(INFERNO))
     return np.stack([np.interp(badness, stops, INFERNO[:, c]) for c in range(3)], -1).round().astype(np.uint8)
@@ -70,28 +70,28 @@ def colours(sqnr_db: NDArray[np.float64], low: float, high: float) -> NDArray[np
 def chart(errors: LayerErrors, low: float, high: float, name: str) -> str:
     """The map as SVG: layers downwards in the order of execution, sampling steps to the right.
 
-    The cells are one small image, a pixel a cell, that the browser enlarges without smoothing.
+    The cells are one small image with one pixel for each cell. The browser enlarges it without smoothing.
     """
     values = _decibels(errors)
     layers, steps = values.shape
     row = min(14.0, max(1.5, 420 / layers))
     bottom = TOP + row * layers
-    last = worst(errors, 1)[0]
-    root = picture(
+    worst_layer = worst(errors, 1)[0]
+    root = drawing(
         WIDTH, bottom + 36, f"Error of every layer by timestep, {name}",
-        f"Mean signal to quantization noise {number(float(np.nanmean(values)), 1)} dB; worst layer {last.name} with "
-        f"{number(last.mean_db, 1)} dB",
+        f"Mean signal to quantization noise {number(float(np.nanmean(values)), 1)} dB; worst layer {worst_layer.name} "
+        f"with {number(worst_layer.mean_db, 1)} dB",
     )  # fmt: skip
     element(root, "text", "block", class_="axis", x=2, y=12)
     element(root, "image", class_="cells", x=LEFT, y=TOP, width=RIGHT - LEFT, height=row * layers,
             preserveAspectRatio="none", href=_png(colours(values, low, high)))  # fmt: skip
-    labelled = -20.0
+    last_label_y = -20.0
     for i, block in _first_layers(errors.layers):
         y = TOP + row * i
-        if y - labelled >= 13:
+        if y - last_label_y >= 13:
             element(root, "text", block, class_="tick", x=LEFT - 8, y=y + 10, text_anchor="end")
             element(root, "line", class_="notch", x1=LEFT - 5, x2=LEFT, y1=y, y2=y)
-            labelled = y
+            last_label_y = y
     cell = (RIGHT - LEFT) / steps
     for j in sorted({round(k * (steps - 1) / 5) for k in range(6)}):
         element(root, "text", f"{errors.timesteps[j]:.0f}", class_="tick", x=LEFT + cell * (j + 0.5),
@@ -103,12 +103,12 @@ def chart(errors: LayerErrors, low: float, high: float, name: str) -> str:
 
 
 def legend() -> str:
-    """The colour scale from large errors to small ones, for an ``<img>``; the numbers stand beside it."""
+    """The colour scale from large errors to small ones, for an ``<img>``; the page prints the numbers beside it."""
     return _png(colours(np.linspace(0, 1, 96)[None], 0, 1))
 
 
 def _first_layers(names: Sequence[str]) -> list[tuple[int, str]]:
-    """(row, number) where a new block begins: ``transformer_blocks.3.ff.net.2`` is in block 3."""
+    """(row, block number) of the first layer of each block: ``transformer_blocks.3.ff.net.2`` is in block 3."""
     blocks = [match[1] if (match := re.match(r"(.*?\.\d+)\.", name)) else "" for name in names]
     return [
         (i, block.rpartition(".")[2])

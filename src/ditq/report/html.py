@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no network, no server, no other file."""
+"""The report as one self-contained HTML file: it needs no network, no server and no other file."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ditq.report.pictures import LOSSLESS_SIDE, Picture, pairs
 from ditq.report.rows import rows
 from ditq.report.video import FRAMES_PER_SECOND
 
-QUALITY = "psnr_db"  # what stands against memory in the Pareto plot
+QUALITY = "psnr_db"  # the vertical axis of the Pareto plot
 
 
-def render(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:
+def render(report: Report, samples: Mapping[str, Sequence[Picture]]) -> str:
     """The page as text, to be written in UTF-8.
 
-    Its own content security policy allows the two inline blocks that are hashed here and data URIs, nothing else.
+    The page's content security policy allows data URIs and the two inline blocks that are hashed here, nothing else.
 
     Args:
-        report: what was measured.
-        images: by name, for the reference and every quantized model, one entry a prompt in the order of
+        report: the results.
+        samples: by name, for the reference and every quantized model, one entry for each prompt in the order of
             ``report.prompts``: a PIL image, or the list of a video's frames.
 
     Raises:
@@ -44,7 +44,7 @@ def render(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:
         files("ditq.report").joinpath("page", name).read_text("utf-8") for name in ("page.css", "page.js")
     )
     models = [report.reference, *report.models]
-    shown = pairs(pictures, [model.name for model in models])
+    shown = pairs(samples, [model.name for model in models])
     width, height = shown[0].size
     style += f".strips img {{ aspect-ratio: {width} / {height}; }}\n"
     maps = [model.layer_errors for model in report.models if model.layer_errors]
@@ -67,21 +67,29 @@ def render(report: Report, pictures: Mapping[str, Sequence[Picture]]) -> str:
     )  # fmt: skip
 
 
-def write(report: Report, pictures: Mapping[str, Sequence[Picture]], folder: Path) -> None:
-    """Writes ``report.html`` and ``report.json`` into an existing folder; arguments and errors as :func:`render`."""
-    page = render(report, pictures)
+def write(report: Report, samples: Mapping[str, Sequence[Picture]], folder: Path) -> None:
+    """Writes ``report.html`` and ``report.json`` into an existing folder. Other arguments: see :func:`render`.
+
+    Raises:
+        DitqError: see :func:`render`.
+    """
+    page = render(report, samples)
     (folder / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
     (folder / "report.html").write_text(page, "utf-8")
 
 
 def check_installed() -> None:
-    """Raises DitqError if the page cannot be made here, before anything is measured."""
+    """Checks before the measurement that the page can be written afterwards.
+
+    Raises:
+        DitqError: jinja2 is not installed.
+    """
     if importlib.util.find_spec("jinja2") is None:
-        raise DitqError("The report page is made with jinja2, which is missing: pip install 'ditq[report]'")
+        raise DitqError("The report page needs jinja2, which is not installed: pip install 'ditq[report]'")
 
 
 def tally(model: ModelReport) -> list[tuple[str, int]]:
-    """How many metrics see the model worse than 16 bit, better, or not measurably different; empty without any."""
+    """(verdict in words, number of metrics with it) of a model's metrics that have a verdict."""
     verdicts: list[Any] = [score.verdict for score in model.metrics.values()]
     return [(words, verdicts.count(verdict)) for verdict, words in wording.VERDICTS.items() if verdict in verdicts]
 

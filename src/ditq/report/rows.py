@@ -1,4 +1,4 @@
-"""The metrics table as rows: by family, with the reference's own value and the model that is measurably best."""
+"""The rows of the metrics table: by family, with the reference's value and the model that is measurably best."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Row:
     """One metric.
 
     Attributes:
-        scores: one a quantized model, in the report's order; None where it was not measured.
-        reference: the 16-bit model's own value; None for fidelity, which compares with that model.
+        scores: one for each quantized model, in the report's order; None where it was not measured.
+        reference: the 16-bit model's value; None for fidelity metrics, which compare with that model.
         best: name of the model that is measurably better than every other one, if there is one.
         places: decimal places that all cells of the row share.
-        differences: what was paired: a sentence's subject ("a minus b"), the difference, the verdict on a
-            (None from too few pairs).
+        differences: paired differences: the text "a minus b", the difference, and the verdict on a (None for too
+            few pairs).
     """
 
     info: MetricInfo
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def measured(self) -> list[Score]:
-        """The scores that there are."""
+        """The scores of the models for which the metric was measured."""
         return [score for score in self.scores if score is not None]
 
     @property
@@ -54,8 +54,8 @@ class Row:
 
 
 def rows(report: Report) -> dict[str, list[Row]]:
-    """The rows of each family that has any, in the order of :data:`FAMILIES`. Keys are the families' titles."""
-    found: dict[str, list[Row]] = {}
+    """The rows of each non-empty family, by the family's title, in the order of :data:`FAMILIES`."""
+    families: dict[str, list[Row]] = {}
     base = wording.reference(report.reference)
     for family, template in FAMILIES.items():
         title = template.format(reference=base.replace(" ", "-"))
@@ -66,23 +66,23 @@ def rows(report: Report) -> dict[str, list[Row]]:
                 continue
             reference = next((score.reference for score in measured if score.reference), None)
             places = wording.digits([*measured, *([reference] if reference else [])])
-            found.setdefault(title, []).append(
+            families.setdefault(title, []).append(
                 Row(info, scores, reference, measurably_best(report, info.name), places, _paired(report, info.name))
             )
-    return found
+    return families
 
 
 def _paired(report: Report, metric: str) -> list[tuple[str, Interval, Verdict | None]]:
     base = wording.reference(report.reference)
-    own = [(model.name, model.metrics[metric]) for model in report.models if metric in model.metrics]
+    scores = [(model.name, model.metrics[metric]) for model in report.models if metric in model.metrics]
     return [
-        *((f"{name} minus {base}", s.difference, s.verdict) for name, s in own if s.difference),
+        *((f"{name} minus {base}", s.difference, s.verdict) for name, s in scores if s.difference),
         *((f"{p.a} minus {p.b}", p.difference, p.verdict) for p in report.differences if p.metric == metric),
     ]
 
 
 def measurably_best(report: Report, metric: str) -> str | None:
-    """The model whose paired difference to every other model that has this metric is measurable, in its favour."""
+    """The model that is measurably better, by paired difference, than every other model with this metric."""
     beats = {model.name: set[str]() for model in report.models if metric in model.metrics}
     for pair in report.differences:
         if pair.metric == metric and pair.verdict in ("better", "worse"):

@@ -1,4 +1,4 @@
-"""Plans and comparisons as tables, and as the stable JSON that scripts rely on."""
+"""Plans as tables, and as the stable JSON that scripts rely on."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ditq.report import wording as words
 from ditq.report.grouping import By, Row, ranges, sections
 from ditq.report.terminal import Terminal, table
 
-# Longer ones stand below the table.
+# Longer reasons are printed below the table.
 LONGEST_REASON = 20
 
-# Columns of a terminal for the last column of the table of layers and for what separates the four.
+# Terminal columns reserved for the last column of the table and for the gaps between its four columns.
 REST = 14 + 3 * 2
 
 
 def plan_json(plan: Plan, transformer_bytes: int) -> dict[str, Any]:
-    """The JSON of ``ditq inspect --json``; ``transformer_bytes`` is what the files really take."""
+    """The JSON of ``ditq inspect --json``; ``transformer_bytes`` is the actual size of the files."""
     return {
         "method": plan.method,
         "recipe": plan.recipe,
@@ -62,15 +62,15 @@ def layer_json(layer: LayerPlan) -> dict[str, Any]:
 
 
 def plan_table(plan: Plan, *, by: By = "blocks", width: int = 80) -> Table:
-    """What is done to which layer.
+    """The table of layers: formats of weights and inputs, balance and rounding.
 
     Args:
         by: ``blocks`` shows equal layers of equal blocks once, ``layers`` every layer, ``roles`` every role.
         width: columns of the terminal; names are broken at dots to leave room for the formats.
     """
-    made = table("role" if by == "roles" else "layer", "weights", "inputs", "balance, rounding",
+    layers = table("role" if by == "roles" else "layer", "weights", "inputs", "balance, rounding",
                  title=f"{plan.recipe} on {plan.architecture}")  # fmt: skip
-    for column in made.columns[:3]:
+    for column in layers.columns[:3]:
         column.no_wrap = True
     notes: dict[str, str] = {}
     rows = [
@@ -82,17 +82,17 @@ def plan_table(plan: Plan, *, by: By = "blocks", width: int = 80) -> Table:
     for section, row, cells in rows:
         indent = "  " if section else ""
         if section and section != title:
-            made.add_row(folded(section, room))
+            layers.add_row(folded(section, room))
         name = "" if (section, row.label) == (title, label) else row.label
         title, label = section, row.label
-        placed = textwrap.indent(_placed(name, _where(row, by, room - 4), room - len(indent)), indent)
-        made.add_row(placed, *cells)
-    made.caption = "\n".join(f"{mark} {reason}" for reason, mark in notes.items()) or None
-    return made
+        label_cell = textwrap.indent(_label_cell(name, _where(row, by, room - 4), room - len(indent)), indent)
+        layers.add_row(label_cell, *cells)
+    layers.caption = "\n".join(f"{mark} {reason}" for reason, mark in notes.items()) or None
+    return layers
 
 
 def _where(row: Row, by: By, room: int) -> str:
-    """The blocks, if not all of a stack's, or the number of layers of a role."""
+    """The blocks of a row, if it does not cover the whole stack, or the number of layers of a role."""
     if by == "roles":
         return f"{len(row.layers)} layers" if len(row.layers) > 1 else ""
     if len(row.blocks) == row.total:
@@ -101,8 +101,8 @@ def _where(row: Row, by: By, room: int) -> str:
     return listed if len(listed) <= room else f"in {len(row.blocks)} of {row.total}"
 
 
-def _placed(name: str, where: str, room: int) -> str:
-    """A name and its blocks, on one line if they fit; without a name the blocks stand below the one before."""
+def _label_cell(name: str, where: str, room: int) -> str:
+    """A name and its blocks, on one line if they fit. Without a name, the blocks belong to the row above."""
     if not where:
         return folded(name, room)
     if name and len(name) + 1 + len(where) <= room:
@@ -111,7 +111,7 @@ def _placed(name: str, where: str, room: int) -> str:
 
 
 def folded(name: str, room: int) -> str:
-    """A name in lines of at most ``room`` characters: broken at dots, a longer part at underscores, else not."""
+    """Breaks a name into lines of at most ``room`` characters: at dots, and longer parts at underscores."""
     lines = [""]
     for part in re.findall(r"[^.]*\.|[^.]+", name):
         for piece in re.findall(r"[^_]*_|[^_]+", part) if len(part) > room else [part]:
@@ -122,10 +122,10 @@ def folded(name: str, room: int) -> str:
 
 
 def _cells(layers: Sequence[LayerPlan], by: By, notes: dict[str, str]) -> tuple[str, str, str]:
-    """Weights, inputs, and what else is done to layers that differ in smoothing strength only.
+    """The cells of layers that differ in smoothing strength only: weights, inputs, and balance with rounding.
 
     Args:
-        notes: marks of long reasons, which stand below the table; a new one is added.
+        notes: marks of long reasons, which are printed below the table; a new reason is added.
     """
     first = layers[0]
     reason = first.reason.removesuffix(" is kept in 16 bit")
@@ -133,18 +133,18 @@ def _cells(layers: Sequence[LayerPlan], by: By, notes: dict[str, str]) -> tuple[
         reason = notes.setdefault(reason, f"({len(notes) + 1})")
     if first.weight is None:
         return "16 bit", "16 bit", reason
-    how = [
+    methods = [
         words.balance(layers),
         f"{len(first.timesteps)} timestep ranges" if first.timesteps else "",
         "GPTQ" if first.rounding == "gptq" else "",
         _incoherence(first) if by == "layers" else "",
         reason,
     ]
-    return words.weights(first.weight), words.inputs(first.activation), ", ".join(text for text in how if text)
+    return words.weights(first.weight), words.inputs(first.activation), ", ".join(text for text in methods if text)
 
 
 def _incoherence(layer: LayerPlan) -> str:
-    """Incoherence of the weight's rows, and of the inputs, before and after balancing."""
+    """Incoherence of the weight rows and of the inputs, before and after balancing."""
     mu = layer.incoherence
     if mu is None:
         return ""
@@ -166,7 +166,7 @@ def plan_summary(plan: Plan, transformer_bytes: int | None = None) -> str:
 
 
 def plan_text(plan: Plan, *, engine: str = "", width: int = 80) -> str:
-    """Table and summary as plain text."""
+    """The table and the summary as plain text."""
     out = io.StringIO()
     terminal = Terminal(file=out, width=width, force_terminal=False)
     terminal.print(plan_table(plan, width=width))

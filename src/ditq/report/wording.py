@@ -1,4 +1,4 @@
-"""Numbers, units and verdicts in words, the same on the page and in the model card."""
+"""Formats numbers, units and verdicts, the same way on the page and in the model card."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ VERDICTS: dict[Verdict, str] = {"same": "no measurable difference", "better": "b
 
 
 def digits(intervals: Iterable[Interval]) -> int:
-    """Decimal places that keep one digit of the narrowest interval and about three of the largest mean, at most 5."""
-    known = list(intervals)
-    halves = [half for i in known if i.ci95 and (half := (i.ci95[1] - i.ci95[0]) / 2) > 0]
-    if not halves:
-        return 2 if all(i.ci95 for i in known) else three_digits(max(abs(i.mean) for i in known))
-    places = -math.floor(math.log10(min(halves)))
-    largest = max(abs(i.mean) for i in known)
+    """Decimal places for a row: one digit of the narrowest interval, about three of the largest mean, at most 5."""
+    values = list(intervals)
+    half_widths = [half for i in values if i.ci95 and (half := (i.ci95[1] - i.ci95[0]) / 2) > 0]
+    if not half_widths:
+        return 2 if all(i.ci95 for i in values) else three_digits(max(abs(i.mean) for i in values))
+    places = -math.floor(math.log10(min(half_widths)))
+    largest = max(abs(i.mean) for i in values)
     if largest > 0 and places + math.floor(math.log10(largest)) + 1 < 3:
         places += 1
     return min(5, max(0, places))
@@ -34,7 +34,7 @@ def three_digits(value: float) -> int:
 
 
 def number(value: float, places: int, sign: bool = False) -> str:
-    """With a real minus sign, and never minus zero."""
+    """A number with a real minus sign, and without a sign if it rounds to zero."""
     text = f"{value:{'+' if sign else ''}.{places}f}"
     if not text.strip("+-0."):
         text = text.lstrip("+-")
@@ -42,48 +42,48 @@ def number(value: float, places: int, sign: bool = False) -> str:
 
 
 def interval(i: Interval, places: int, sign: bool = False) -> str:
-    """The interval alone: ``28.8 to 30.1``; negative numbers make a dash hard to read."""
+    """The interval alone: ``28.8 to 30.1``. A dash would be hard to read between negative numbers."""
     return NO_INTERVAL if i.ci95 is None else f"{number(i.ci95[0], places, sign)} to {number(i.ci95[1], places, sign)}"
 
 
 def counted(n: int, noun: str) -> str:
-    """``1 picture``, ``2 pictures``; ``noun`` is in the singular."""
+    """``1 image``, ``2 images``; ``noun`` is in the singular."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def verdict(value: Verdict | None) -> str:
-    """Of a paired difference."""
+    """The verdict on a paired difference, in words."""
     return VERDICTS[value] if value else NO_VERDICT
 
 
 def megabytes(count: int) -> str:
-    """Decimal units, as file managers and download pages count."""
+    """A size in decimal units, as in file managers and on download pages."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def bits(model: ModelReport) -> str:
-    """``W4A8``; empty where nothing is quantized."""
+    """``W4A8``, or "" for a model that is not quantized."""
     nominal = model.nominal_bits
     return f"W{nominal['weights']}A{nominal['activations']}" if nominal else ""
 
 
 def reference(model: ModelReport) -> str:
-    """What the others are compared with: ``16 bit``, or its bits if it is quantized itself."""
+    """A short name for the reference: ``16 bit``, or its bits if it is itself quantized."""
     return bits(model) or "16 bit"
 
 
 def tensor(width: int, granularity: str | None) -> str:
-    """A cell of the plan: ``int4 per channel``; what has no granularity is not quantized."""
+    """A cell of the plan: ``int4 per channel``, or ``16 bit`` without a granularity."""
     return f"int{width} per {granularity}" if granularity else "16 bit"
 
 
 def weights(fmt: TensorFormat) -> str:
-    """``W4 group 128 asym``."""
+    """The format of weights: ``W4 group 128 asym``."""
     return " ".join(["W" + str(fmt.bits), *_granularity(fmt)])
 
 
 def inputs(fmt: TensorFormat | None) -> str:
-    """``A8 token dyn``; ``16 bit`` where they are left alone."""
+    """The format of inputs: ``A8 token dyn``, or ``16 bit`` where they are not quantized."""
     return (
         "16 bit"
         if fmt is None
@@ -97,7 +97,7 @@ def _granularity(fmt: TensorFormat) -> list[str]:
 
 
 def balance(layers: Sequence[LayerPlan]) -> str:
-    """``smooth 0.1-0.6 (norm) + hadamard 256`` of layers that differ in smoothing strength only; empty for none."""
+    """The balance of layers that differ in smoothing strength only: ``smooth 0.1-0.6 (norm) + hadamard 256``."""
     alphas = sorted({layer.smooth.alpha for layer in layers if layer.smooth})
     first = layers[0].balance
     if len(alphas) < 2 or layers[0].smooth is None:
@@ -106,14 +106,14 @@ def balance(layers: Sequence[LayerPlan]) -> str:
 
 
 def seeds(values: Sequence[int]) -> str:
-    """``0 to 63`` where they are consecutive, else all of them."""
+    """Consecutive seeds as ``0 to 63``, others as a list."""
     if len(values) > 2 and list(values) == list(range(values[0], values[0] + len(values))):
         return f"{values[0]} to {values[-1]}"
     return ", ".join(map(str, values))
 
 
 def settings(values: dict[str, object]) -> list[tuple[str, str]]:
-    """A dictionary of settings as (name, value) for people; what is not set is left out."""
+    """A dictionary of settings as readable (name, value) pairs. Values that are None or "" are left out."""
     rows = []
     for name, value in values.items():
         if value is None or value == "":

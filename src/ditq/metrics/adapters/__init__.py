@@ -1,1 +1,1 @@
-"""Metrics of other projects, run as they are: VBench in its own environment, ImageReward from its package."""
+"""Adapters for metrics of other projects: VBench in its own environment, ImageReward from its package."""

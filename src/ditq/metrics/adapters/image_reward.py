@@ -1,8 +1,8 @@
 """ImageReward (Xu et al. 2023): a learned preference for an image given its prompt, from the authors' package.
 
-The package brings its own pins, so it is not an extra of ours: ``pip install image-reward`` where it can be installed.
-It reads its checkpoint by torch.load with the rules of the torch that is installed: before 2.6 a pickle, so take the
-file from its authors (``THUDM/ImageReward`` on the Hub) only.
+The package pins its dependencies, so it is not an extra of ditq: install it with ``pip install image-reward`` where
+its pins allow. It reads its checkpoint with ``torch.load``. Before torch 2.6 this can execute code in the file, so use
+only the authors' file (``THUDM/ImageReward`` on the Hub).
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ FILES = ("ImageReward.pt", "med_config.json")
 
 IMAGE_REWARD = Description(
     "image_reward", "ImageReward", "", True, "alignment",
-    "Preference for an image given its prompt, as learned from people (Xu et al. 2023): about -2 to 2, mean 0 on its "
-    "training set.",
+    "Human preference for an image given its prompt, as learned by a reward model (Xu et al. 2023): about -2 to 2, "
+    "mean 0 on its training set.",
 )  # fmt: skip
 
 
 class ImageReward:
-    """The reward model, its weights from a folder: they are never downloaded.
+    """The reward model. Its weights are read from a folder and never downloaded.
 
-    Looks for ``ImageReward.pt`` and ``med_config.json`` in the folder of the environment variable ``DITQ_WEIGHTS``,
-    then in ``~/.cache/ImageReward``, where the package itself keeps them. The package takes the vocabulary of
-    ``bert-base-uncased`` from the Hub's cache, or fetches it.
+    The files ``ImageReward.pt`` and ``med_config.json`` are read from the folder in the environment variable
+    ``DITQ_WEIGHTS``, else from ``~/.cache/ImageReward``, where the package itself stores them. The package takes the
+    vocabulary of ``bert-base-uncased`` from the Hub's cache, or downloads it.
 
     Raises:
         MissingWeights: the package or a file is not on this machine.
@@ -44,18 +44,18 @@ class ImageReward:
             from ImageReward import load
         except ImportError as e:
             raise MissingWeights(
-                f"ImageReward needs the package image-reward, which is not installed or does not import ({e}). "
+                f"ImageReward needs the package image-reward, which is not installed or cannot be imported ({e}). "
                 "Install it: pip install image-reward."
             ) from e
         try:
             self.model = load(str(checkpoint), device=device, med_config=str(config))
-        except OSError as e:  # of transformers, where the tokenizer is not there
+        except OSError as e:  # raised by transformers if the tokenizer is missing
             raise MissingWeights(
                 f"ImageReward needs the tokenizer of bert-base-uncased in the Hub's cache: {e}"
             ) from e
 
     def score(self, item: Image.Image | Sequence[Image.Image], prompt: str) -> float:
-        """The reward of an image for its prompt; of a video, the mean over frames."""
+        """The reward of an image for its prompt, or the mean over the frames of a video."""
         frames = [item] if isinstance(item, Image.Image) else item
         return float(sum(self.model.score(prompt, frame) for frame in frames) / len(frames))
 

@@ -1,12 +1,12 @@
 """VBench (Huang et al. 2024), run by its own package in its own environment.
 
-VBench pins versions that no current pipeline runs with, so it never shares ours: install it in an environment of its
-own, fetch its weights there by running it once, and name that environment's Python::
+VBench pins versions that no current pipeline runs with. Install it in a separate environment, run it there once to
+download its weights, and name that environment's Python::
 
     python3.10 -m venv vbench-env && vbench-env/bin/pip install vbench==0.1.5
     export DITQ_VBENCH_PYTHON=vbench-env/bin/python
 
-VBench downloads the weights that it lacks, and reads them with pickle; that is between you and its package.
+VBench downloads missing weights and reads them with pickle, which can execute code: use it only if you trust it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ditq.errors import DitqError, UsageError, unknown
 from ditq.metrics.metric import Description
 from ditq.metrics.networks.base import MissingWeights
 
-# The dimensions that VBench judges by the video alone; of the other nine, six need its own prompts and labels.
+# The dimensions that VBench computes from the video alone; six of the other nine need its own prompts and labels.
 DIMENSIONS = {
     "subject_consistency": "Cosine of DINO features with the first and the previous frame.",
     "background_consistency": "Cosine of CLIP features with the first and the previous frame.",
-    "temporal_flickering": "1 minus the mean absolute difference of consecutive frames; meant for videos at rest.",
+    "temporal_flickering": "1 minus the mean absolute difference of consecutive frames; meant for static videos.",
     "motion_smoothness": "1 minus the mean absolute difference of every second frame and AMT's interpolation.",
     "dynamic_degree": "Share of videos with large optical flow (RAFT).",
     "aesthetic_quality": "LAION's predictor of aesthetic ratings, mean over frames.",
@@ -42,10 +42,11 @@ VBENCH = tuple(
     Description(f"vbench_{name}", f"VBench {name.replace('_', ' ')}", "", True, "temporal", about)
     for name, about in DIMENSIONS.items()
 )
-RUN = "ditq"  # VBench names its files after it
-TAIL = 15  # lines of a failed run that are shown
+RUN = "ditq"  # the name of the run, with which VBench's files start
+TAIL = 15  # the number of output lines in the error of a failed run
 
-# What runs over there. The command `vbench evaluate` ends with status 0 even where it failed, so this calls its API.
+# The program that runs in VBench's environment. It calls the API, because `vbench evaluate` exits with status 0 even
+# when it failed.
 DRIVER = """
 import json, sys, torch
 from vbench import VBench
@@ -58,7 +59,7 @@ bench.evaluate(videos_path=job["videos"], name=job["name"], dimension_list=job["
 
 @dataclass(frozen=True)
 class Dimension:
-    """What VBench says of some videos, from 0 to 1.
+    """VBench's result for one dimension, from 0 to 1.
 
     Attributes:
         values: one for each video, in order.
@@ -75,25 +76,27 @@ def evaluate(
     dimensions: Sequence[str] = tuple(DIMENSIONS),
     python: str | Path | None = None,
 ) -> dict[str, Dimension]:
-    """VBench's numbers for videos of any prompts, as its ``custom_input`` mode gives them.
+    """VBench's results for videos of any prompts, by its ``custom_input`` mode.
 
-    Videos are written without loss (FFV1 in MP4, which VBench's readers understand): MPEG-4 at 64 px would change
-    them more than quantization does.
+    Videos are written losslessly (FFV1 in MP4, which VBench can read): MPEG-4 at 64 px would change them more than
+    quantization does.
 
     Args:
-        fps: frames a second of the videos; VBench's dynamic degree looks at 8 a second.
+        videos: the frames of each video.
+        fps: frames per second of the videos; VBench's dynamic degree samples 8 per second.
+        dimensions: names of :data:`DIMENSIONS`.
         python: the Python of an environment with VBench; by default the environment variable DITQ_VBENCH_PYTHON.
 
     Raises:
         UsageError: an unknown dimension, no videos, or frames with an odd side or of several sizes.
         MissingWeights: there is no such environment, or OpenCV is not installed.
-        DitqError: VBench failed (with the end of what it printed), or wrote something else than its version 0.1.5.
+        DitqError: VBench failed, or its output is not that of version 0.1.5.
     """
     for dimension in dimensions:
         if dimension not in DIMENSIONS:
             raise unknown("VBench dimension", dimension, DIMENSIONS, "The others need VBench's own prompts.")
     if not videos:
-        raise UsageError("there are no videos for VBench to judge")
+        raise UsageError("there are no videos for VBench to evaluate")
     executable = _python(python)
     with TemporaryDirectory(prefix="ditq-vbench-") as folder:
         clips, output = Path(folder, "videos"), Path(folder, "results")
@@ -110,18 +113,18 @@ def evaluate(
         )
         if run.returncode:
             tail = "\n".join((run.stderr or run.stdout).splitlines()[-TAIL:])
-            raise DitqError(f"VBench ended with status {run.returncode}. The end of what it printed:\n{tail}")
+            raise DitqError(f"VBench exited with status {run.returncode}. The end of its output:\n{tail}")
         result = output / f"{RUN}_eval_results.json"
         if not result.exists():
-            raise DitqError(f"VBench ended well but wrote no {result.name}; this adapter is for VBench 0.1.5.")
+            raise DitqError(f"VBench succeeded but wrote no {result.name}; this adapter supports VBench 0.1.5.")
         return parse(json.loads(result.read_text(encoding="utf-8")), names, dimensions)
 
 
 def write_video(path: Path, frames: Sequence[Image.Image], fps: float) -> None:
-    """Writes frames without loss, as FFV1 in MP4.
+    """Writes frames losslessly, as FFV1 in MP4.
 
     Raises:
-        UsageError: a side is odd (OpenCV would cut off a line in silence), or sizes differ.
+        UsageError: a side is odd (OpenCV would silently cut off a line), or sizes differ.
         MissingWeights: OpenCV is not installed.
         DitqError: this OpenCV cannot write video.
     """
@@ -144,10 +147,15 @@ def write_video(path: Path, frames: Sequence[Image.Image], fps: float) -> None:
 
 
 def parse(results: Any, names: Sequence[str], dimensions: Sequence[str]) -> dict[str, Dimension]:
-    """VBench's result file: ``{dimension: [mean, [{"video_path": ..., "video_results": ...}, ...]]}``, in any order.
+    """Reads VBench's result file: ``{dimension: [mean, [{"video_path": ..., "video_results": ...}, ...]]}``.
+
+    Args:
+        results: the content of the file; its rows may be in any order.
+        names: the files of the videos, in the order of the values to return.
+        dimensions: the dimensions to read.
 
     Raises:
-        DitqError: it is of another form, or lacks a dimension or a video.
+        DitqError: the file has another format, or lacks a dimension or a video.
     """
     out = {}
     for dimension in dimensions:
@@ -161,7 +169,7 @@ def parse(results: Any, names: Sequence[str], dimensions: Sequence[str]) -> dict
             raise DitqError(
                 f"VBench's result for {dimension} is not what version 0.1.5 writes, or lacks a video: {e!r}"
             ) from e
-        # Of this one VBench divides the mean by 100, but not the values of the videos.
+        # For imaging quality VBench divides the mean by 100, but not the values of the videos.
         scale = 100 if dimension == "imaging_quality" else 1
         out[dimension] = Dimension([value / scale for value in values], float(mean))
     return out
@@ -171,10 +179,10 @@ def _python(python: str | Path | None) -> str:
     chosen = python or os.environ.get("DITQ_VBENCH_PYTHON")
     if not chosen:
         raise MissingWeights(
-            "VBench runs in an environment of its own, and none is named. Create one, `pip install vbench==0.1.5` in "
+            "VBench runs in a separate environment, and none is set. Create one, run `pip install vbench==0.1.5` in "
             "it, and set DITQ_VBENCH_PYTHON to its python."
         )
-    found = shutil.which(chosen)
-    if found is None:
+    executable = shutil.which(chosen)
+    if executable is None:
         raise MissingWeights(f"There is no {chosen}, which should be the python of an environment with VBench.")
-    return str(Path(found).absolute())
+    return str(Path(executable).absolute())

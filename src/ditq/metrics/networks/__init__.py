@@ -1,4 +1,4 @@
-"""Networks that metrics look through: one file each with ``NETWORK``, found by name, loaded once a process."""
+"""The feature networks of metrics: one file each, which defines ``NETWORK``; loaded by name, once per process."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ __all__ = ["Extractor", "Features", "MissingWeights", "load", "names"]
 
 @cache
 def _networks() -> dict[str, type[Extractor]]:
-    found: dict[str, type[Extractor]] = {}
+    by_name: dict[str, type[Extractor]] = {}
     for info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{info.name}")
         if (network := getattr(module, "NETWORK", None)) is not None:
-            found[network.name] = network
-    return found
+            by_name[network.name] = network
+    return by_name
 
 
 def names() -> list[str]:
-    """Names of all feature networks, whether their weights are on this machine or not."""
+    """Names of all feature networks, including those whose weights are not on this machine."""
     return sorted(_networks())
 
 
 @cache
 def load(name: str) -> Extractor:
-    """A network by name, ready for use; the same object at every call.
+    """A network by name, ready for use; every call returns the same object.
 
     Raises:
-        UsageError: there is none; the known ones are listed.
-        MissingWeights: its package or its weights are not on this machine. Nothing is ever downloaded.
+        UsageError: no network has this name.
+        MissingWeights: its package or its weights are not on this machine. Nothing is downloaded.
     """
     if name not in _networks():
         raise unknown("feature network", name, _networks())

@@ -1,4 +1,4 @@
-"""Feature networks that metrics look through. The name of the network always stands beside the number."""
+"""The base class of the feature networks of metrics. A network's name is always printed beside the number."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ditq.metrics.picture import to_tensor
 
 
 class MissingWeights(DitqError):  # noqa: N818
-    """A network a metric needs is not on this machine; says which extra, which file and where it is looked for."""
+    """A network or package that a metric needs is not on this machine. The message says how to install it."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a network sees in n images, float32 on the CPU.
+    """A network's features of n images, float32 on the CPU.
 
     Attributes:
         pooled: [n, d], for FID, KID, precision and recall.
-        spatial: [n, s], a few channels of an earlier layer with their places kept, for sFID (Nash et al. 2021).
-        probabilities: [n, classes], for the Inception Score; None where the network has no classes.
+        spatial: [n, s], a few channels of an earlier layer at all positions, for sFID (Nash et al. 2021).
+        probabilities: [n, classes], for the Inception Score; None if the network has no classes.
     """
 
     pooled: Tensor
@@ -51,11 +51,11 @@ class Features:
 
 
 class Extractor(ABC):
-    """A network from images to features. It computes where the images are; features come back to the CPU.
+    """A network that computes features of images, on the device of the images. It returns them on the CPU.
 
     Attributes:
         name: printed beside every number it is used for, e.g. ``"emoji-classifier"``.
-        labels: the names of the classes of ``probabilities``; empty where it has none.
+        labels: the names of the classes of ``probabilities``; empty if classes have no names.
     """
 
     name: ClassVar[str]
@@ -72,7 +72,7 @@ class Extractor(ABC):
 
     @abstractmethod
     def features(self, images: Tensor) -> Features:
-        """Features of one batch [n, 3, H, W] float32 in [0, 1]; resizes and normalises as the network wants it."""
+        """Features of one batch [n, 3, H, W] float32 in [0, 1]; resizes and normalises it for the network."""
 
     @abstractmethod
     def stages(self, images: Tensor) -> list[Tensor]:
@@ -88,7 +88,7 @@ class Extractor(ABC):
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear with antialias, in [0, 1]; images of the right size come back as they are."""
+    """Resizes bilinearly with antialias, in [0, 1]. Images of the right size are returned unchanged."""
     if images.shape[-2:] == (height, width):
         return images
     return F.interpolate(images, (height, width), mode="bilinear", antialias=True).clamp(0, 1)

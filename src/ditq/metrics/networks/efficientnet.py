@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (Tan and Le 2019), trained on ImageNet; its weights are a package (Apache-2.0)."""
+"""EfficientNet-Lite0 (Tan and Le 2019), trained on ImageNet; its weights come in a package (Apache-2.0)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from torch import Tensor
 
 from ditq.metrics.networks.base import Extractor, Features, MissingWeights, resize
 
-# The last block before each halving of the resolution, and the last one: strides 2, 4, 8, 16, 32.
+# The last block before each halving of the resolution, and the last block: strides 2, 4, 8, 16, 32.
 LAST_BLOCKS = (0, 2, 4, 10, 15)
 SMALLEST, LARGEST = 96, 224
 
 
 class EfficientNetLite0(Extractor):
-    """The 1000 classes of ImageNet, without their names.
+    """A classifier of the 1000 classes of ImageNet, without their names.
 
-    Each side of an image is brought to at least 96 pixels (below, the last map has too few places to pool) and at
-    most 224 (the size it was trained at); between, images stay as they are. ``pooled`` is the global average that
-    the classifier reads (1280); ``spatial`` the first 7 channels at stride 16, as Inception's for sFID (7 x 6 x 6
-    for images up to 96 pixels); ``stages`` the last block's output at strides 2, 4, 8, 16, 32.
+    Sides shorter than 96 pixels are enlarged to 96, because the last feature map would have too few positions to pool.
+    Sides longer than 224 pixels, the training size, are reduced to 224.
+
+    ``pooled`` is the input of the classifier, a global average (1280 features). ``spatial`` is the first 7 channels at
+    stride 16, like Inception's for sFID (7 x 6 x 6 for images up to 96 pixels). ``stages`` are the outputs of the last
+    blocks at strides 2, 4, 8, 16, 32.
     """
 
     name: ClassVar[str] = "efficientnet-lite0"
@@ -52,7 +54,7 @@ class EfficientNetLite0(Extractor):
     def stages(self, images: Tensor) -> list[Tensor]:
         network = self.network.to(images.device)
         height, width = (min(max(side, SMALLEST), LARGEST) for side in images.shape[-2:])
-        x = (resize(images, height, width) * 255 - 127) / 128  # as it was trained
+        x = (resize(images, height, width) * 255 - 127) / 128  # the normalisation of its training
         x = network._swish(network._bn0(network._conv_stem(x)))
         maps = []
         for block in network._blocks:

@@ -1,4 +1,4 @@
-"""The small ResNet that comes with the bundled models: it tells the concepts of the artwork apart."""
+"""The small ResNet of the bundled models, which classifies the concepts of their artwork."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ditq.metrics.networks.base import Extractor, Features, MissingWeights, resi
 
 
 class EmojiClassifier(Extractor):
-    """A plain ``transformers.ResNetForImageClassification`` folder with ``id2label`` = the concepts.
+    """A plain ``transformers.ResNetForImageClassification`` folder whose ``id2label`` names the concepts.
 
-    Images of another size than the network's (64 x 64) are resized to it, not cropped. ``pooled`` is the global
-    average of the last feature map; ``spatial`` its first 7 channels at stride 8 (8 x 8 places); ``stages`` the
-    outputs of the residual stages.
+    Images are resized to the network's size (64 x 64), not cropped. ``pooled`` is the global average of the last
+    feature map. ``spatial`` is the first 7 channels at stride 8 (8 x 8 positions). ``stages`` are the outputs of the
+    residual stages.
     """
 
     name: ClassVar[str] = "emoji-classifier"

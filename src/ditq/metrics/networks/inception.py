@@ -1,4 +1,4 @@
-"""Inception v3 as FID was published with it (Heusel et al. 2017), by torch-fidelity's port of the TensorFlow graph."""
+"""Inception v3 as used for published FID (Heusel et al. 2017), in torch-fidelity's port of the TensorFlow graph."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ditq.metrics.networks.base import Extractor, Features, MissingWeights
 from ditq.trace.hooks import all_hooked, hooked
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
-# "mixed_6/conv:0" of the graph, after its ReLU: what ADM's evaluator takes sFID from.
+# "mixed_6/conv:0" of the graph, after its ReLU: the layer that ADM's evaluator uses for sFID.
 SPATIAL = "Mixed_6d.branch1x1"
 STAGES = ("MaxPool_1", "MaxPool_2", "Mixed_5d", "Mixed_6e", "Mixed_7c")
 
 
 class InceptionV3(Extractor):
-    """The network of published FID, sFID, KID and Inception Score.
+    """The network of published FID, sFID, KID and Inception Score values.
 
-    The network resizes images itself (to 299 x 299, bilinear without antialias, as in TensorFlow 1) from 8-bit
-    values. ``pooled`` has 2048 features, ``spatial`` 7 x 17 x 17 (Nash et al. 2021), ``probabilities`` are the softmax
-    of the 1008 logits without their bias, all as in the evaluators of those papers.
+    It resizes 8-bit images itself, to 299 x 299, bilinear without antialias, as in TensorFlow 1. As in the evaluators
+    of the papers, ``pooled`` has 2048 features, ``spatial`` 7 x 17 x 17 (Nash et al. 2021), and ``probabilities`` are
+    the softmax of the 1008 logits without their bias.
     """
 
     name: ClassVar[str] = "inception-v3"
@@ -39,8 +39,8 @@ class InceptionV3(Extractor):
     @classmethod
     def load(cls) -> InceptionV3:
         folders = [Path(torch.hub.get_dir()) / "checkpoints"]
-        if own := os.environ.get("DITQ_WEIGHTS"):
-            folders.insert(0, Path(own))
+        if weights_folder := os.environ.get("DITQ_WEIGHTS"):
+            folders.insert(0, Path(weights_folder))
         file = next((folder / FILE for folder in folders if (folder / FILE).is_file()), None)
         try:
             import torch_fidelity  # noqa: F401
@@ -53,8 +53,8 @@ class InceptionV3(Extractor):
         if file is None or missing:
             raise MissingWeights(
                 f"The feature network {cls.name!r} needs torch-fidelity and its weights; missing: "
-                f"{' and '.join(missing)}. ditq downloads nothing: the file, of torch-fidelity's release 0.2.0, is "
-                f"looked for in {' and '.join(map(str, folders))}; DITQ_WEIGHTS names another folder."
+                f"{' and '.join(missing)}. ditq downloads nothing: put the file, from torch-fidelity's release 0.2.0, "
+                f"into {' or '.join(map(str, folders))}, or set DITQ_WEIGHTS to its folder."
             )
         return cls(file)
 
@@ -67,7 +67,7 @@ class InceptionV3(Extractor):
         return self._run(images, STAGES)[1]
 
     def _run(self, images: Tensor, layers: list[str] | tuple[str, ...]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
-        """Pooled features and logits, and what the named layers gave on the way."""
+        """Pooled features and logits, and the outputs of the named layers."""
         maps: list[Tensor] = []
         network = self.network.to(images.device)
 

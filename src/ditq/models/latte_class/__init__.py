@@ -1,6 +1,6 @@
-"""Latte of Vchitect without text, class-conditional and unconditional, which diffusers does not have.
+"""Vchitect's Latte without text, class-conditional and unconditional, which diffusers does not provide.
 
-Not in a package called ``latte``: diffusers would look for its classes in its own of that name.
+The package is not called ``latte``, because diffusers would look for the classes in its own package of that name.
 """
 
 from ditq.models.latte_class.pipeline import LatteClassPipeline

@@ -1,4 +1,4 @@
-"""Latte's class-conditional and unconditional videos, with the VAE of Stable Diffusion and a sampler of diffusers."""
+"""Pipeline of class-conditional and unconditional Latte, with Stable Diffusion's VAE and a scheduler of diffusers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ditq.models.pipeline import Generators, VideoPipeline
 class LatteClassPipeline(VideoPipeline):
     """Class to video with :class:`ditq.models.latte_class.Latte`.
 
-    The published sampler is that of improved DDPM in 250 steps: ``DDPMScheduler(beta_schedule="linear",
-    variance_type="learned_range", clip_sample=False)``. A scheduler without learned variance takes the noise only.
+    The published sampler is improved DDPM with 250 steps: ``DDPMScheduler(beta_schedule="linear",
+    variance_type="learned_range", clip_sample=False)``. A scheduler without learned variance ignores the predicted
+    variance.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -35,10 +36,12 @@ class LatteClassPipeline(VideoPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """A video for each label; an unconditional model looks only at how many there are, and at no guidance.
+        """Generates a video for each label.
+
+        An unconditional model uses only the number of labels, and ignores ``guidance_scale``.
 
         Raises:
-            UsageError: a label is none of the model's.
+            UsageError: a label is out of range.
         """
         labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
         config = self.transformer.config
@@ -49,8 +52,8 @@ class LatteClassPipeline(VideoPipeline):
             wrong = [label for label in labels if not 0 <= label < config.num_classes]
             if wrong:
                 raise UsageError(f"class_labels must be 0 to {config.num_classes - 1}, got {wrong[0]}.")
-            nothing = [config.num_classes] * len(labels) if guidance_scale > 1 else []
-            inputs["class_labels"] = torch.tensor(labels + nothing, device=self._execution_device)
+            no_class = [config.num_classes] * len(labels) if guidance_scale > 1 else []
+            inputs["class_labels"] = torch.tensor(labels + no_class, device=self._execution_device)
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         shape = (len(labels), config.in_channels, config.num_frames, config.input_size, config.input_size)
         return self._video(shape, inputs, guidance_scale, generator, latents, output_type, return_dict)

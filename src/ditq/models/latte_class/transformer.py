@@ -1,4 +1,4 @@
-"""Latte of the paper's tables (arXiv 2401.03048): DiT's blocks, attending within frames and across frames in turn."""
+"""The Latte of the paper's tables (arXiv 2401.03048): DiT blocks that attend within and across frames in turn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ditq.models.module import ModelMixin
 
 
 class LatteBlock(nn.Module):
-    """DiT's block (adaLN-zero): the time vector becomes shifts, scales and gates in every block by itself."""
+    """DiT's block (adaLN-zero): each block computes its own shifts, scales and gates from the time vector."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class LatteBlock(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-    """Vectors of classes; the one after the last is that of no class."""
+    """Embeddings of classes; the last row is the embedding of "no class"."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
@@ -57,12 +57,15 @@ class LatteFinalLayer(nn.Module):
 
 
 class Latte(ModelMixin, ConfigMixin):
-    """Latte-XL/2 for UCF-101 by default. Pairs of blocks, a spatial and a temporal one, lie in two lists here.
+    """Latte without text; the defaults are Latte-XL/2 for UCF-101.
+
+    Spatial and temporal blocks are in two lists, and are executed in turn.
 
     Args:
-        input_size: height and width of the latents it was trained on; num_frames: their frames.
-        depth: blocks in all, an even number.
-        num_classes: None makes it unconditional (FaceForensics, SkyTimelapse, Taichi-HD).
+        input_size: height and width of the training latents.
+        num_frames: frames of the training latents.
+        depth: the number of all blocks, which must be even.
+        num_classes: None makes the model unconditional (FaceForensics, SkyTimelapse, Taichi-HD).
     """
 
     _no_split_modules = ["LatteBlock"]
@@ -99,7 +102,7 @@ class Latte(ModelMixin, ConfigMixin):
 
         Args:
             timestep: [B].
-            class_labels: int64 [B]; ``num_classes`` stands for none. Not looked at by an unconditional model.
+            class_labels: int64 [B]; ``num_classes`` means no class. An unconditional model ignores it.
 
         Raises:
             ValueError: a conditional model was called without labels.
@@ -116,11 +119,11 @@ class Latte(ModelMixin, ConfigMixin):
             if class_labels is None:
                 raise ValueError(f"class_labels must be given: this model has {config.num_classes} classes")
             time = time + self.y_embedder(class_labels)
-        places = nn_.positions_1d(d, steps).to(x.dtype)
+        positions = nn_.positions_1d(d, steps).to(x.dtype)
         for i, (spatial, temporal) in enumerate(zip(self.spatial_blocks, self.temporal_blocks, strict=True)):
             x = nn_.from_frames(spatial(x, time), b)  # [B, F positions, channels]
             x = nn_.by_position(x, frames)
-            x = temporal(x + places if i == 0 else x, time)
+            x = temporal(x + positions if i == 0 else x, time)
             x = nn_.by_frame(nn_.from_positions(x, b), frames)
         x = self.final_layer(nn_.from_frames(x, b), time)
         out = nn_.to_video(x, (frames, h, w), (1, patch, patch), 2 * config.in_channels)

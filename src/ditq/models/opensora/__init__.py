@@ -1,4 +1,4 @@
-"""Open-Sora v1.0 and v1.2: the transformers that the papers quantize, and what diffusers lacks around them."""
+"""Open-Sora v1.0 and v1.2, which diffusers does not provide: the transformers, the VAE of v1.2, and pipelines."""
 
 from ditq.models.opensora.pipeline import OpenSora12Pipeline, OpenSoraPipeline
 from ditq.models.opensora.stdit import STDiT

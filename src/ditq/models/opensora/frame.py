@@ -1,4 +1,4 @@
-"""What both generations of STDiT have around their blocks."""
+"""The embedders and the final layer that STDiT and STDiT3 share."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from ditq.models import blocks as nn_
 from ditq.models.module import ModelMixin
 
 
-class Around(ModelMixin, ConfigMixin):
-    """Embedders of patches, time and text before the blocks, and the final layer after them."""
+class STDiTBase(ModelMixin, ConfigMixin):
+    """The base class of both transformers: embedders of patches, time and text, and the final layer."""
 
-    def _surround(self, channels: int, patch: tuple[int, int, int], width: int, text: int, length: int) -> None:
-        """Makes them.
+    def _add_layers(self, channels: int, patch: tuple[int, int, int], width: int, text: int, length: int) -> None:
+        """Creates the embedders and the final layer.
 
         Args:
-            channels: of the latents; width: of the tokens; text, length: T5's channels and tokens.
+            channels: of the latents.
+            patch: frames, height and width of a patch.
+            width: channels of the tokens.
+            text: channels of T5's output.
+            length: the number of T5's tokens.
         """
-        patch = (patch[0], patch[1], patch[2])  # a list in a config that was read from a file
+        patch = (patch[0], patch[1], patch[2])  # a config that was read from a file has a list
         self.x_embedder = nn_.PatchEmbed(patch, channels, width)
         self.t_embedder = nn_.ScalarEmbed(width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, nn_.CHUNKS * width))
@@ -29,18 +33,18 @@ class Around(ModelMixin, ConfigMixin):
         self.final_layer = nn_.FinalLayer(width, patch[0] * patch[1] * patch[2] * 2 * channels)
 
     def _grid(self, latents: Tensor) -> tuple[int, int, int]:
-        """How many patches latents [B, C, T, H, W] have along each axis."""
+        """The number of patches of latents [B, C, T, H, W] along each axis."""
         t, h, w = (-(-n // p) for n, p in zip(latents.shape[2:], self.x_embedder.patch, strict=True))
         return t, h, w
 
     def _embedded(self, latents: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Tokens [B, T' H' W', width] with the positions of their rows and columns."""
         x = self.x_embedder(latents)
-        places = nn_.positions_2d(x.shape[-1], rows, columns).to(x.dtype)
-        return x + places.repeat(x.shape[1] // len(places), 1)
+        positions = nn_.positions_2d(x.shape[-1], rows, columns).to(x.dtype)
+        return x + positions.repeat(x.shape[1] // len(positions), 1)
 
     def _output(self, x: Tensor, time: Tensor, latents: Tensor, return_dict: bool) -> Any:
-        """What the tokens say, [B, 2 C, T, H, W], without the padding of the patches."""
+        """The output [B, 2 C, T, H, W] from the tokens, without the padding of the patches."""
         config: Any = self.config
         x = nn_.to_video(self.final_layer(x, time), self._grid(latents), self.x_embedder.patch, 2 * config.in_channels)
         out = x[:, :, : latents.shape[2], : latents.shape[3], : latents.shape[4]]

@@ -1,4 +1,4 @@
-"""Open-Sora v1.0 and v1.2 text to video, with T5 and samplers of diffusers."""
+"""Text-to-video pipelines of Open-Sora v1.0 and v1.2, with T5 and schedulers of diffusers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from ditq.models.pipeline import Generators, VideoPipeline
 
-PICTURE_RATE = 120  # frames a second that v1.2 is told for a single image
+IMAGE_FPS = 120  # the frame rate that v1.2 gets as input for a single image
 
 
 class OpenSoraPipeline(VideoPipeline):
     """Text to video with :class:`ditq.models.opensora.STDiT`, and the VAE of Stable Diffusion.
 
-    The published sampler is that of improved DDPM in 100 steps: ``DDPMScheduler(beta_schedule="linear",
-    variance_type="learned_range", clip_sample=False)``. A scheduler without learned variance takes the noise only.
-    Prompts are lower-cased; the published code also removes web addresses and markup.
+    The published sampler is improved DDPM with 100 steps: ``DDPMScheduler(beta_schedule="linear",
+    variance_type="learned_range", clip_sample=False)``. A scheduler without learned variance ignores the predicted
+    variance. Prompts are lower-cased; the published code also removes web addresses and markup.
     """
 
     GUIDED = 3  # as published
@@ -30,20 +30,20 @@ class OpenSoraPipeline(VideoPipeline):
         )
 
     def encode_prompt(self, prompt: list[str]) -> tuple[Tensor, Tensor]:
-        """T5's output [n, length, channels] and mask [n, length] of prompts."""
-        found = self.tokenizer(
+        """T5's output [n, length, channels] and mask [n, length] for prompts."""
+        tokens = self.tokenizer(
             [p.lower().strip() for p in prompt], padding="max_length", truncation=True, return_tensors="pt",
             max_length=self.transformer.config.model_max_length,
         ).to(self._execution_device)  # fmt: skip
-        text = self.text_encoder(found.input_ids, attention_mask=found.attention_mask)[0]
-        return text.to(self.transformer.dtype), found.attention_mask
+        text = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return text.to(self.transformer.dtype), tokens.attention_mask
 
     def _text(self, prompt: list[str], guided: bool) -> dict[str, Tensor]:
-        """The transformer's inputs for prompts; under guidance also for none, a text as long as the prompt's."""
+        """The transformer's text inputs; with guidance, followed by empty texts of the same length as the prompts."""
         text, mask = self.encode_prompt(prompt)
         if guided:
-            nothing = self.transformer.y_embedder.y_embedding.to(text).expand_as(text)
-            text, mask = torch.cat([text, nothing]), torch.cat([mask, mask])
+            no_prompt = self.transformer.y_embedder.y_embedding.to(text).expand_as(text)
+            text, mask = torch.cat([text, no_prompt]), torch.cat([mask, mask])
         return {"encoder_hidden_states": text, "encoder_attention_mask": mask}
 
     @torch.no_grad()
@@ -60,12 +60,12 @@ class OpenSoraPipeline(VideoPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Videos of the size that the transformer was trained on, unless ``height``, ``width``, ``num_frames`` say."""
+        """Generates videos. ``height``, ``width`` and ``num_frames`` default to the transformer's training size."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         trained: tuple[int, ...] = tuple(self.transformer.config.input_size)
         sides = [
-            n if given is None else given // self.vae_scale_factor
-            for given, n in zip((height, width), trained[1:], strict=True)
+            n if pixels is None else pixels // self.vae_scale_factor
+            for pixels, n in zip((height, width), trained[1:], strict=True)
         ]
         shape = (len(prompts), self.transformer.config.in_channels, num_frames or trained[0], *sides)
         inputs = self._text(prompts, guidance_scale > 1)
@@ -76,8 +76,8 @@ class OpenSoraPipeline(VideoPipeline):
 class OpenSora12Pipeline(OpenSoraPipeline):
     """Text to video with STDiT3 and OpenSoraVAE of ``ditq.models.opensora``.
 
-    The published sampler is Euler's, in 30 steps, along straight lines from noise to data (rectified flow):
-    ``FlowMatchEulerDiscreteScheduler()``, whose shift is set for the size of each video, see :func:`flow_shift`.
+    The published sampler is Euler's with 30 steps on a rectified flow: ``FlowMatchEulerDiscreteScheduler()``. The
+    pipeline sets its shift for the size of each video, see :func:`flow_shift`.
     """
 
     GUIDED = 4
@@ -98,11 +98,11 @@ class OpenSora12Pipeline(OpenSoraPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Videos of ``num_frames`` frames; the VAE takes them 17 at a time, and a rest of any length.
+        """Generates videos. ``num_frames`` can be any number; the VAE decodes 17 frames at a time.
 
         Args:
-            fps: frames a second, of which the transformer is told.
-            aesthetic_score: said at the end of prompts that do not name one, as in training; None: not said.
+            fps: frames per second, an input of the transformer.
+            aesthetic_score: appended to prompts that do not name a score, as in training; None appends nothing.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if aesthetic_score is not None:
@@ -111,9 +111,9 @@ class OpenSora12Pipeline(OpenSoraPipeline):
             ]
         device = self._execution_device
         inputs = self._text(prompts, guidance_scale > 1)
-        told = {"fps": fps if num_frames > 1 else PICTURE_RATE, "height": height, "width": width}
+        sizes = {"fps": fps if num_frames > 1 else IMAGE_FPS, "height": height, "width": width}
         rows = len(inputs["encoder_hidden_states"])
-        inputs |= {name: torch.full((rows,), float(value), device=device) for name, value in told.items()}
+        inputs |= {name: torch.full((rows,), float(value), device=device) for name, value in sizes.items()}
         shape = (
             len(prompts), self.transformer.config.in_channels, self.vae.latent_frames(num_frames),
             height // self.vae_scale_factor, width // self.vae_scale_factor,
@@ -126,7 +126,7 @@ class OpenSora12Pipeline(OpenSoraPipeline):
         )
 
     def _direction(self, out: Tensor) -> Tensor:
-        """The transformer points from noise to data, the scheduler from data to noise."""
+        """Flips the sign: the transformer's velocity points from noise to data, the scheduler's from data to noise."""
         return -out
 
     def _decoded(self, latents: Tensor, num_frames: int) -> Tensor:  # type: ignore[override]
@@ -134,10 +134,10 @@ class OpenSora12Pipeline(OpenSoraPipeline):
 
 
 def flow_shift(height: int, width: int, num_frames: int) -> float:
-    """How much longer Open-Sora v1.2 stays at the noisy end: r in t' = r t / (1 + (r - 1) t).
+    """The shift r of Open-Sora v1.2's schedule, t' = r t / (1 + (r - 1) t): more noise for larger videos.
 
-    r = sqrt(height width / 512^2) sqrt(latent frames), where the published code counts 5 latent frames for every full
-    17. Below 17 that would be none and no schedule; there it is what the VAE makes of them, one of four.
+    r = sqrt(height width / 512^2) sqrt(latent frames). The published code counts 5 latent frames for every full 17
+    frames. Below 17 frames that would be zero, so the VAE's number is used: one for every four frames.
     """
     latent_frames = num_frames // 17 * 5 or math.ceil(num_frames / 4)
     return math.sqrt(height * width) / 512 * math.sqrt(latent_frames)

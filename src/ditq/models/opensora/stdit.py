@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from ditq.models import blocks as nn_
 from ditq.models.module import ModelMixin as ModelMixin
-from ditq.models.opensora.frame import Around
+from ditq.models.opensora.frame import STDiTBase
 
 
 class STDiTBlock(nn.Module):
-    """One block. ``time`` [B, 6 channels] is shared by all of them; the temporal attention reads the raw stream."""
+    """One block. All blocks share ``time`` [B, 6 channels].
+
+    Temporal attention reads the stream without norm, shift and scale.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -27,26 +30,26 @@ class STDiTBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(nn_.CHUNKS, width) / width**0.5)
 
     def forward(
-        self, x: Tensor, text: Tensor, time: Tensor, mask: Tensor | None, frames: int, places: Tensor | None
+        self, x: Tensor, text: Tensor, time: Tensor, mask: Tensor | None, frames: int, positions: Tensor | None
     ) -> Tensor:
-        """x: [B, frames positions, channels]; places: [frames, channels], added before the temporal attention."""
+        """x: [B, frames positions, channels]; positions: [frames, channels], added before the temporal attention."""
         b = len(x)
         table = self.scale_shift_table + time.unflatten(-1, (nn_.CHUNKS, -1))
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.chunk(nn_.CHUNKS, dim=1)
         spatial = self.attn(nn_.by_frame(self.norm1(x) * (1 + scale) + shift, frames))
         x = x + gate * nn_.from_frames(spatial, b)
         temporal = nn_.by_position(x, frames)
-        temporal = self.attn_temp(temporal if places is None else temporal + places)
+        temporal = self.attn_temp(temporal if positions is None else temporal + positions)
         x = x + gate * nn_.from_positions(temporal, b)
         x = x + self.cross_attn(x, text, mask)
         return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
 
 
-class STDiT(Around):
-    """STDiT-XL/2 by default.
+class STDiT(STDiTBase):
+    """Open-Sora v1.0's transformer; the defaults are STDiT-XL/2.
 
     Args:
-        input_size: frames, height and width of the latents it was trained on.
+        input_size: frames, height and width of the training latents.
         space_scale, time_scale: units of the positions: 0.5 and 1 for 16 x 256 x 256, 1 and 1 for 16 x 512 x 512.
     """
 
@@ -69,7 +72,7 @@ class STDiT(Around):
         time_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self._surround(in_channels, patch_size, hidden_size, caption_channels, model_max_length)
+        self._add_layers(in_channels, patch_size, hidden_size, caption_channels, model_max_length)
         self.blocks = nn.ModuleList(STDiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
 
     def forward(
@@ -85,15 +88,15 @@ class STDiT(Around):
         Args:
             timestep: [B].
             encoder_hidden_states: T5's output [B, length, caption channels].
-            encoder_attention_mask: [B, length], not 0 where there is text; None: everywhere.
+            encoder_attention_mask: [B, length], not 0 where there is text; None means all text.
         """
         config: Any = self.config
         t, h, w = self._grid(hidden_states)
         device = hidden_states.device
         x = self._embedded(hidden_states, *(torch.arange(n, device=device) / config.space_scale for n in (h, w)))
-        places = nn_.positions_1d(x.shape[-1], torch.arange(t, device=device) / config.time_scale).to(x.dtype)
+        positions = nn_.positions_1d(x.shape[-1], torch.arange(t, device=device) / config.time_scale).to(x.dtype)
         vector = self.t_embedder(timestep.expand(len(x)), x.dtype)
         time, text = self.t_block(vector), self.y_embedder(encoder_hidden_states)
         for i, block in enumerate(self.blocks):
-            x = block(x, text, time, encoder_attention_mask, t, places if i == 0 else None)
+            x = block(x, text, time, encoder_attention_mask, t, positions if i == 0 else None)
         return self._output(x, vector, hidden_states, return_dict)

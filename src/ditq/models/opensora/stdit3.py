@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ditq.models import blocks as nn_
 from ditq.models.module import ModelMixin as ModelMixin
-from ditq.models.opensora.frame import Around
+from ditq.models.opensora.frame import STDiTBase
 
 
 class STDiT3Block(nn.Module):
-    """One block. ``time`` [B, 6 channels] is shared by all; ``rope`` [head / 2] makes it a temporal one."""
+    """One block. All blocks share ``time`` [B, 6 channels]. With ``rope`` [head / 2] the block is a temporal one."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class STDiT3Block(nn.Module):
 
 
 class Rope(nn.Module):
-    """The frequencies [head / 2], which the checkpoint holds as ``rope.freqs``."""
+    """The frequencies [head / 2], stored in the checkpoint as ``rope.freqs``."""
 
     freqs: Tensor
 
@@ -52,11 +52,13 @@ class Rope(nn.Module):
         self.register_buffer("freqs", 10000.0 ** (-torch.arange(0, head, 2).float() / head))
 
 
-class STDiT3(Around):
-    """STDiT3-XL/2 by default. Masks of frames (image and video conditions) are not supported.
+class STDiT3(STDiTBase):
+    """Open-Sora v1.2's transformer; the defaults are STDiT3-XL/2.
+
+    Masks of frames (image and video conditions) are not supported.
 
     Args:
-        input_sq_size: side of the images, in pixels, whose positions count 1, 2, 3 ...
+        input_sq_size: side in pixels of the square images whose positions are 0, 1, 2, ...
     """
 
     _no_split_modules = ["STDiT3Block"]
@@ -77,7 +79,7 @@ class STDiT3(Around):
         qk_norm: bool = True,
     ) -> None:
         super().__init__()
-        self._surround(in_channels, patch_size, hidden_size, caption_channels, model_max_length)
+        self._add_layers(in_channels, patch_size, hidden_size, caption_channels, model_max_length)
         self.fps_embedder = nn_.ScalarEmbed(hidden_size)
         self.rope = Rope(hidden_size // num_heads)
         self.spatial_blocks, self.temporal_blocks = (
@@ -101,14 +103,14 @@ class STDiT3(Around):
         Args:
             timestep: [B], 0 to 1000.
             encoder_hidden_states, encoder_attention_mask: see :class:`ditq.models.opensora.STDiT`.
-            fps: [B], frames a second; None: 24.
-            height, width: [B], in pixels, the same for all; None: eight times the latents'.
+            fps: [B], frames per second; default 24.
+            height, width: [B], in pixels, the same for all; default eight times the latents'.
         """
         config: Any = self.config
         t, h, w = self._grid(hidden_states)
         pixels = [
-            float(given.flatten()[0]) if given is not None else 8.0 * n
-            for given, n in zip((height, width), hidden_states.shape[3:], strict=True)
+            float(side.flatten()[0]) if side is not None else 8.0 * n
+            for side, n in zip((height, width), hidden_states.shape[3:], strict=True)
         ]
         unit = (pixels[0] * pixels[1]) ** 0.5 / config.input_sq_size
         base = round((h * w) ** 0.5)

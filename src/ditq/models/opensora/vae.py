@@ -1,4 +1,7 @@
-"""The VAE of Open-Sora v1.2: frames by that of Stable Diffusion XL, then four frames to one by causal convolutions."""
+"""The VAE of Open-Sora v1.2.
+
+Stable Diffusion XL's VAE encodes single frames; causal convolutions then reduce four frames to one.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from torch.nn import functional as F
 from ditq.models.module import ModelMixin
 
 TIME = 4  # frames that become one, by two convolutions with stride 2
-SPATIAL_SCALE = 0.18215  # that of Stable Diffusion 1, which Open-Sora also uses with the VAE of XL
+SPATIAL_SCALE = 0.18215  # Stable Diffusion 1's scale, which Open-Sora also uses with the VAE of XL
 
 
 class CausalConv3d(nn.Module):
-    """Over [B, C, T, H, W], padded with zeros: T' = T / stride frames, each of which sees none that come later."""
+    """A convolution of [B, C, T, H, W], padded with zeros, to T / stride frames; no frame depends on later ones."""
 
     def __init__(self, channels: int, out: int, kernel: int = 3, stride: int = 1, bias: bool = True) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, latents, T, H, W] to [B, latents, 4 T, H, W]. Lists are numbered as the encoder's, and run from the end."""
+    """[B, latents, T, H, W] to [B, latents, 4 T, H, W]. Lists have the encoder's order and run from the end."""
 
     def __init__(self, latents: int, widths: Sequence[int], count: int, groups: int) -> None:
         super().__init__()
@@ -99,13 +102,13 @@ class Decoder(nn.Module):
         for blocks, conv in reversed(list(stages)):
             x = blocks(x)
             if isinstance(conv, CausalConv3d):
-                # Two frames of each, from neighbouring channels: [B, C 2, T, ...] to [B, C, T 2, ...].
+                # Neighbouring channels become two frames: [B, C 2, T, ...] to [B, C, T 2, ...].
                 x = conv(x).unflatten(1, (-1, 2)).transpose(2, 3).flatten(2, 3)
         return self.conv_out(F.silu(self.norm1(x)))
 
 
 def _halves(widths: Sequence[int]) -> list[bool]:
-    """Between which two widths the frames become half as many: the last two changes."""
+    """Whether the number of frames is halved between two consecutive widths: at the last two changes."""
     return [i >= len(widths) - 3 for i in range(len(widths) - 1)]
 
 
@@ -118,24 +121,24 @@ class TemporalVAE(nn.Module):
         self.decoder = Decoder(latents, widths, count, groups)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Frames [B, C, T, H, W], zeros before them up to a multiple of 4, to moments [B, 2 C, ceil(T / 4), H, W]."""
+        """Frames [B, C, T, H, W], zero-padded in front to a multiple of 4, to moments [B, 2 C, ceil(T / 4), H, W]."""
         return self.quant_conv(self.encoder(F.pad(x, (0, 0, 0, 0, -x.shape[2] % TIME, 0))))
 
     def decode(self, z: Tensor, frames: int) -> Tensor:
-        """The last ``frames`` that [B, C, ceil(frames / 4), H, W] stand for."""
+        """Decodes latents [B, C, ceil(frames / 4), H, W] and returns the last ``frames`` frames."""
         return self.decoder(self.post_quant_conv(z))[:, :, -frames % TIME :]
 
 
 class OpenSoraVAE(ModelMixin, ConfigMixin):
-    """OpenSora-VAE-v1.2 by default: 8 x 8 pixels of four frames to one vector.
+    """Encodes 8 x 8 pixels of four frames to one vector; the defaults are OpenSora-VAE-v1.2.
 
     Args:
         block_out_channels, layers_per_block, norm_num_groups: of the spatial VAE, see diffusers' ``AutoencoderKL``.
-        temporal_channels, temporal_layers, temporal_groups: widths of the stages of the temporal one, blocks in
-            each, and groups of their norms.
-        latent_shift, latent_scale: channel by channel: (z - shift) / scale is what the transformer sees.
-        micro_frame_size: frames that the temporal VAE takes together, counted from the first.
-        micro_batch_size: frames that the spatial VAE takes together.
+        temporal_channels, temporal_layers, temporal_groups: of the temporal VAE: widths of its stages, blocks in each,
+            and groups of their norms.
+        latent_shift, latent_scale: for each channel; the transformer's input is (z - shift) / scale.
+        micro_frame_size: frames in one call of the temporal VAE, counted from the first.
+        micro_batch_size: frames in one call of the spatial VAE.
     """
 
     shift: Tensor
@@ -173,29 +176,29 @@ class OpenSoraVAE(ModelMixin, ConfigMixin):
         return self.spatial_vae["module"]
 
     def latent_frames(self, frames: int) -> int:
-        """How many latent frames ``frames`` become."""
+        """The number of latent frames of ``frames`` frames."""
         size = self.config["micro_frame_size"]
         return frames // size * -(-size // TIME) + -(-(frames % size) // TIME)
 
     def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents [B, C, T', H / 8, W / 8] of a video [B, 3, T, H, W] in [-1, 1], drawn by ``generator``."""
+        """Latents [B, C, T', H / 8, W / 8] of a video [B, 3, T, H, W] in [-1, 1], sampled with ``generator``."""
 
-        def of_frames(pictures: Tensor) -> Tensor:
-            return self.spatial.encode(pictures).latent_dist.sample(generator) * SPATIAL_SCALE
+        def encode_images(images: Tensor) -> Tensor:
+            return self.spatial.encode(images).latent_dist.sample(generator) * SPATIAL_SCALE
 
-        frames = self._by_picture(video, of_frames)
-        drawn = []
+        frames = self._by_image(video, encode_images)
+        parts = []
         for part in frames.split(self.config["micro_frame_size"], dim=2):
             mean, log_variance = self.temporal_vae.encode(part).chunk(2, dim=1)
             noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-            drawn.append(mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise)
-        return (torch.cat(drawn, dim=2) - self.shift) / self.scale
+            parts.append(mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise)
+        return (torch.cat(parts, dim=2) - self.shift) / self.scale
 
     def decode(self, latents: Tensor, num_frames: int) -> Tensor:
         """A video [B, 3, num_frames, H, W] in about [-1, 1] from latents [B, C, T', H / 8, W / 8].
 
         Raises:
-            ValueError: ``num_frames`` is not what so many latent frames stand for.
+            ValueError: ``num_frames`` does not match the number of latent frames.
         """
         if self.latent_frames(num_frames) != latents.shape[2]:
             raise ValueError(
@@ -207,11 +210,11 @@ class OpenSoraVAE(ModelMixin, ConfigMixin):
             self.temporal_vae.decode(part, min(size, num_frames - i * size))
             for i, part in enumerate(z.split(self.latent_frames(size), dim=2))
         ]
-        return self._by_picture(
+        return self._by_image(
             torch.cat(parts, dim=2), lambda x: self.spatial.decode(x / SPATIAL_SCALE, return_dict=False)[0]
         )
 
-    def _by_picture(self, video: Tensor, function: Any) -> Tensor:
-        """A function of images over all frames of [B, C, T, H, W], a few at a time."""
-        pictures = video.transpose(1, 2).flatten(0, 1).split(self.config["micro_batch_size"])
-        return torch.cat([function(some) for some in pictures]).unflatten(0, (len(video), -1)).transpose(1, 2)
+    def _by_image(self, video: Tensor, function: Any) -> Tensor:
+        """Applies a function of images to all frames of [B, C, T, H, W], in small batches."""
+        batches = video.transpose(1, 2).flatten(0, 1).split(self.config["micro_batch_size"])
+        return torch.cat([function(batch) for batch in batches]).unflatten(0, (len(video), -1)).transpose(1, 2)

@@ -1,5 +1,5 @@
 "use strict";
-// Everything that moves. The page is complete without it: tables, charts and thumbnails are plain HTML.
+// The interactive parts. The page is complete without them: tables, charts and thumbnails are plain HTML.
 
 const one = (selector, root = document) => root.querySelector(selector);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -23,7 +23,7 @@ theme.addEventListener("click", () => {
 prefersDark.addEventListener("change", showTheme);
 showTheme();
 
-// --------------------------------------------------------------------------------- pictures and videos
+// ----------------------------------------------------------------------------------- images and videos
 
 const viewer = one(".viewer");
 const stage = one(".stage");
@@ -33,20 +33,20 @@ let strips = []; // the two <img> that the canvases show: the reference and the 
 
 async function showPair() {
   const chosen = one(".thumb:has(:checked)");
-  const wanted = [0, state.model].map((model) => one(`img[data-model="${model}"]`, chosen));
-  strips = wanted;
-  await Promise.all(wanted.map((image) => image.decode()));
-  if (strips !== wanted) return; // another choice came in between
-  const after = wanted[1];
+  const pair = [0, state.model].map((model) => one(`img[data-model="${model}"]`, chosen));
+  strips = pair;
+  await Promise.all(pair.map((image) => image.decode()));
+  if (strips !== pair) return; // another pair was chosen meanwhile
+  const after = pair[1];
   one("#after-name").textContent = after.alt;
-  layers.forEach((canvas, i) => canvas.setAttribute("aria-label", `${wanted[i].alt}: ${chosen.dataset.prompt}`));
+  layers.forEach((canvas, i) => canvas.setAttribute("aria-label", `${pair[i].alt}: ${chosen.dataset.prompt}`));
   const details = document.createElement("small");
   details.textContent = `seed ${chosen.dataset.seed}, PSNR ${after.dataset.psnr} dB`;
   one("#shown-prompt").replaceChildren(`${chosen.dataset.prompt} `, details);
   drawFrame(state.frame);
 }
 
-// Both canvases are drawn in one go, from strips that are decoded: they cannot come out of step.
+// Both canvases are drawn together, from decoded strips, so that they always show the same frame.
 function drawFrame(frame) {
   const frames = Number(strips[0].dataset.frames);
   state.frame = frame % frames;
@@ -105,7 +105,7 @@ if (frameInput) {
   showPair().then(() => setPlaying(!matchMedia("(prefers-reduced-motion: reduce)").matches));
 }
 
-// -------------------------------------------------------------------- one choice of model for the page
+// -------------------------------------------------------------------- the chosen model of the whole page
 
 function showModel(model) {
   state.model = model;
