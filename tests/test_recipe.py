@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ditq import recipe
 from ditq.errors import UsageError
@@ -255,6 +256,17 @@ def test_a_file_with_a_field_without_effect_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("weights: {bits: 8, granularity: channel}\nactivations: null\nbalance: {block: 64}\n")
     with pytest.raises(UsageError, match=r"mine\.yaml: balance\.block has no effect"):
+        recipe.load(path)
+
+
+def test_a_file_may_spell_out_defaults_without_effect(tmp_path: Path) -> None:
+    path = tmp_path / "printed-by-0.1.yaml"
+    data = recipe.load("rtn-w8a8").model_dump(mode="json")
+    assert data["gptq"]["order"] == "natural"
+    path.write_text(yaml.safe_dump(data | {"method": "rtn"}))
+    assert recipe.load(path).weights == recipe.load("rtn-w8a8").weights
+    path.write_text(yaml.safe_dump(data | {"gptq": {"order": "activation"}}))
+    with pytest.raises(UsageError, match=r"gptq\.order has no effect"):
         recipe.load(path)
 
 

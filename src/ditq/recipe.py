@@ -402,10 +402,28 @@ def load(recipe: str | Path | Recipe) -> Recipe:
         raise UsageError(f"{path} must hold a mapping, got {type(data).__name__}.")
     data.setdefault("name", path.stem)
     loaded = parse(data, str(path))
-    labels = {"version", "name", "description", "method", "paper"}
-    loaded.check_effect([key for key in _fields(data) if key.partition(".")[0] not in labels], f"{path}: ")
+    loaded.check_effect(_changed(data, loaded), f"{path}: ")
     _check_implied(loaded, path)
     return loaded
+
+
+def _changed(data: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Dotted names of the fields that a file sets to something else than the default; labels do not count.
+
+    ditq 0.1 printed recipes with all defaults, and such a file asks for nothing that it would not get.
+    """
+    required = {"weights": recipe.weights, "activations": recipe.activations}
+    default = Recipe.model_validate(required).model_dump(mode="json")
+    actual = recipe.model_dump(mode="json")
+    labels = {"version", "name", "description", "method", "paper"}
+    keys = [key for key in _fields(data) if key.partition(".")[0] not in labels]
+    return [key for key in keys if _value(actual, key) != _value(default, key)]
+
+
+def _value(data: Any, key: str) -> Any:
+    for part in _path(key):
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
 
 
 def _check_implied(recipe: Recipe, path: Path) -> None:

@@ -292,3 +292,12 @@ def test_modulation_is_rounded_as_its_own_role_says(name: str) -> None:
     assert modulation
     assert all(layer.activation is not None and layer.activation.bits == 8 for layer in modulation)
     assert sqnr_db(exact, run(model, name)) > 30
+
+
+def test_what_a_layer_outside_of_the_blocks_cannot_have_is_said(name: str) -> None:
+    _, layers = drafted(name, "gptq-w4a8", "keep=[embedder, final]")
+    modulation = [layer for layer in layers if layer.role == "modulation"]
+    assert modulation
+    for layer in modulation:
+        assert (layer.rounding, layer.activation) == ("nearest", None)
+        assert layer.reason == "outside of the blocks: not calibrated, cannot quantize its input or round by GPTQ"

@@ -28,11 +28,15 @@ def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[
     for linear in architecture.linears(model):
         weight, activation, reason = recipe.formats(linear.name, linear.role)
         weight, activation = (_fitted(fmt, linear, recipe.fit_groups) for fmt in (weight, activation))
-        if activation is not None and linear.name not in quantizable:
+        rounding = recipe.rounding if weight else "nearest"
+        if weight is not None and linear.name not in quantizable:
             # This linear is outside of the stacks, so its input is not calibrated. The input is quantized only if the
             # recipe has a dynamic format for this role; otherwise only the weight is quantized.
-            activation = activation if recipe.own(linear.role) and activation.dynamic else None
-        rounding = recipe.rounding if weight and linear.name in quantizable else "nearest"
+            kept = activation if activation and activation.dynamic and recipe.own(linear.role) else None
+            missing = ["quantize its input"] if activation and not kept else []
+            missing += ["round by GPTQ"] if rounding == "gptq" else []
+            reason = f"outside of the blocks: not calibrated, cannot {' or '.join(missing)}" if missing else reason
+            activation, rounding = kept, "nearest"
         try:
             layer = LayerPlan(
                 name=linear.name, role=linear.role, in_features=linear.module.in_features,
