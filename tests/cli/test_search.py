@@ -153,3 +153,12 @@ def test_two_experts_get_a_plan_file_each(
         config = json.loads((tmp_path / "out" / component / "config.json").read_text())["quantization_config"]
         groups = {layer["name"]: layer.get("weight", {}).get("group_size") for layer in config["layers"]}
         assert groups == {x.name: x.weight.group_size if x.weight else None for x in expected}
+    status, out, _ = ditq(capsys, "inspect", tmp_path / "out")
+    assert status == 0
+    assert [line for line in out.splitlines() if line in ("transformer:", "transformer_2:")] == [
+        "transformer:", "transformer_2:"
+    ]  # fmt: skip
+    shown = json.loads(ditq(capsys, "inspect", tmp_path / "out", "--json")[1])
+    for data, expected in ((shown, plans["transformer"]), (shown["transformer_2"], plans["transformer_2"])):
+        assert [layer["name"] for layer in data["layers"]] == [layer.name for layer in expected]
+        assert data["transformer_bytes"] > 0

@@ -22,7 +22,7 @@ def inspect(
     """
     from pathlib import Path
 
-    from ditq.checkpoint.folder import read_plan, resolve
+    from ditq.checkpoint.folder import read_plans, resolve
     from ditq.checkpoint.verify import verify as verify_files
     from ditq.errors import UsageError
     from ditq.report.grouping import By
@@ -31,19 +31,26 @@ def inspect(
     folder = resolve(pipeline)
     if not isinstance(folder, Path):
         raise UsageError(f"inspect reads folders only; download {pipeline!r} first.")
-    plan = read_plan(folder)
-    if plan is None:
+    plans = read_plans(folder)
+    if not plans:
         raise UsageError(f"{pipeline} is not quantized by ditq; there is no plan to show.")
-    files = sorted((folder / "transformer").glob("*.safetensors"))
-    if verify:
-        verify_files(files, plan)
-    size = sum(file.stat().st_size for file in files)
+    sizes = {}
+    for component, plan in plans.items():
+        files = sorted((folder / component).glob("*.safetensors"))
+        if verify:
+            verify_files(files, plan)
+        sizes[component] = sum(file.stat().st_size for file in files)
     if as_json:
-        print_json(plan_json(plan, size))
+        first, *others = plans
+        data = {component: plan_json(plan, sizes[component]) for component, plan in plans.items()}
+        print_json({**data[first], **{component: data[component] for component in others}})
         return
     by: By = "layers" if layers else "roles" if roles else "blocks"
-    out.print(plan_table(plan, by=by, width=out.width))
-    out.print(plan_summary(plan, size))
+    for component, plan in plans.items():
+        if len(plans) > 1:
+            out.print(f"{component}:")
+        out.print(plan_table(plan, by=by, width=out.width))
+        out.print(plan_summary(plan, sizes[component]))
 
 
 VERB = inspect
