@@ -322,7 +322,7 @@ def match(model: nn.Module) -> Architecture:
         if class_name in architecture.classes:
             return architecture
     raise UsageError(
-        f"ditq has no architecture file for {class_name}. Known: "
+        f"ditq does not know the architecture of {class_name}. Known: "
         + ", ".join(f"{a.name} ({', '.join(a.classes)})" for a in _bundled().values())
         + ". To add one, copy a file of ditq/architectures, name the role and the producer of every linear "
         "(see CONTRIBUTING.md, Add a model), and pass it with architecture=PATH or --architecture PATH."
