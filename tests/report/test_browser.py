@@ -143,7 +143,7 @@ def test_large_pair_shows_the_pixels_of_the_choice(open_report: Open, reports: d
     drawn = made_up.pictures(reports["image"])
     page = open_report()
     page.locator(".thumb input").nth(4).check()
-    page.locator("#images input[value='2'][data-switch]").check()
+    page.locator("#pictures input[value='2'][data-switch]").check()
     expect(page.locator("#after")).to_have_attribute("aria-label", f"viditq-w4a8: {reports['image'].prompts[4]}")
     expect(page.locator("#shown-prompt")).to_contain_text("seed 4, PSNR 30")
     assert (shown(page, "#before") == np.asarray(drawn["emoji-t2i"][4])).all()
@@ -386,7 +386,7 @@ def test_no_sideways_scrolling_on_a_phone(open_report: Open, kind: str, width: i
 
 def test_names_of_files_and_prompts_stay_text(open_report: Open, reports: dict[str, Report]) -> None:
     page = open_report("hostile")
-    page.locator("#images input[data-switch][value='2']").check()
+    page.locator("#pictures input[data-switch][value='2']").check()
     page.locator(".thumb input").nth(1).check()
     expect(page.locator("#shown-prompt")).to_contain_text(f"{NASTY} seed 1")
     assert page.text_content("#after-name") == reports["hostile"].models[1].name

@@ -141,7 +141,7 @@ def compare(
     elif not quiet:
         out.print(comparison_table(f"{counted(len(chosen), 'prompt')}, seed {seed}, mean and 95 % interval", result))
         for line in (*notes, *([f"report: {out_dir / 'report.html'}"] if out_dir else [])):
-            out.print(line, markup=False)
+            out.print(line, soft_wrap=True)
 
 
 VERB = compare

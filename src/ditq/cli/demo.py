@@ -74,9 +74,9 @@ def demo(
         _print(result, model, video, seconds, out_dir)
     files = {"side by side": "side-by-side.gif"} if video else {}
     for label, name in {**files, "images": "sheet.png", "report": "report.html"}.items():
-        out.print(f"{label}: {out_dir / name}", markup=False)
+        out.print(f"{label}: {out_dir / name}", soft_wrap=True)
     for note in notes:
-        out.print(note, markup=False)
+        out.print(note, soft_wrap=True)
 
 
 def _quantize_and_compare(
@@ -143,7 +143,7 @@ def _print(result: Comparison, model: str, video: bool, seconds: float, out_dir:
             for name, subject in result.models.items()
         ]  # fmt: skip
         out.print(metrics_table(title, rows))
-    out.print(f"{seconds:.0f} s on {torch.get_num_threads()} threads; a checkpoint: {out_dir / KEPT}", markup=False)
+    out.print(f"{seconds:.0f} s on {torch.get_num_threads()} threads; a checkpoint: {out_dir / KEPT}", soft_wrap=True)
 
 
 VERB = demo

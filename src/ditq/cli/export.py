@@ -61,8 +61,8 @@ def export(
             architecture=architecture, allow_float=allow_float, whole_pipeline=whole_pipeline,
         )  # fmt: skip
     if not quiet:
-        out.print(text, markup=False)
-        out.print(f"saved to {out_dir}", markup=False)
+        out.print(text)
+        out.print(f"saved to {out_dir}", soft_wrap=True)
 
 
 VERB = export

@@ -93,7 +93,7 @@ def generate(
     if not quiet:
         number = counted(len(chosen), "video" if video else "image")
         length = f" of {counted(len(samples.images[0]), 'frame')}" if video else ""
-        out.print(f"{number}{length} in {out_dir}")
+        out.print(f"{number}{length} in {out_dir}", soft_wrap=True)
 
 
 def pick_formats(option: str | None, video: bool, pipeline: str) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def quantize(
     else:
         options_of_calibration = {"--prompts": prompts, "--resume": resume, "--cache": cache}
         if unused := [name for name, value in options_of_calibration.items() if value]:
-            err.print(f"{' and '.join(unused)}: not used, as this needs no calibration.", markup=False, soft_wrap=True)
+            err.print(f"{' and '.join(unused)}: not used, as this needs no calibration.", soft_wrap=True)
     results = {}
     for component in transformer_names(pipe):
         if component == "transformer_2" and second_plan is not None and second_plan.is_file():
@@ -98,9 +98,9 @@ def quantize(
     elif not quiet:
         for component, result in results.items():
             out.print(plan_table(result.plan, width=out.width))
-            out.print(plan_summary(result.plan, sizes[component]), markup=False)
-            out.print(f"engine: {result.engine}", markup=False)
-        out.print(f"saved to {out_dir}", markup=False)
+            out.print(plan_summary(result.plan, sizes[component]))
+            out.print(f"engine: {result.engine}", soft_wrap=True)
+        out.print(f"saved to {out_dir}", soft_wrap=True)
 
 
 def _read(path: Path) -> Plan:

@@ -145,12 +145,13 @@ def search(
         more = {x.component: {"out": str(files[x.component]), **_json(x)} for x in result.others}
         print_json({"out": str(out_file), **_json(result), **more})
     elif not quiet:
-        out.print(result.summary(), markup=False)
+        out.print(result.summary())
         for name in list(files)[1:]:
             out.print(
-                f"the plan of {name} is in {files[name]}; ditq quantize reads it together with the first", markup=False
+                f"the plan of {name} is in {files[name]}; ditq quantize reads it together with the first",
+                soft_wrap=True,
             )
-        out.print(f"saved to {out_file}; next: ditq quantize {pipeline} --plan {out_file} --out DIR", markup=False)
+        out.print(f"saved to {out_file}; next: ditq quantize {pipeline} --plan {out_file} --out DIR", soft_wrap=True)
 
 
 def _json(result: SearchResult) -> dict[str, Any]:
