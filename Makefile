@@ -35,8 +35,9 @@ demo: install  ## quantize a bundled model, generate pictures, write the report
 demo-video: install  ## the same with a bundled model of videos: one animation, side by side
 	@$(BIN)/ditq demo --video
 
+# One thread for each worker: two torch processes with two threads each are ten times slower on two cores.
 test: install  ## run the tests
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 check: install  ## format, lint, types
 	@echo "ruff format" && $(BIN)/ruff format --check --quiet $(SOURCES)

@@ -147,10 +147,8 @@ def search(
     elif not quiet:
         out.print(result.summary())
         for name in list(files)[1:]:
-            out.print(
-                f"the plan of {name} is in {files[name]}; ditq quantize reads it together with the first",
-                soft_wrap=True,
-            )
+            text = f"the plan of {name} is in {files[name]}; ditq quantize reads it together with the first"
+            out.print(text, soft_wrap=True)
         out.print(f"saved to {out_file}; next: ditq quantize {pipeline} --plan {out_file} --out DIR", soft_wrap=True)
 
 
