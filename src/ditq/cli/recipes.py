@@ -40,7 +40,8 @@ def recipes(
         return
     caption = (
         "X: 2 to 8 bits per weight; Y: 2 to 8 or 16 bits per input. `ditq recipes NAME` shows a family, "
-        "`ditq recipes NAME-w4a8` a recipe."
+        "`ditq recipes NAME-w4a8` a recipe. Cost: to quantize bundled:emoji-t2i at W4A8 on 2 CPU cores "
+        "(benchmarks/quality/recipe_cost.py)."
     )
     printed = table("recipe", "what it is", "for whom", "calibrates", caption=caption)
     costs = any(family.cost for family in families.values())
