@@ -132,7 +132,7 @@ def _print(result: Comparison, model: str, video: bool, seconds: float, out_dir:
     from ditq.report.wording import counted
 
     prompts, seed = result.reference.samples.conditions, result.settings["seed"]
-    title = f"{model}, {counted(len(prompts), 'held-out prompt')}, seed {seed}: closeness to 16 bit (± 95 %)"
+    title = f"{model}, {counted(len(prompts), 'prompt')}, seed {seed}: closeness to 16 bit (± 95 %)"
     if video:
         out.print(comparison_table(title, result))
     else:
