@@ -58,7 +58,7 @@ def _closeness(model: ModelReport) -> str:
     """A phrase for the PSNR: above 40 dB images are hard to tell apart, below 20 dB they clearly differ."""
     db = model.metrics["psnr_db"].mean
     if db >= 40:
-        return "reproduces almost exactly"
+        return "almost exactly reproduces"
     return "closely reproduces" if db >= 25 else "roughly reproduces" if db >= 18 else "does not reproduce"
 
 
