@@ -90,6 +90,12 @@ def test_override_reaches_dotted_keys() -> None:
     assert r.activations is None
 
 
+def test_a_single_override_may_be_a_string() -> None:
+    r = recipe.load("rtn-w8a8")
+    assert r.override("clip=mse") == r.override(["clip=mse"])
+    assert r.override([]) == r
+
+
 def test_override_leaves_the_original_alone() -> None:
     r = recipe.load("rtn-w8a8")
     r.override(["weights.bits=2"])

@@ -19,7 +19,7 @@ from ditq.calibration import Statistics, calibrate, watch
 from ditq.checkpoint.backend import attach
 from ditq.checkpoint.folder import keep_labels, load_pipeline, read_plans, resolve, save_pipeline
 from ditq.components import transformer_names
-from ditq.conversion import carry_out, draft
+from ditq.conversion import draft, quantize_model
 from ditq.errors import UsageError
 from ditq.files import new_folder
 from ditq.plan import Plan
@@ -128,7 +128,7 @@ def quantize(
                 )  # fmt: skip
             seconds["calibrate"] = time.perf_counter() - begin
         begin = time.perf_counter()
-        plan = carry_out(model, arch, job, statistics, seed=seed, progress=progress)
+        plan = quantize_model(model, arch, job, statistics, seed=seed, progress=progress)
         seconds["quantize"] = time.perf_counter() - begin
     except BaseException:
         model.train(training)
@@ -268,7 +268,7 @@ def search(
     recipe: str | Path | Recipe = "qdit-w4a8",
     prompts: Sequence[str] = (),
     *,
-    overrides: Sequence[str] = (),
+    overrides: str | Sequence[str] = (),
     architecture: str | Path | Architecture | None = None,
     component: str | None = None,
     seed: int = 0,
@@ -304,7 +304,7 @@ def search(
     if len(models) > 1 and options.get("statistics") is not None:
         raise UsageError("statistics= are those of one transformer: name it, e.g. component='transformer'.")
     sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
-    loaded = load_recipe(recipe).override(list(overrides))
+    loaded = load_recipe(recipe).override(overrides)
     results = []
     for name, model in models.items():
         model.eval()

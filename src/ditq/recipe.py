@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -191,12 +191,13 @@ class Recipe(_Strict):
         prefixes = [prefix for prefix in self.roles if role == prefix or role.startswith(prefix + ".")]
         return self.roles[max(prefixes, key=len)] if prefixes else None
 
-    def override(self, assignments: list[str]) -> Recipe:
+    def override(self, assignments: str | Sequence[str]) -> Recipe:
         """A copy with ``key=value`` assignments applied; keys are dotted, values are YAML.
 
         Raises:
             UsageError: an assignment has no ``=``, names no field of a recipe, or would have no effect.
         """
+        assignments = [assignments] if isinstance(assignments, str) else assignments
         data = self.model_dump(mode="json")
         # Mappings that take any key; validation decides.
         open_mappings = {id(data["roles"]), id(data["calibration"]["arguments"])}

@@ -67,13 +67,11 @@ def job_of(recipe: str | Path | Recipe | Plan, overrides: str | Sequence[str]) -
     Raises:
         UsageError: overrides for a plan, or a recipe or override that does not exist.
     """
-    assignments = [overrides] if isinstance(overrides, str) else list(overrides)
-    if isinstance(recipe, Plan):
-        if assignments:
-            raise UsageError("A Plan is explicit; overrides change recipes only.")
-        return recipe
-    loaded = load_recipe(recipe)
-    return loaded.override(assignments) if assignments else loaded
+    if not isinstance(recipe, Plan):
+        return load_recipe(recipe).override(overrides)
+    if overrides:
+        raise UsageError("A Plan is explicit; overrides change recipes only.")
+    return recipe
 
 
 def seed_of(job: Recipe | Plan, seed: int | None) -> int:

@@ -2,6 +2,6 @@
 
 from ditq.conversion.convert import convert, replace
 from ditq.conversion.draft import draft, estimate
-from ditq.conversion.quantize import carry_out, plan_layers, quantize_model
+from ditq.conversion.quantize import plan_layers, quantize_model
 
-__all__ = ["carry_out", "convert", "draft", "estimate", "plan_layers", "quantize_model", "replace"]
+__all__ = ["convert", "draft", "estimate", "plan_layers", "quantize_model", "replace"]

@@ -53,30 +53,20 @@ def plan_layers(
 def quantize_model(
     model: nn.Module,
     architecture: Architecture,
-    recipe: Recipe,
-    statistics: Statistics | None,
-    *,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Plan:
-    """Quantizes ``model`` in place by a recipe and returns the plan that was carried out."""
-    layers = plan_layers(model, architecture, recipe, statistics, seed=seed, progress=progress)
-    plan = estimate(model, architecture, recipe).model_copy(update={"layers": tuple(layers), "seed": seed})
-    on_layer = None if progress is None else lambda done, total: progress("quantize", done, total)
-    return convert(model, architecture, plan, statistics, progress=on_layer)
-
-
-def carry_out(
-    model: nn.Module,
-    architecture: Architecture,
     job: Recipe | Plan,
     statistics: Statistics | None,
     *,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Plan:
-    """Quantizes ``model`` in place by a recipe or a plan, and returns the completed plan."""
-    if isinstance(job, Recipe):
-        return quantize_model(model, architecture, job, statistics, seed=seed, progress=progress)
+    """Quantizes ``model`` in place by a recipe or a plan, and returns the completed plan.
+
+    Args:
+        seed: of a recipe's rotations; a plan has its own.
+    """
+    plan = job
+    if isinstance(plan, Recipe):
+        layers = plan_layers(model, architecture, plan, statistics, seed=seed, progress=progress)
+        plan = estimate(model, architecture, plan).model_copy(update={"layers": tuple(layers), "seed": seed})
     on_layer = None if progress is None else lambda done, total: progress("quantize", done, total)
-    return convert(model, architecture, job, statistics, progress=on_layer)
+    return convert(model, architecture, plan, statistics, progress=on_layer)
