@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from ditq.engines.base import Engine, QuantizedWeight
+from ditq.engines.base import Engine, QuantizedWeight, balance
 from ditq.engines.torch.fused import quantize_rows, rescale_, row_slices, weight_codes
-from ditq.numerics import Grid, Quantized, dequantize, not_finite, quantize, unpack
+from ditq.numerics import Grid, Quantized, Rotation, dequantize, not_finite, quantize, unpack
 
 # Up to this K, int32 accumulators hold K products of 8-bit codes minus their zero points (at most 255 * 255 each)
 # without overflow.
@@ -42,6 +42,13 @@ class TorchEngine(Engine):
         quantized = quantize(x, format, scale=scale)
         # A static scale does not depend on this input: it would turn NaN and Inf into plausible numbers.
         return quantized if scale is None else quantized._replace(scale=quantized.scale + not_finite(x))
+
+    def quantize_input(
+        self, x: Tensor, smooth: Tensor | None, rotation: Rotation | None, format: Grid, scale: Tensor | None
+    ) -> Quantized:
+        if rotation is None and scale is None and format.granularity != "tensor":
+            return quantize_rows(x, format, smooth)  # smoothing is one more pass over what is in the cache
+        return self.quantize_activations(balance(x, smooth, rotation), format, scale)
 
     def linear(
         self,

@@ -19,14 +19,19 @@ from ditq.numerics import Grid, Quantized, unpack
 _CHUNK_BYTES = 2**19
 
 
-def quantize_rows(x: Tensor, format: Grid) -> Quantized:
-    """Codes of x [M, K] with dynamic scales per token or group: bitwise equal to ``numerics.quantize``, but faster."""
+def quantize_rows(x: Tensor, format: Grid, smooth: Tensor | None = None) -> Quantized:
+    """Codes of x / smooth [M, K] with dynamic scales per token or group.
+
+    Bitwise equal to ``numerics.quantize(x.float() / smooth, format)``, but faster.
+    """
     size = format.group_size or x.shape[1]
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(len(x), x.shape[1] // size, device=x.device)
     zero = None if format.symmetric else torch.empty(scale.shape, dtype=torch.int16, device=x.device)
     bottom, top = format.code_range
     for x_rows, codes_rows, scale_rows, *zero_rows in _chunks(x, codes, scale, *([] if zero is None else [zero])):
+        if smooth is not None:
+            x_rows = x_rows / smooth
         groups = x_rows.unflatten(1, (-1, size))
         # On a CPU two reductions are two to four times faster than aminmax(), abs() or an infinity norm.
         low, high = groups.amin(-1).float(), groups.amax(-1).float()
