@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ditq.errors import UsageError, unknown, warn
 from ditq.numerics import Grid
@@ -46,7 +46,6 @@ class Balance(_Strict):
         salience: how the magnitude of an input channel is computed: ``max`` over the timesteps, or ``spearman``,
             PTQ4DiT's weighted mean of the timesteps' maxima.
         where: balance ``all`` inputs, or only the ``foldable`` ones, whose producer can carry the smoothing scale.
-        fold: move smoothing scales into the producer of the input where that is exact.
         power_of_two: round smoothing scales to powers of two.
         block: width of the rotation; 0: the widest with a known Hadamard matrix.
         timesteps: ranges [first, last] with separate smoothing scales and integers.
@@ -58,10 +57,24 @@ class Balance(_Strict):
     alpha: float | tuple[float, ...] = 0.5
     salience: Literal["max", "spearman"] = "max"
     where: Literal["all", "foldable"] = "all"
-    fold: bool = True
     power_of_two: bool = False
     block: Annotated[int, Field(ge=0)] = 0
     timesteps: Annotated[tuple[tuple[int, int], ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_folded(cls, data: Any) -> Any:
+        """Accepts ``fold`` of ditq 0.1, which could fold smoothing scales into norms."""
+        if not isinstance(data, dict) or "fold" not in data:
+            return data
+        if not isinstance(data["fold"], bool):
+            raise ValueError("fold must be true or false")
+        if data["fold"]:
+            warn(
+                "balance.fold=true has no effect any more: layers divide their input by the smoothing scale while "
+                "they quantize it, at no cost. Remove it."
+            )
+        return {key: value for key, value in data.items() if key != "fold"}
 
     @field_validator("alpha", mode="before")
     @classmethod
@@ -199,6 +212,7 @@ class Recipe(_Strict):
         """
         assignments = [assignments] if isinstance(assignments, str) else assignments
         data = self.model_dump(mode="json")
+        data["balance"]["fold"] = False  # a field of ditq 0.1, see Balance
         # Mappings that take any key; validation decides.
         open_mappings = {id(data["roles"]), id(data["calibration"]["arguments"])}
         for assignment in assignments:
@@ -208,7 +222,7 @@ class Recipe(_Strict):
             target, parts = data, _path(key.strip())
             for i, part in enumerate(parts):
                 if not isinstance(target, dict) or (part not in target and id(target) not in open_mappings):
-                    raise unknown("recipe field", key, _fields(data))
+                    raise unknown("recipe field", key, _fields(self.model_dump(mode="json")))
                 if i < len(parts) - 1:
                     if target.get(part) is None:
                         target[part] = {}

@@ -56,7 +56,6 @@ class Candidates:
     ) -> None:
         self.model, self.space = model, space
         self.linears = {x.name: x.module for x in architecture.linears(model)}
-        # Before anything is folded, as in convert().
         self.scales: dict[str, torch.Tensor] = {}
         group_scales: dict[str, torch.Tensor | None] = {}
         planned = {layer.name: layer for layer in layers}

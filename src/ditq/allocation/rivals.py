@@ -59,7 +59,7 @@ def layer_errors(
     Measured on calibration inputs of the 16-bit model, one layer at a time (weights by min-max).
 
     Args:
-        model: the transformer before anything is quantized or folded.
+        model: the transformer before anything is quantized.
         architecture: of the model.
         space: the layers and their group sizes.
         statistics: with samples of every layer's input.

@@ -241,7 +241,7 @@ def _plan(
         )
         for layer in layers
     ]
-    return candidate.model_copy(update={"folds": (), "layers": tuple(final)})
+    return candidate.model_copy(update={"layers": tuple(final)})
 
 
 def _settings(

@@ -42,7 +42,7 @@ def quantize(
     ] = None,
     prompts: PromptFile = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a recipe field, e.g. balance.fold=false.")
+        list[str] | None, typer.Option("--set", help="Override a recipe field, e.g. balance.alpha=0.7.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the calibration cache.")] = False,
     cache: Annotated[Path | None, typer.Option(help="Folder of the calibration cache.")] = None,

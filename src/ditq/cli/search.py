@@ -87,7 +87,7 @@ def search(
     mutation: Annotated[int, typer.Option(help="Mutated children per generation.")] = 25,
     mutation_probability: Annotated[float, typer.Option(help="Per layer of a mutated child.")] = 0.1,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a recipe field, e.g. balance.fold=false.")
+        list[str] | None, typer.Option("--set", help="Override a recipe field, e.g. balance.alpha=0.7.")
     ] = None,
     component: Annotated[
         str | None,

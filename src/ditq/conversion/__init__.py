@@ -1,4 +1,4 @@
-"""From a recipe to a plan, and from a plan to integers: draft, balance, scales, folding, rounding, layers."""
+"""From a recipe to a plan, and from a plan to integers: draft, balance, scales, rounding, layers."""
 
 from ditq.conversion.convert import convert, replace
 from ditq.conversion.draft import draft, estimate

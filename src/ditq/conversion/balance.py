@@ -26,17 +26,6 @@ from ditq.recipe import Balance
 Option = tuple[Smooth | None, Rotate | None]
 
 
-def smooth_of(group: InputGroup, rules: Balance, alpha: float) -> Smooth:
-    """The smoothing of a group at one ``alpha``, folded if the rules and the architecture allow it."""
-    fold = rules.fold and rules.timesteps is None
-    return Smooth(
-        alpha=alpha,
-        salience=rules.salience,
-        power_of_two=rules.power_of_two,
-        folded=group.input.foldable if fold else None,
-    )
-
-
 def rotate_of(width: int, rules: Balance, seed: int) -> Rotate:
     """The widest Hadamard rotation for ``width`` inputs, or the rotation with the block size of the rules.
 
@@ -57,7 +46,10 @@ def options(group: InputGroup, width: int, rules: Balance, seed: int) -> list[Op
     """The combinations that the rules allow for the input of ``group``; never empty. The first one wins ties."""
     if rules.where == "foldable" and group.input.foldable is None:
         return [(None, None)]
-    smooths = [smooth_of(group, rules, alpha) for alpha in rules.alphas] if rules.smooth else []
+    smooths = [
+        Smooth(alpha=alpha, salience=rules.salience, power_of_two=rules.power_of_two)
+        for alpha in (rules.alphas if rules.smooth else ())
+    ]
     rotation = rotate_of(width, rules, seed) if rules.rotate else None
     complete: list[Option] = [(smooth, rotation) for smooth in smooths] or [(None, rotation)]
     if rules.choose == "always":

@@ -79,6 +79,3 @@ def _check_statistics(
             )
         if reason and (statistics is None or group is None or group.name not in statistics.groups):
             raise UsageError(f"Layer {name!r} {reason}: calibration of its input is needed, pass prompts.")
-        folded = plan.smooth.folded if plan.smooth else None
-        if folded is not None and group is not None and folded != group.input.foldable:
-            raise UsageError(f"The plan folds into {folded!r}, but the input of {name!r} is {group.input}.")

@@ -1,4 +1,4 @@
-"""Carries out a plan on a model, in place: scales, folds, Hessians, rounding, quantized layers."""
+"""Carries out a plan on a model, in place: scales, Hessians, rounding, quantized layers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from ditq.architectures import Architecture, InputGroup, Linear
 from ditq.calibration import Statistics
 from ditq.conversion.checks import check, smoothed_layer
-from ditq.conversion.folding import fold
 from ditq.conversion.hessians import Hessians, InputHessian, walk_blocks
 from ditq.conversion.make import make_layer
 from ditq.conversion.scales import group_scale
 from ditq.conversion.storage import count_parameters, round_to_storage
 from ditq.conversion.wiring import wire
 from ditq.layers import Clock
-from ditq.plan import Fold, LayerPlan, Plan
+from ditq.plan import LayerPlan, Plan
 from ditq.trace.calls import Call, call_time
 
 Progress = Callable[[int, int], None]
@@ -52,7 +51,7 @@ def convert(
     *,
     progress: Progress | None = None,
 ) -> Plan:
-    """Carries out ``plan`` on ``model``, in place, and returns it completed by folds, storage and rounding gains.
+    """Carries out ``plan`` on ``model``, in place, and returns it completed by storage and rounding gains.
 
     Args:
         statistics: of calibration; scales come from the timesteps that ``plan.calibration_timesteps`` names.
@@ -60,13 +59,12 @@ def convert(
     Raises:
         UsageError, NothingQuantizedError: see :func:`ditq.conversion.checks.check`; the model is unchanged then.
     """
+    plan = _unfolded(plan)
     statistics = statistics.at(plan.calibration_timesteps) if statistics else None
     work = Conversion(model, architecture, {layer.name: layer for layer in plan.layers}, statistics)
     check(model, architecture, work.plans, statistics)
     groups = architecture.groups(model)
-    # Scales depend on weights, and folding changes weights: compute all scales first, then fold.
     work.scales = {group.name: _scale(work, group) for group in groups}
-    folds = [record for group in groups if (record := _fold(work, group))]
     del groups  # they hold the float weights of finished blocks
     storage = round_to_storage(model)
     if any(layer.timesteps for layer in plan.quantized):
@@ -78,12 +76,22 @@ def convert(
         update={
             "architecture": architecture.name,
             "layers": tuple(final[name] for name in names),
-            "folds": tuple(folds),
             "storage_dtype": storage,
             "time_argument": architecture.forward.time,
             "other_parameters": count_parameters(model, final) - sum(layer.parameters for layer in final.values()),
         }
     )
+
+
+def _unfolded(plan: Plan) -> Plan:
+    """The plan with every smoothing in its layer: ditq 0.1 folded some into the producer of the input."""
+    layers = (
+        layer.model_copy(update={"smooth": layer.smooth.model_copy(update={"folded": None})})
+        if layer.smooth
+        else layer
+        for layer in plan.layers
+    )
+    return plan.model_copy(update={"layers": tuple(layers), "folds": ()})
 
 
 def _scale(work: Conversion, group: InputGroup) -> Tensor | None:
@@ -93,17 +101,6 @@ def _scale(work: Conversion, group: InputGroup) -> Tensor | None:
     assert work.statistics is not None  # see checks.check
     scale = group_scale(layer.smooth, group, work.statistics.groups[group.name], work.statistics.timesteps)
     return scale.to(group.linears[0].module.weight.device)
-
-
-def _fold(work: Conversion, group: InputGroup) -> Fold | None:
-    layer, scale = smoothed_layer(group, work.plans), work.scales[group.name]
-    if scale is None or layer is None or layer.smooth is None or layer.smooth.folded is None:
-        return None
-    record = fold(work.model, work.architecture, group, scale)
-    for linear in group.linears:  # those that stay in 16 bit read the divided input too
-        if work.plans[linear.name].smooth is None:
-            linear.module.weight.mul_(scale.to(linear.module.weight.dtype))
-    return record
 
 
 def _replace_all(work: Conversion, progress: Progress | None) -> dict[str, LayerPlan]:

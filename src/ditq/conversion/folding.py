@@ -1,8 +1,13 @@
-"""Folds a static smoothing scale 1/s into the producer of an input, where that is exact."""
+"""Folds a static scale 1/s into the producer of an input, where that is exact.
+
+Quantized layers divide by their smoothing scale themselves, while they quantize the input. This takes no measurable
+time, and adapters, offloading and casts see a model of the usual structure. Folds are in checkpoints of ditq 0.1;
+:func:`prepare` rebuilds them. A fold is also what an architecture file claims about the producer of an input: its tests
+fold random scales to check the claim.
+"""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +16,7 @@ from torch import Tensor, nn
 
 from ditq.architectures.architecture import Architecture, InputGroup, present
 from ditq.errors import UsageError
+from ditq.layers.folded import fold_argument, unfold_argument
 from ditq.plan import MODULATION, Fold
 
 BUFFER = MODULATION
@@ -90,7 +96,7 @@ def unfold(model: nn.Module, architecture: Architecture, folds: Iterable[Fold]) 
             linear.module.weight.div_(scale.to(linear.module.weight.dtype))
         norm.weight = None
     for name in {record.block for record in folds if record.block}:
-        model.get_submodule(name)._buffers.pop(BUFFER, None)
+        unfold_argument(model.get_submodule(name))
 
 
 def prepare(model: nn.Module, record: Fold) -> None:
@@ -113,29 +119,7 @@ def prepare(model: nn.Module, record: Fold) -> None:
         norm.weight = nn.Parameter(
             torch.ones(record.width, dtype=reference.dtype, device=reference.device), requires_grad=False
         )
-    if block is not None and BUFFER not in block._buffers:
-        block.register_buffer(BUFFER, torch.ones(record.chunks * record.width, device=reference.device))
-        assert record.argument is not None
-        _scale_argument(block, record.argument)
-
-
-def _scale_argument(block: nn.Module, argument: str) -> None:
-    """Multiplies one argument [..., chunks * width] or [..., chunks, width] of a block's forward by its factor."""
-    parameters = list(inspect.signature(block.forward).parameters)
-    if argument not in parameters:
-        raise UsageError(f"The plan folds into argument {argument!r}, which {type(block).__name__} does not have.")
-    position = parameters.index(argument)
-
-    def scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        factor = module._buffers.get(BUFFER)
-        if factor is None:  # unfolded in the meantime
-            return args, kwargs
-        value = kwargs[argument] if argument in kwargs else args[position]
-        if value.shape[-1] != factor.numel():
-            factor = factor.view(value.shape[-2:])
-        value = value * factor.to(value.dtype)
-        if argument in kwargs:
-            return args, {**kwargs, argument: value}
-        return (*args[:position], value, *args[position + 1 :]), kwargs
-
-    block.register_forward_pre_hook(scale, with_kwargs=True)
+    if block is not None:
+        if record.argument is None:
+            raise UsageError(f"The plan folds into block {record.block!r}, but names no argument of it.")
+        fold_argument(block, record.argument, record.chunks * record.width, reference.device)

@@ -54,8 +54,7 @@ def walk_blocks(
     The caller quantizes a block before it takes the next one. The Hessians of a block are freed then.
 
     Args:
-        groups: of each block of the model, whose norms and value projections are folded already. The caller may remove
-            those of finished blocks, to free their float weights.
+        groups: of each block of the model. The caller may remove those of finished blocks, to free their weights.
         scales: smoothing scale of each group, by name.
         calls: recorded calls of the transformer, see :class:`ditq.calibration.Statistics`.
         prepare: see :class:`BlockWalk`.
@@ -108,7 +107,7 @@ def _observed(
     hessians: Hessians,
     mask: list[Tensor | None],
 ) -> Iterator[None]:
-    """Inside, inputs of linears are added to ``hessians``, and linears after a folded producer compute correctly."""
+    """Inside, inputs of linears are added to ``hessians``."""
 
     def hooks() -> Iterator[AbstractContextManager[None]]:
         for scale, tensor in ((scales[group.name], tensor) for group in groups for tensor in group.tensors):
@@ -120,11 +119,9 @@ def _observed(
                     if key not in shared:
                         width = plan.in_features
                         shared[key] = InputHessian(torch.zeros(width, width, device=linear.module.weight.device))
-                        online = scale if plan.smooth and plan.smooth.folded is None else None
-                        yield hooked(linear.module, _observer(shared[key].matrix, plan, online, mask, tensor.text))
+                        smooth = scale if plan.smooth else None
+                        yield hooked(linear.module, _observer(shared[key].matrix, plan, smooth, mask, tensor.text))
                     hessians[linear.name] = shared[key]
-                if plan.smooth and plan.smooth.folded and scale is not None:
-                    yield hooked(linear.module, _unfolded(scale))
 
     with all_hooked(hooks()):
         yield
@@ -142,14 +139,3 @@ def _observer(
         add_inputs(hessian, balanced(rows, scale, plan.rotate, weight=False))
 
     return observe
-
-
-def _unfolded(scale: Tensor) -> Before:
-    """Restores the input before folding: the weight is multiplied by the scale only when it is quantized."""
-
-    def multiply(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (args[0] * scale.to(args[0].dtype), *args[1:]), kwargs
-
-    return multiply

@@ -21,7 +21,7 @@ def round_weight(
     """The plan with GPTQ's gain, and the integers; both are of rounding to nearest if GPTQ gained nothing.
 
     Args:
-        scale: smoothing scale [K] of the plan's smoothing, folded or not.
+        scale: smoothing scale [K] of the plan's smoothing.
         hessian: of the balanced input.
     """
     fmt, settings = plan.weight, plan.gptq or Gptq()

@@ -22,8 +22,8 @@ from ditq.plan import LayerPlan
 class QuantizedLinear(nn.Linear):
     """A linear layer with integer weights, and with integer inputs unless its plan keeps them in 16 bit.
 
-    y = Q(x / s R) Q(W s R)^T + b with the smoothing scale s and the rotation R of the plan, both optional. If s is
-    folded into the producer of x, the layer's input is x / s already.
+    y = Q(x / s R) Q(W s R)^T + b with the smoothing scale s and the rotation R of the plan, both optional. In
+    checkpoints of ditq 0.1, s may be folded into the producer of x: the layer's input is x / s already.
 
     It subclasses ``nn.Linear`` and has a dequantizing property ``weight``, so that adapters (PEFT) accept it; it does
     not have a weight parameter. Its buffers are those of :meth:`ditq.plan.LayerPlan.tensors`.
@@ -79,7 +79,7 @@ class QuantizedLinear(nn.Linear):
         """Quantizes the weights of ``linear`` once, as planned.
 
         Args:
-            smooth_scale: s [K] of the plan's smoothing, folded or not: the weight's columns are multiplied by it.
+            smooth_scale: s [K] of the plan's smoothing: the weight's columns are multiplied by it.
             input_scale: static activation scales (of the balanced input), a scalar, or [1, G] for groups.
             quantized: the balanced weight, if already rounded; None: it is rounded to nearest.
 

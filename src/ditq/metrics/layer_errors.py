@@ -228,7 +228,7 @@ def step_times(calls: Sequence[TimedCall], runs: int = 7) -> tuple[StepTime, Ste
 
 
 def _carriers(architecture: Architecture, model: nn.Module, plan: Plan) -> set[str]:
-    """Linears into which a scale was folded: their outputs differ by a fixed factor per channel."""
+    """Linears into which ditq 0.1 folded a scale: their outputs differ by a fixed factor per channel."""
     folded = {layer.name for layer in plan.quantized if layer.smooth is not None and layer.smooth.folded}
     return {
         f"{group.block}.{path}"
