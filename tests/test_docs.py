@@ -183,7 +183,7 @@ raise SystemExit
     verbs = typer.main.get_command(build()).commands  # type: ignore[attr-defined]
     page_of_commands = """
 ```console
-$ ditq quantize bundled:emoji-t2i --recipe viditq-w4a8 --set balance.fold=false --out folder   # right
+$ ditq quantize bundled:emoji-t2i --recipe viditq-w4a8 --set balance.alpha=0.7 --out folder   # right
 $ ditq quantize bundled:emoji-t2i --recipe rtn-w4a8 \\
     --set balance.block=8 --out folder
 $ ditq quantize bundled:emoji-t2i --no-such-option --out folder

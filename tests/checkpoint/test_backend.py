@@ -29,7 +29,7 @@ CASES = {
     "pixart-online-w3a8": (
         "pixart",
         "viditq-w4a8",
-        ("weights.bits=3", "balance.fold=false", "balance.choose=always", "balance.alpha=0.5"),
+        ("weights.bits=3", "balance.choose=always", "balance.alpha=0.5"),
     ),
     "dit-smoothquant-w8a8": ("dit", "smoothquant-w8a8", ()),
     "dit-rtn-static-w6a6": ("dit", "rtn-static-w6a6", ()),
@@ -42,7 +42,7 @@ CASES = {
     "pixart-gptq-static-groups-w4a8": (
         "pixart",
         "smoothquant-w4a8",
-        ("rounding=gptq", "activations={bits: 8, granularity: group, group_size: 64}", "balance.fold=false"),
+        ("rounding=gptq", "activations={bits: 8, granularity: group, group_size: 64}"),
     ),
     "dit-timesteps-w4a8": (
         "dit",

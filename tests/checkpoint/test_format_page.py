@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ import ditq
 from ditq.numerics import hadamard_matrix
 from ditq.numerics.hadamard import is_supported
 
+V0_1 = Path(__file__).resolve().parent.parent / "data" / "v0.1"
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "checkpoint-format.md"
 DTYPES = {"U8": np.uint8, "I8": np.int8, "F32": np.float32, "BF16": np.uint16, "F16": np.float16, "I64": np.int64}
 TORCH = {"U8": "uint8", "I8": "int8", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "I64": "int64"}
@@ -148,10 +150,10 @@ def outcome(tensors: dict[str, Array], kinds: dict[str, str], prefix: str, layer
 # -------------------------------------------------------------------------------------------- the tests
 
 CASES = {
-    "asymmetric-w4a8-folded": ("pixart", "smoothquant-w4a8", ["balance.alpha=0.5"]),
-    "w3a8-online-rotated": (
+    "asymmetric-w4a8": ("pixart", "smoothquant-w4a8", ["balance.alpha=0.5"]),
+    "w3a8-rotated": (
         "pixart", "viditq-w4a8",
-        ["weights.bits=3", "balance.fold=false", "balance.choose=always", "balance.alpha=0.5"],
+        ["weights.bits=3", "balance.choose=always", "balance.alpha=0.5"],
     ),
     "groups-asymmetric-inputs": (
         "dit", "qdit-w4a8", ["weights.group_size=32", "activations={bits: 8, granularity: group, group_size: 32, "
@@ -248,11 +250,8 @@ def test_page_explains_the_checksums(saved: tuple[Any, Path]) -> None:
 
 def test_folded_modulation_divides_shifts_only() -> None:
     """PixArt: shift, scale, gate of the attention, then of the MLP; the norms' weights are 1 / s of the same s."""
-    model = tiny_model("pixart")
-    plan = ditq.quantize(
-        model, "smoothquant-w4a8", statistics=tiny_statistics(model, "pixart"), overrides=["balance.alpha=0.5"]
-    ).plan
-    folds = {fold.norm: fold for fold in plan.folds}
+    model = diffusers.PixArtTransformer2DModel.from_pretrained(V0_1 / "pixart-folded")
+    folds = {fold.norm: fold for fold in model.hf_quantizer.plan.folds}
     block = model.transformer_blocks[0]
     factor = block.ditq_modulation.view(6, -1)
     assert factor.shape[1] == folds["transformer_blocks.0.norm1"].width

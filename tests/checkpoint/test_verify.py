@@ -31,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A PixArt with folded smoothing, asymmetric weights and static activations: every kind of tensor there is."""
+    """A PixArt with smoothing, asymmetric weights and static activations: every kind of tensor there is."""
     path = tmp_path_factory.mktemp("original") / "pipe"
     pipe = tiny_pixart()
     statistics = tiny_statistics(pipe.transformer, "pixart")
@@ -109,11 +109,11 @@ def places(data: bytes, part: str) -> tuple[int, int]:
         "scales": span(data, f"{LAYER}.weight_scale"),
         "zero-points": span(data, f"{LAYER}.weight_zero_point"),
         "16-bit": span(data, "proj_out.weight"),
-        "fold": span(data, "transformer_blocks.0.ditq_modulation"),
+        "smoothing": span(data, f"{LAYER}.smooth_scale"),
     }[part]
 
 
-@pytest.mark.parametrize("part", ["codes", "scales", "zero-points", "16-bit", "fold"])
+@pytest.mark.parametrize("part", ["codes", "scales", "zero-points", "16-bit", "smoothing"])
 @pytest.mark.parametrize("seed", range(4))
 def test_flipped_bit_in_a_tensor_is_found(part: str, seed: int, load: Callable[[Path], Any], folder: Path) -> None:
     data = bytearray((folder / FILE).read_bytes())
@@ -123,7 +123,7 @@ def test_flipped_bit_in_a_tensor_is_found(part: str, seed: int, load: Callable[[
         torch.randint(8, (), generator=generator)
     )
     (folder / FILE).write_bytes(data)
-    tensor = {"16-bit": "proj_out.weight", "fold": "ditq_modulation"}.get(part, LAYER)
+    tensor = "proj_out.weight" if part == "16-bit" else LAYER
     with pytest.raises(CheckpointError, match=tensor):
         load(folder)
 
@@ -213,13 +213,6 @@ CHANGES: dict[str, tuple[str, Callable[[Tensors], object]]] = {
     "16-bit-removed": ("proj_out.weight", lambda t: t.pop("proj_out.weight")),
     "16-bit-renamed": ("proj_out", lambda t: rename(t, "proj_out.weight", "proj_out.wait")),
     "16-bit-reshaped": ("proj_out", lambda t: t.update({"proj_out.weight": t["proj_out.weight"][:-1].contiguous()})),
-    "norm-removed": ("0.norm1.weight", lambda t: t.pop("transformer_blocks.0.norm1.weight")),
-    "fold-removed": ("0.ditq_modulation", lambda t: t.pop("transformer_blocks.0.ditq_modulation")),
-    "fold-reshaped": (
-        "0.ditq_modulation",
-        lambda t: t.update({"transformer_blocks.0.ditq_modulation": torch.ones(1)}),
-    ),
-    "fold-nan": ("0.ditq_modulation", lambda t: t["transformer_blocks.0.ditq_modulation"][7].fill_(float("nan"))),
     "tensor-added": ("surprise", lambda t: t.update({"surprise": torch.ones(3)})),
 }
 
@@ -261,14 +254,10 @@ def first_quantized(fields: dict[str, Any]) -> dict[str, Any]:
         (lambda f: first_quantized(f).update(in_features=64), "attn1.to_q"),
         (lambda f: f.update(layers="all"), "layers"),
         (lambda f: f.pop("method"), "method"),
-        (lambda f: f["folds"][0].update(norm="transformer_blocks.0.norm9"), "norm9"),
-        (lambda f: f["folds"][0].update(block="transformer_blocks.7"), r"transformer_blocks\.7|norm1"),
-        (lambda f: f["folds"][0].update(argument="nothing"), "nothing"),
-        (lambda f: f.update(folds=[]), r"norm1\.weight|ditq_modulation"),
     ],
     ids=[
         "newer", "bits-impossible", "bits-other", "layer-missing", "layer-size", "layers-no-list",
-        "field-missing", "fold-norm", "fold-block", "fold-argument", "folds-removed",
+        "field-missing",
     ],
 )  # fmt: skip
 def test_wrong_plan_is_refused(
@@ -277,6 +266,50 @@ def test_wrong_plan_is_refused(
     edit_plan(folder, change)
     with pytest.raises(DitqError, match=complaint):
         load(folder)
+
+
+# ------------------------------------------------------------------------------- folds of ditq 0.1
+
+OLD = Path(__file__).resolve().parent.parent / "data" / "v0.1" / "pixart-folded"
+MODULATION = "transformer_blocks.0.ditq_modulation"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    (tmp_path / "pipe").mkdir()
+    return Path(shutil.copytree(OLD, tmp_path / "pipe" / "transformer")).parent
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda t: t.pop("transformer_blocks.0.norm1.weight"), "0.norm1.weight"),
+        (lambda t: t.pop(MODULATION), "0.ditq_modulation"),
+        (lambda t: t.update({MODULATION: torch.ones(1)}), "0.ditq_modulation"),
+        (lambda t: t[MODULATION][7].fill_(float("nan")), "0.ditq_modulation"),
+    ],
+    ids=["norm-removed", "removed", "reshaped", "nan"],
+)
+def test_changed_fold_is_named(change: Callable[[Tensors], object], name: str, old: Path) -> None:
+    rewrite(old, change)
+    with pytest.raises((CheckpointError, ValueError), match=name.replace(".", r"\.")):
+        by_diffusers(old)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda f: f["folds"][0].update(norm="transformer_blocks.0.norm9"), "norm9"),
+        (lambda f: f["folds"][0].update(block="transformer_blocks.7"), r"transformer_blocks\.7|norm1"),
+        (lambda f: f["folds"][0].update(argument="nothing"), "nothing"),
+        (lambda f: f.update(folds=[]), r"norm1\.weight|ditq_modulation"),
+    ],
+    ids=["norm", "block", "argument", "removed"],
+)
+def test_wrong_fold_is_refused(change: Callable[[dict[str, Any]], object], complaint: str, old: Path) -> None:
+    edit_plan(old, change)
+    with pytest.raises(DitqError, match=complaint):
+        by_diffusers(old)
 
 
 def test_plan_without_layers_or_recipe_is_refused(load: Callable[[Path], Any], folder: Path) -> None:

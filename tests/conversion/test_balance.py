@@ -14,7 +14,7 @@ from ditq import architectures
 from ditq.architectures import InputGroup
 from ditq.calibration import Statistics
 from ditq.conversion import draft, plan_layers
-from ditq.conversion.balance import rotate_of, smooth_of
+from ditq.conversion.balance import rotate_of
 from ditq.conversion.error import output_error
 from ditq.conversion.scales import group_scale
 from ditq.errors import UsageError
@@ -66,7 +66,7 @@ def layer_sqnr(subject: tuple[str, Statistics], recipe: str, *overrides: str) ->
     for group in groups:
         x = statistics.groups[group.name].rows()
         exact[group.name] = (x, x @ group.linears[0].module.weight.detach().T)
-    plan = ditq.quantize(model, recipe, statistics=statistics, overrides=["balance.fold=false", *overrides]).plan
+    plan = ditq.quantize(model, recipe, statistics=statistics, overrides=list(overrides)).plan
     out = {}
     for group in groups:
         layer = model.get_submodule(group.name)
@@ -139,7 +139,7 @@ def test_viditq_is_never_worse_than_the_methods_it_contains(bits: str, subject: 
         best = error_of(group, layers, statistics, chosen[group.name].smooth, chosen[group.name].rotate)
         others = {
             "rtn": (None, None),
-            "smoothquant": (smooth_of(group, recipe.balance, 0.5), None),
+            "smoothquant": (Smooth(alpha=0.5), None),
             "quarot": (None, rotate_of(width, recipe.balance, 0)),
         }
         for method, (smooth, rotation) in others.items():
@@ -173,9 +173,7 @@ def test_smoothquant_takes_the_best_of_its_alphas(subject: tuple[str, Statistics
     plans = {layer.name: layer for layer in plan_layers(model, arch, recipe, statistics)}
     for group in arch.groups(model):
         layers = [plans[linear.name] for linear in group.linears]
-        errors = {
-            a: error_of(group, layers, statistics, smooth_of(group, recipe.balance, a), None) for a in (0.1, 0.5, 0.9)
-        }
+        errors = {a: error_of(group, layers, statistics, Smooth(alpha=a), None) for a in (0.1, 0.5, 0.9)}
         smooth = plans[group.name].smooth
         assert smooth is not None
         assert smooth.alpha == min(errors, key=lambda a: errors[a])

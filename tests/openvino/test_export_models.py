@@ -161,7 +161,7 @@ def test_any_batch_resolution_and_text_length(name: str, torch_model: nn.Module,
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("balance.fold=false", "balance.choose=always"),
+        ("balance.choose=always",),
         ("balance.choose=always", "balance.block=32"),
         ("weights.symmetric=true", "weights.bits=3"),
         ("weights.granularity=group", "weights.group_size=64", "activations.group_size=64"),

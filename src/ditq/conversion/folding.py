@@ -2,8 +2,8 @@
 
 Quantized layers divide by their smoothing scale themselves, while they quantize the input. This takes no measurable
 time, and adapters, offloading and casts see a model of the usual structure. Folds are in checkpoints of ditq 0.1;
-:func:`prepare` rebuilds them. A fold is also what an architecture file claims about the producer of an input: its tests
-fold random scales to check the claim.
+:func:`prepare` rebuilds them. A fold is also what an architecture file claims about the producer of an input: its
+tests fold random scales to check the claim.
 """
 
 from __future__ import annotations
