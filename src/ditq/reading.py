@@ -52,7 +52,7 @@ def read_json(path: Path, error: type[DitqError]) -> Any:
         ``error``: the file cannot be read, is too large, is not JSON in UTF-8, is nested too deeply, or has an
             integer of more than 64 bits.
     """
-    return parse_json(_text(path, JSON_BYTES, error), str(path), error)
+    return parse_json(read_text(path, JSON_BYTES, error), str(path), error)
 
 
 def parse_json(text: str, source: str, error: type[DitqError]) -> Any:
@@ -71,7 +71,7 @@ def read_yaml(path: Path, error: type[DitqError]) -> Any:
         ``error``: the file cannot be read, is too large, is not YAML in UTF-8, has an alias, a tag, a repeated key,
             NaN or infinity, an integer of more than 64 bits, or is nested too deeply.
     """
-    return parse_yaml(_text(path, YAML_BYTES, error), str(path), error)
+    return parse_yaml(read_text(path, YAML_BYTES, error), str(path), error)
 
 
 def parse_yaml(text: str, source: str, error: type[DitqError]) -> Any:
@@ -83,7 +83,12 @@ def parse_yaml(text: str, source: str, error: type[DitqError]) -> Any:
         raise error(f"{source} is not valid: not YAML that ditq can read ({_reason(problem)}).") from problem
 
 
-def _text(path: Path, limit: int, error: type[DitqError]) -> str:
+def read_text(path: Path, limit: int, error: type[DitqError]) -> str:
+    """The content of a file of at most ``limit`` bytes, in UTF-8; a byte-order mark is removed.
+
+    Raises:
+        ``error``: the file cannot be read, is too large, or is not UTF-8.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(limit + 1)

@@ -140,7 +140,7 @@ class DitqQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         self.remember(model)
         assert self._folder is not None
-        self.compiled = compile_graphs(model, config.engine, self._folder)
+        self.compiled = compile_graphs(model, config.engine, self._folder, config.plan)
         if not self.compiled:
             config.engine = None  # a copy saved from this model will not have graphs
             if not config.is_plain:
