@@ -23,7 +23,8 @@ from ditq.plan import MOST_RANGES, Gptq, Timesteps, first_error
 from ditq.reading import parse_yaml, read_yaml, short
 
 MOST_ALPHAS = 100
-Names = Annotated[tuple[str, ...], Field(max_length=patterns.MOST)]
+Label = Annotated[str, Field(max_length=patterns.LONGEST)]
+Names = Annotated[tuple[Label, ...], Field(max_length=patterns.MOST)]
 
 
 class _Strict(BaseModel):
@@ -135,9 +136,9 @@ class Recipe(_Strict):
     """
 
     version: Literal[1] = 1
-    name: str = "custom"
+    name: Label = "custom"
     description: str = ""
-    method: str = "custom"
+    method: Label = "custom"
     paper: str = ""
     weights: Grid
     activations: Grid | None
