@@ -275,7 +275,7 @@ def _path(key: str) -> list[str]:
 def _fields(data: dict[str, Any], prefix: str = "") -> list[str]:
     out = []
     for key, value in data.items():
-        out += _fields(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key]
+        out += _fields(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
     return out
 
 

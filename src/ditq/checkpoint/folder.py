@@ -12,7 +12,7 @@ from ditq.components import NAMES, transformer_names
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.files import new_folder
 from ditq.plan import Plan
-from ditq.reading import cut, read_json
+from ditq.reading import cut, read_json, short
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,13 @@ def _bounded_configs(folder: Path) -> Any:
     """
     for path in sorted(folder.glob("*/*config.json")):
         read_json(path, CheckpointError)
-    return read_json(folder / "model_index.json", CheckpointError)
+    path = folder / "model_index.json"
+    index = read_json(path, CheckpointError)
+    for name, entry in index.items() if isinstance(index, dict) else ():
+        pair = isinstance(entry, list) and len(entry) == 2
+        if not pair and (folder / name).is_dir():  # diffusers would look for a component of this name on the hub
+            raise CheckpointError(f"{path}: {name} is {short(entry)}, not a library and a class: damaged.")
+    return index
 
 
 def save_pipeline(pipe: Any, out: str | Path, source: str | Path | None = None, overwrite: bool = False) -> None:
