@@ -13,6 +13,7 @@ from helpers import tiny_pixart
 
 import ditq
 from ditq.checkpoint.folder import read_plan, read_plans
+from ditq.cli.app import run
 from ditq.errors import CheckpointError
 
 
@@ -91,3 +92,24 @@ def test_16_bit_folders_have_no_plan(tmp_path: Path) -> None:
     tiny_pixart().save_pretrained(tmp_path / "pipe")
     assert read_plan(tmp_path / "pipe") is None
     assert read_plans(tmp_path / "pipe") == {}
+
+
+@pytest.mark.parametrize("verb", ["inspect", "generate --prompt cat", "export", "quantize --recipe rtn-w8a8"])
+def test_every_verb_refuses_quantized_tensors_without_a_plan(verb: str, folder: Path, capsys: Any) -> None:
+    edit(folder / "transformer/config.json", lambda config: config.pop("quantization_config"))
+    name, *options = verb.split()
+    out = [] if name == "inspect" else ["--out", str(folder.parent / "out")]
+    assert run([name, str(folder), *options, *out]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "quantization_config was removed or replaced" in error
+    assert "unexpected" not in error
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "[]", "{", "\xff"])
+def test_plan_file_that_is_not_a_small_plan_is_refused(text: str, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "plan.json").write_bytes(text.encode("latin-1"))
+    command = ["quantize", str(folder), "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")]
+    assert run(command) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "is not a plan file" in error
+    assert len(error) < 900
