@@ -360,7 +360,9 @@ class Plan(_Frozen):
         Unlike :meth:`hash` it skips fields with their default value, so a field that a later ditq adds, with the
         behaviour of before as its default, does not change it. The default of a field must never change.
         """
-        return digests.of_json(self.model_dump(mode="json", exclude_defaults=True))
+        # Read again as a loader does: a plan changed by model_copy may hold 1 where the file's plan holds 1.0.
+        read = type(self).model_validate(self.model_dump(mode="json"))
+        return digests.of_json(read.model_dump(mode="json", exclude_defaults=True))
 
     def diff(self, other: Plan) -> dict[str, tuple[str, str]]:
         """Layers that differ, as ``{name: (this plan's, the other's)}`` in words."""
