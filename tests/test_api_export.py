@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ditq.errors import CheckpointError, UsageError
 from ditq.metrics import psnr_db
 from ditq.numerics import sqnr_db
 from ditq.openvino import attention_ranges, runtime
+from ditq.openvino.manifest import Manifest
 from ditq.sampling import Sampling, fingerprint, sample
 
 pytest.importorskip("openvino")
@@ -168,13 +170,35 @@ def test_comparison_times_graphs_but_does_not_look_into_them(folders: tuple[str,
     ("damage", "complaint"),
     [
         (lambda f: (f / "openvino" / "ditq_openvino.json").unlink(), "ditq_openvino.json"),
+        (lambda f: (f / "openvino" / "ditq_openvino.sha256").unlink(), "does not contain ditq_openvino.sha256"),
+        (lambda f: edit_manifest(f, lambda m: m.update(group_size=16)), "was edited since it was exported"),
+        (
+            lambda f: edit_manifest(f, lambda m: m["segments"][0].update(digests={})),
+            "was edited since it was exported",
+        ),
+        (lambda f: edit_manifest(f, lambda m: m["segments"][0]["layers"].pop()), "was edited since it was exported"),
+        (lambda f: edit_plan(f, lambda c: c["layers"][0].update(reason="x")), "config.json was edited"),
+        (lambda f: edit_plan(f, lambda c: c.update(seed=7)), "config.json was edited"),
         (lambda f: next((f / "openvino").glob("*.bin")).write_bytes(b"x"), "changed since it was exported"),
         (lambda f: edit(f, {"name": "tensorrt"}), "names the engine"),
         (lambda f: edit(f, {"name": "openvino", "options": {"A": [1]}}), "names the engine"),
         (lambda f: edit(f, {"name": "openvino", "attention": "f16"}), "names the engine"),
         (lambda f: edit(f, {"name": "openvino", "options": {"NO_SUCH_PROPERTY": "1"}}), "OpenVINO"),
     ],
-    ids=["no manifest", "damaged graph", "unknown engine", "odd option", "odd attention", "unknown option"],
+    ids=[
+        "no manifest",
+        "no binding",
+        "group size",
+        "no digests",
+        "layers",
+        "reason",
+        "seed",
+        "damaged graph",
+        "unknown engine",
+        "odd option",
+        "odd attention",
+        "unknown option",
+    ],
 )
 def test_damaged_exports_are_refused(
     folders: tuple[str, Path, Path], damage: Any, complaint: str, tmp_path: Path
@@ -182,6 +206,29 @@ def test_damaged_exports_are_refused(
     copy = shutil.copytree(folders[2], tmp_path / "copy")
     damage(copy / "transformer")
     with pytest.raises((CheckpointError, UsageError), match=complaint):
+        ditq.load(copy)
+
+
+def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "openvino" / "ditq_openvino.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_plan(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    change(content["quantization_config"])
+    path.write_text(json.dumps(content))
+
+
+def test_graphs_of_another_plan_are_refused(folders: tuple[str, Path, Path], tmp_path: Path) -> None:
+    copy = shutil.copytree(folders[2], tmp_path / "copy")
+    graphs = copy / "transformer" / "openvino"
+    plan = read_plans(copy)["transformer"]
+    Manifest.read(graphs).write(graphs, plan.model_copy(update={"seed": plan.seed + 1}))
+    with pytest.raises(CheckpointError, match="belongs to another checkpoint"):
         ditq.load(copy)
 
 

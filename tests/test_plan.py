@@ -322,3 +322,58 @@ def test_average_bits_lie_between_nominal_and_16() -> None:
     assert 4 < plan.average_bits < 16
     assert len(plan.quantized) + len(plan.kept) == len(plan.layers)
     assert all(layer.reason for layer in plan.kept)
+
+
+LAYER = {"name": "a", "role": "ffn.up", "in_features": 16, "out_features": 16}
+PLAN = {
+    "method": "rtn",
+    "recipe": "rtn",
+    "architecture": "dit",
+    "nominal_weight_bits": 8,
+    "nominal_activation_bits": 8,
+}
+GRID = {"bits": 8, "granularity": "channel"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"layers": [LAYER] * 10_001}, "layers has 10001 items"),
+        ({"layers": [LAYER] * 9_000}, "layers named twice: a"),
+        ({"layers": [LAYER], "folds": [{}] * 10**6}, "has 1000000 items"),
+        ({"layers": [{**LAYER, "weight": GRID, "timesteps": [[0, 1]] * 10**5}]}, r"layers\.0\.timesteps"),
+        (
+            {"layers": [{**LAYER, "name": str(i), "weight": GRID, "timesteps": [[0, 1]] * 100} for i in range(501)]},
+            "50100 timestep ranges",
+        ),
+        ({"layers": [{**LAYER, "in_features": 10**30}]}, r"layers\.0\.in_features"),
+        ({"layers": [{**LAYER, "out_features": 10**5000}]}, r"layers\.0\.out_features"),
+        ({"layers": [], "other_parameters": 10**30}, "other_parameters"),
+        ({"layers": [{**LAYER, "weight": GRID, "rotate": {"block": 16, "seed": 2**64}}]}, "seed"),
+        ({"layers": [{**LAYER, "weight": GRID, "rounding_gain": float("nan")}]}, "rounding_gain"),
+        ({"layers": "x" * 10**6}, "layers"),
+        ({"layers": [], "format_version": 10**5000}, "format_version"),
+        ({"layers": [], "x" * 10**6: 1}, "xxx"),
+    ],
+    ids=["layers", "twice", "folds", "ranges", "ranges-of-all", "inputs", "outputs", "parameters", "seed", "nan",
+         "text", "version", "field"],
+)  # fmt: skip
+def test_plans_beyond_the_limits_are_refused(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(CheckpointError, match=complaint) as error:
+        Plan.from_dict({**PLAN, **fields})
+    assert len(str(error.value)) < 400
+
+
+def test_binding_survives_the_file_and_sees_every_field() -> None:
+    layer = {**LAYER, "weight": GRID, "rotate": {"block": 16, "seed": 3}, "timesteps": [[0, 9]], "rounding_gain": 0.1}
+    plan = Plan.from_dict({**PLAN, "layers": [layer]})
+    assert Plan.from_dict(json.loads(plan.to_json())).binding() == plan.binding()
+    assert Plan.from_dict(plan.model_dump(mode="json", exclude_none=True)).binding() == plan.binding()
+    changes: list[dict[str, Any]] = [
+        {"rotate": {"block": 8, "seed": 3}},
+        {"timesteps": [[0, 8]]},
+        {"name": "b"},
+        {"clip": "mse"},
+    ]
+    others = [Plan.from_dict({**PLAN, "layers": [{**layer, **change}]}).binding() for change in changes]
+    assert len({plan.binding(), *others}) == 5

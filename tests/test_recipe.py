@@ -280,3 +280,40 @@ def test_a_file_may_spell_out_defaults_without_effect(tmp_path: Path) -> None:
 def test_alpha_out_of_range_says_what_it_takes(value: str) -> None:
     with pytest.raises(UsageError, match="balance.alpha: .*number from 0 to 1, or a list"):
         recipe.load("smoothquant-w8a8").override([f"balance.alpha={value}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("weights: &w {bits: 8, granularity: channel}\nactivations: *w\n", "alias"),
+        ("weights: 2001-99-99\n", "weights"),
+        ("keep_layers: [" + "a, " * 200 + "a]\n", "keep_layers"),
+        ("keep_layers: ['(?!a)b']\n", "look-around"),
+        ("keep: [" + "k" * 5000 + "]\n", "keep.0"),
+        ("name: " + "n" * 5000 + "\n", "name"),
+        ("balance: {smooth: true, timesteps: [" + "[1, 2], " * 200 + "[1, 2]]}\n", "balance.timesteps"),
+        ("balance: {smooth: true, alpha: [" + "0.5, " * 200 + "0.5]}\n", "balance.alpha"),
+        ("calibration: {guidance_scale: .nan}\n", "finite"),
+        ("calibration: {arguments: {1: 2}}\n", "arguments"),
+        (f"seed: {10**30}\n", "64 bits"),
+        ("a: " * 10 + "[" * 5000, "not YAML|levels deep"),
+    ],
+)
+def test_files_beyond_the_limits_are_refused(text: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    rest = "" if text.startswith("weights") else "weights: {bits: 8, granularity: channel}\nactivations: null\n"
+    path.write_text(rest + text)
+    with pytest.raises(UsageError, match=complaint) as error:
+        recipe.load(path)
+    assert len(str(error.value)) < 600
+
+
+def test_recipe_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes("description: é".encode("latin-1"))
+    with pytest.raises(UsageError, match="UTF-8"):
+        recipe.load(tmp_path / "mine.yaml")
+
+
+def test_expressions_of_layers_do_not_backtrack() -> None:
+    r = recipe.load("rtn-w8a8").override(["keep_layers=['^(a+)+$']"])
+    assert r.formats("a" * 200 + ".b", "ffn.up")[0] is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ditq import digests
 from ditq.errors import CheckpointError
 from ditq.numerics.grid import Grid
+from ditq.reading import LARGEST_INTEGER, cut, short
 
 FORMAT_VERSION = 1
 
@@ -24,11 +26,19 @@ MODULATION = "ditq_modulation"
 """Name of a block's buffer that carries 1/s for the shifts in its modulation argument, see :class:`Fold`."""
 
 MIN_GROUP_SIZE = 8
+
+# Limits of what a plan may describe, so that a damaged one is refused before anything is allocated for it.
+MOST_LAYERS = 10_000
+MOST_RANGES = 100  # of timesteps, of one layer
+MOST_PARTS = 50_000  # layers, each counted once per range
+MOST_FEATURES = 2**24
+MOST_PARAMETERS = 2**48
+
 Timesteps = Literal["all", "normal"]
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 TensorFormat = Grid
@@ -53,8 +63,8 @@ class Rotate(_Frozen):
     """Hadamard rotation of the input channels. ``block`` equal to the width is the full transform."""
 
     kind: Literal["hadamard"] = "hadamard"
-    block: Annotated[int, Field(ge=2)]
-    seed: Annotated[int, Field(ge=0)] = 0
+    block: Annotated[int, Field(ge=2, le=MOST_FEATURES)]
+    seed: Annotated[int, Field(ge=0, le=LARGEST_INTEGER)] = 0
 
 
 class Gptq(_Frozen):
@@ -66,7 +76,7 @@ class Gptq(_Frozen):
 
     damping: Annotated[float, Field(gt=0)] = 0.01
     order: Literal["natural", "activation"] = "natural"
-    block: Annotated[int, Field(ge=1)] = 128
+    block: Annotated[int, Field(ge=1, le=MOST_FEATURES)] = 128
 
 
 class Incoherence(_Frozen):
@@ -105,8 +115,8 @@ class LayerPlan(_Frozen):
 
     name: Annotated[str, Field(min_length=1)]
     role: str
-    in_features: Annotated[int, Field(ge=1)]
-    out_features: Annotated[int, Field(ge=1)]
+    in_features: Annotated[int, Field(ge=1, le=MOST_FEATURES)]
+    out_features: Annotated[int, Field(ge=1, le=MOST_FEATURES)]
     bias: bool = True
     weight: Grid | None = None
     activation: Grid | None = None
@@ -116,7 +126,7 @@ class LayerPlan(_Frozen):
     gptq: Gptq | None = None
     rounding_gain: float | None = None
     clip: Literal["minmax", "mse"] = "minmax"
-    timesteps: tuple[tuple[int, int], ...] | None = None
+    timesteps: Annotated[tuple[tuple[int, int], ...], Field(max_length=MOST_RANGES)] | None = None
     incoherence: Incoherence | None = None
     reason: str = ""
 
@@ -246,9 +256,9 @@ class Plan(_Frozen):
     seed: int = 0
     nominal_weight_bits: int
     nominal_activation_bits: int
-    layers: tuple[LayerPlan, ...]
+    layers: Annotated[tuple[LayerPlan, ...], Field(max_length=MOST_LAYERS)]
     folds: tuple[Fold, ...] = ()
-    other_parameters: Annotated[int, Field(ge=0)] = 0
+    other_parameters: Annotated[int, Field(ge=0, le=MOST_PARAMETERS)] = 0
     storage_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     time_argument: str | None = None
     calibration_timesteps: Timesteps = "all"
@@ -256,11 +266,21 @@ class Plan(_Frozen):
     @field_validator("layers")
     @classmethod
     def _names_are_unique(cls, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
-        names = [layer.name for layer in layers]
-        duplicates = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+        duplicates = sorted(name for name, count in Counter(layer.name for layer in layers).items() if count > 1)
         if duplicates:
-            raise ValueError(f"layers named twice: {', '.join(duplicates[:5])}")
+            raise ValueError(f"layers named twice: {', '.join(cut(name, 60) for name in duplicates[:5])}")
+        if (parts := sum(len(layer.timesteps or (0,)) for layer in layers)) > MOST_PARTS:
+            raise ValueError(f"layers with {parts} timestep ranges in total; at most {MOST_PARTS} are allowed")
         return layers
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_short(cls, data: Any) -> Any:
+        """Before their items are validated, one by one."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            if isinstance(value, list | tuple) and len(value) > MOST_LAYERS:
+                raise ValueError(f"{cut(str(name), 40)} has {len(value)} items; at most {MOST_LAYERS} are allowed")
+        return data
 
     def __iter__(self) -> Iterator[LayerPlan]:  # type: ignore[override]
         return iter(self.layers)
@@ -334,6 +354,16 @@ class Plan(_Frozen):
         """Sixteen hexadecimal digits, a digest of the whole plan."""
         return digests.of_json(self.model_dump(mode="json"))
 
+    def binding(self) -> str:
+        """The digest that binds tensors to this plan: a checkpoint stores it beside their checksums.
+
+        Unlike :meth:`hash` it skips fields with their default value, so a field that a later ditq adds, with the
+        behaviour of before as its default, does not change it. The default of a field must never change.
+        """
+        # Read again as a loader does: a plan changed by model_copy may hold 1 where the file's plan holds 1.0.
+        read = type(self).model_validate(self.model_dump(mode="json"))
+        return digests.of_json(read.model_dump(mode="json", exclude_defaults=True))
+
     def diff(self, other: Plan) -> dict[str, tuple[str, str]]:
         """Layers that differ, as ``{name: (this plan's, the other's)}`` in words."""
         layers, others = {x.name: x for x in self.layers}, {x.name: x for x in other.layers}
@@ -358,6 +388,7 @@ class Plan(_Frozen):
             raise CheckpointError(f"A plan must be a JSON object, got {type(data).__name__}.")
         version = data.get("format_version", FORMAT_VERSION)
         if isinstance(version, int) and version > FORMAT_VERSION:
+            version = short(version)
             raise CheckpointError(
                 f"This plan has format_version {version}; this ditq reads up to {FORMAT_VERSION}. "
                 f"Install a newer one: pip install 'ditq>=0.{version}'."
@@ -370,7 +401,6 @@ class Plan(_Frozen):
 
 def first_error(error: ValidationError) -> str:
     """Pydantic's first error in one line: the field, the message, the value."""
-    item = error.errors()[0]
-    field = ".".join(str(part) for part in item["loc"]) or "plan"
-    got = repr(item.get("input"))
-    return f"{field}: {item['msg']} (got {got[:80]}{'…' if len(got) > 80 else ''})"
+    item = error.errors(include_url=False)[0]
+    field = ".".join(cut(str(part), 60) for part in item["loc"][:12]) or "plan"
+    return f"{field}: {cut(item['msg'])} (got {short(item.get('input'))})"

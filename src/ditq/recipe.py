@@ -14,16 +14,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ditq import patterns
 from ditq.errors import UsageError, unknown, warn
 from ditq.numerics import Grid
-from ditq.plan import Gptq, Timesteps, first_error
+from ditq.plan import MOST_RANGES, Gptq, Timesteps, first_error
+from ditq.reading import parse_yaml, read_yaml, short
+
+MOST_ALPHAS = 100
+Label = Annotated[str, Field(max_length=patterns.LONGEST)]
+Names = Annotated[tuple[Label, ...], Field(max_length=patterns.MOST)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RoleFormats(_Strict):
@@ -59,7 +64,7 @@ class Balance(_Strict):
     where: Literal["all", "foldable"] = "all"
     power_of_two: bool = False
     block: Annotated[int, Field(ge=0)] = 0
-    timesteps: Annotated[tuple[tuple[int, int], ...], Field(min_length=1)] | None = None
+    timesteps: Annotated[tuple[tuple[int, int], ...], Field(min_length=1, max_length=MOST_RANGES)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -81,8 +86,8 @@ class Balance(_Strict):
     def _alphas_are_fractions(cls, alpha: Any) -> Any:
         values = alpha if isinstance(alpha, list | tuple) else [alpha]
         numbers = [a for a in values if isinstance(a, int | float) and not isinstance(a, bool) and 0 <= a <= 1]
-        if not values or len(numbers) < len(values):
-            raise ValueError("alpha must be a number from 0 to 1, or a list of such numbers")
+        if not values or len(numbers) < len(values) or len(values) > MOST_ALPHAS:
+            raise ValueError(f"alpha must be a number from 0 to 1, or a list of at most {MOST_ALPHAS} such numbers")
         return alpha
 
     @field_validator("timesteps")
@@ -132,7 +137,7 @@ class Recipe(_Strict):
         method, paper: labels for tables and reports, without effect.
         weights, activations: formats of every quantized layer.
         keep: roles (or role prefixes) that stay in 16 bit.
-        keep_layers: regular expressions of layer names that stay in 16 bit.
+        keep_layers: regular expressions of layer names that stay in 16 bit, see :mod:`ditq.patterns`.
         roles: formats of single roles, e.g. ``ffn.down``, in place of ``weights`` and ``activations``.
         balance: transforms of the inputs.
         calibration: the calibration data.
@@ -144,14 +149,14 @@ class Recipe(_Strict):
     """
 
     version: Literal[1] = 1
-    name: str = "custom"
+    name: Label = "custom"
     description: str = ""
-    method: str = "custom"
+    method: Label = "custom"
     paper: str = ""
     weights: Grid
     activations: Grid | None
-    keep: tuple[str, ...] = ("embedder", "final", "modulation")
-    keep_layers: tuple[str, ...] = ()
+    keep: Names = ("embedder", "final", "modulation")
+    keep_layers: Names = ()
     roles: dict[str, RoleFormats] = {}
     balance: Balance = Balance()
     calibration: Calibration = Calibration()
@@ -162,13 +167,8 @@ class Recipe(_Strict):
 
     @field_validator("keep_layers")
     @classmethod
-    def _patterns_compile(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-        return patterns
+    def _patterns_compile(cls, keep_layers: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(patterns.check, keep_layers))
 
     @property
     def needs_calibration(self) -> bool:
@@ -192,7 +192,7 @@ class Recipe(_Strict):
             if role == prefix or role.startswith(prefix + "."):
                 return None, None, f"role {role} is kept in 16 bit"
         for pattern in self.keep_layers:
-            if re.search(pattern, name):
+            if patterns.search(pattern, name):
                 return None, None, f"keep_layers: {pattern}"
         if (formats := self.own(role)) is not None:
             reason = f"the recipe keeps role {role} in 16 bit" if formats.weights is None else ""
@@ -228,10 +228,7 @@ class Recipe(_Strict):
                         target[part] = {}
                         open_mappings.add(id(target[part]))
                     target = target[part]
-            try:
-                target[parts[-1]] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise UsageError(f"--set {assignment!r}: the value is not YAML ({error}).") from error
+            target[parts[-1]] = parse_yaml(value, f"--set {short(assignment)}: the value", UsageError)
         changed = parse(data, "--set")
         changed.check_effect([assignment.partition("=")[0].strip() for assignment in assignments], "--set ")
         return changed
@@ -292,7 +289,7 @@ def _path(key: str) -> list[str]:
 def _fields(data: dict[str, Any], prefix: str = "") -> list[str]:
     out = []
     for key, value in data.items():
-        out += _fields(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key]
+        out += _fields(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
     return out
 
 
@@ -338,7 +335,7 @@ def families() -> dict[str, Family]:
     by_name = {}
     for path in sorted((p for p in (resources.files("ditq") / "recipes").iterdir()), key=lambda p: p.name):
         if path.name.endswith(".yaml"):
-            name, data = path.name.removesuffix(".yaml"), yaml.safe_load(path.read_text())
+            name, data = path.name.removesuffix(".yaml"), parse_yaml(path.read_text("utf-8"), path.name, UsageError)
             family = {key: data.pop(key) for key in ("for_whom", "cost", "widths", "at_most_4_bits") if key in data}
             by_name[name] = Family(name=name, fields=data, **family)
     return by_name
@@ -409,10 +406,7 @@ def load(recipe: str | Path | Recipe) -> Recipe:
     path = Path(recipe)
     if not path.is_file():
         raise UsageError(f"There is no recipe file {path}.")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
-        raise UsageError(f"{path} is not YAML: {error}.") from error
+    data = read_yaml(path, UsageError)
     if not isinstance(data, dict):
         raise UsageError(f"{path} must hold a mapping, got {type(data).__name__}.")
     data.setdefault("name", path.stem)

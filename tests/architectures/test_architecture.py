@@ -301,3 +301,27 @@ def test_unknown_class_says_how_to_add_one() -> None:
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(UsageError, match="Unknown architecture 'unet'.*dit, hunyuanvideo"):
         architectures.load("unet")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda text: "note: &n a\ntable: *n\n" + text, "alias"),
+        (lambda text: text + "\nsizes: " + "[" * 5000, "levels deep|twice"),
+        (lambda text: text + "\nother: {'(?=a)b': embedder}\n", "look-around|twice"),
+        (lambda text: text.encode("utf-16").decode("latin-1"), "special characters|not YAML"),
+        (lambda text: text.replace("name:", "name: !!python/name:os.system ", 1), "tag"),
+    ],
+)
+def test_files_beyond_the_limits_are_refused(change: Any, complaint: str, tmp_path: Path) -> None:
+    text = (Path(architectures.__file__).parent / "pixart.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(change(text))
+    with pytest.raises(UsageError, match=complaint) as error:
+        architectures.load(tmp_path / "mine.yaml")
+    assert len(str(error.value)) < 600
+
+
+def test_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes("name: é".encode("latin-1"))
+    with pytest.raises(UsageError, match="UTF-8"):
+        architectures.load(tmp_path / "mine.yaml")

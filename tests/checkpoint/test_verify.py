@@ -6,7 +6,8 @@ import json
 import pickle
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import ditq
-from ditq.checkpoint.verify import DIGESTS
+from ditq.checkpoint.folder import read_plan
+from ditq.checkpoint.verify import CONFIG, DIGESTS, FORMAT, PLAN, verify
 from ditq.digests import of_tensor
 from ditq.errors import CheckpointError, DitqError
 
@@ -65,6 +67,14 @@ def edit_plan(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     config = json.loads(path.read_text())
     change(config["quantization_config"])
     path.write_text(json.dumps(config))
+
+
+def bind(folder: Path) -> None:
+    """Stores the digest of an edited plan, as somebody would who knows the format."""
+    tensors, metadata = read(folder)
+    plan = read_plan(folder)
+    assert plan is not None
+    save_file(tensors, folder / FILE, {**metadata, PLAN: plan.binding()})
 
 
 def by_ditq(folder: Path) -> Any:
@@ -264,6 +274,8 @@ def test_wrong_plan_is_refused(
     change: Callable[[dict[str, Any]], object], complaint: str, load: Callable[[Path], Any], folder: Path
 ) -> None:
     edit_plan(folder, change)
+    with suppress(CheckpointError):  # a plan that is not valid has no digest
+        bind(folder)
     with pytest.raises(DitqError, match=complaint):
         load(folder)
 
@@ -326,6 +338,122 @@ def test_plan_of_another_architecture_is_refused(folder: Path, tmp_path: Path) -
     (tmp_path / "dit/transformer/config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError):
         ditq.load(tmp_path / "dit")
+
+
+# ------------------------------------------------------------------------------ binding to config.json
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, dict | list) and value:
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from leaves(value[key], (*path, key))
+    else:
+        yield path
+
+
+def other(value: Any) -> Any:
+    """A value of the same type, and close, so that validation has little to complain about."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    words = {"group": "channel", "channel": "tensor", "token": "tensor", "max": "spearman", "minmax": "mse"}
+    return words.get(value, f"{value}x") if isinstance(value, str) else 1
+
+
+def test_every_edited_leaf_of_the_config_is_refused(folder: Path) -> None:
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    files = [folder / FILE]
+    edited = [p for p in leaves(config) if p[0] not in ("_diffusers_version", "_name_or_path")]
+    # Equal layers have equal fields: of the layers, the first and the last of each kind of leaf.
+    kinds = {tuple(part for part in p if not isinstance(part, int)): p for p in edited}
+    kinds |= {(*kind, "last"): p for kind, p in reversed(list(zip(map(str, edited), edited, strict=True))[:40])}
+    assert len(kinds) > 60
+    for place in kinds.values():
+        changed = json.loads(json.dumps(config))
+        target = changed
+        for part in place[:-1]:
+            target = target[part]
+        target[place[-1]] = other(target[place[-1]])
+        path.write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError):
+            plan = read_plan(folder)
+            assert plan is not None
+            verify(files, plan)
+    path.write_text(json.dumps(config))
+    by_ditq(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer["rotate"].update(seed=5),
+        lambda layer: layer["rotate"].update(block=8),
+        lambda layer: layer["activation"].update(bits=4),
+        lambda layer: layer["activation"].update(granularity="tensor"),
+        lambda layer: layer.update(reason="another"),
+    ],
+    ids=["seed", "block", "bits", "granularity", "reason"],
+)
+def test_edit_that_fits_the_tensors_is_refused(change: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
+    pipe = tiny_pixart()
+    ditq.quantize(pipe, "quarot-w8a8")
+    pipe.save_pretrained(tmp_path / "pipe")
+    edit_plan(tmp_path / "pipe", lambda fields: change(first_quantized(fields)))
+    for load in LOADERS:
+        with pytest.raises(CheckpointError, match="config.json was edited"):
+            load(tmp_path / "pipe")
+
+
+def test_swapped_names_are_refused(load: Callable[[Path], Any], folder: Path) -> None:
+    def swap(fields: dict[str, Any]) -> None:
+        a, b = [layer for layer in fields["layers"] if layer["name"].endswith(("attn1.to_q", "attn1.to_k"))][:2]
+        a["name"], b["name"] = b["name"], a["name"]
+
+    edit_plan(folder, swap)
+    with pytest.raises(CheckpointError, match="config.json was edited"):
+        load(folder)
+
+
+@pytest.mark.parametrize("key", [PLAN, CONFIG, FORMAT])
+def test_removed_binding_is_refused(key: str, load: Callable[[Path], Any], folder: Path) -> None:
+    tensors, metadata = read(folder)
+    del metadata[key]
+    save_file(tensors, folder / FILE, metadata)
+    with pytest.raises(CheckpointError, match=key):
+        load(folder)
+
+
+def test_edited_config_of_the_model_is_refused(load: Callable[[Path], Any], folder: Path) -> None:
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "norm_eps": 0.5}))
+    with pytest.raises(CheckpointError, match=r"norm_eps' is 0\.5, but was"):
+        load(folder)
+
+
+@pytest.mark.parametrize("replacement", [None, {}, {"quant_method": "bitsandbytes"}, "removed"], ids=str)
+def test_quantized_tensors_without_a_plan_are_refused(replacement: Any, folder: Path) -> None:
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = replacement
+    if replacement == "removed":
+        del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    for load in (by_ditq, read_plan):
+        with pytest.raises(CheckpointError, match="quantization_config was removed or replaced"):
+            load(folder)
+
+
+def test_plan_replaced_by_an_engine_is_refused(folder: Path) -> None:
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {"quant_method": "ditq", "engine": {"name": "openvino"}}
+    path.write_text(json.dumps(config))
+    for load in LOADERS:
+        with pytest.raises(CheckpointError, match="quantization_config was removed or replaced|Field required"):
+            load(folder)
 
 
 # --------------------------------------------------------------------------------------------- pickle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,12 +9,13 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
+from ditq import patterns
 from ditq.errors import UsageError
 from ditq.plan import first_error
+from ditq.reading import parse_yaml, read_yaml, short
 
 Condition = Literal["conditional", "unconditional"]
 
@@ -173,11 +173,10 @@ class Architecture(_Strict):
     @field_validator("other")
     @classmethod
     def _patterns_compile(cls, other: dict[str, str]) -> dict[str, str]:
+        if len(other) > patterns.MOST:
+            raise ValueError(f"{len(other)} regular expressions; at most {patterns.MOST} are allowed")
         for pattern in other:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+            patterns.check(pattern)
         return other
 
     def model_class(self) -> Any:
@@ -214,7 +213,7 @@ class Architecture(_Strict):
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear) or name in grouped:
                 continue
-            roles = {role for pattern, role in self.other.items() if re.search(pattern, name)}
+            roles = {role for pattern, role in self.other.items() if patterns.search(pattern, name)}
             if len(roles) != 1:
                 raise UsageError(
                     f"Linear layer {name!r} has {len(roles) or 'no'} role in architecture {self.name!r}; "
@@ -252,19 +251,18 @@ def _linear(model: nn.Module, name: str, architecture: str) -> nn.Linear:
     return module
 
 
-def _parse(text: str, source: str) -> Architecture:
+def _parse(content: Any, source: str) -> Architecture:
     try:
-        return Architecture.model_validate(yaml.safe_load(text))
-    except (ValidationError, yaml.YAMLError) as error:
-        detail = first_error(error) if isinstance(error, ValidationError) else str(error)
-        raise UsageError(f"The architecture file {source} is not valid: {detail}.") from error
+        return Architecture.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"The architecture file {source} is not valid: {first_error(error)}.") from error
 
 
 @cache
 def _bundled() -> dict[str, Architecture]:
     folder = resources.files("ditq") / "architectures"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    return {a.name: a for a in (_parse(f.read_text(), f.name) for f in files)}
+    return {a.name: a for a in (_parse(parse_yaml(f.read_text("utf-8"), f.name, UsageError), f.name) for f in files)}
 
 
 def names() -> list[str]:
@@ -294,10 +292,10 @@ def load(architecture: str | Path | Architecture) -> Architecture:
         return _bundled()[str(architecture)]
     path = Path(architecture)
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        return _parse(path.read_text(), str(path))
+        return _parse(read_yaml(path, UsageError), str(path))
     raise UsageError(
-        f"Unknown architecture {str(architecture)!r}. Known: {', '.join(names())}. Or pass the path of a .yaml file "
-        "(copy one from ditq/architectures, see CONTRIBUTING.md, Add a model)."
+        f"Unknown architecture {short(str(architecture))}. Known: {', '.join(names())}. Or pass the path of a "
+        ".yaml file (copy one from ditq/architectures, see CONTRIBUTING.md, Add a model)."
     )
 
 

@@ -17,11 +17,10 @@ from ditq.architectures import load as load_architecture
 from ditq.architectures import match
 from ditq.checkpoint.engine import checked, compile_graphs
 from ditq.checkpoint.registration import register
-from ditq.checkpoint.verify import DIGESTS, verify
+from ditq.checkpoint.verify import metadata, refuse_unplanned, verify
 from ditq.conversion import quantize_model, replace
 from ditq.conversion.folding import BUFFER, prepare, unfold
 from ditq.conversion.wiring import unwire, wire
-from ditq.digests import of_tensor
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
 from ditq.plan import Plan
@@ -95,6 +94,7 @@ class DitqQuantizer(DiffusersQuantizer):
         self._parameters: frozenset[str] = frozenset()
         self._stored: frozenset[str] = frozenset()
         self._folder: Path | None = None
+        self._model: Any = None
         self.compiled = False
 
     @property
@@ -110,7 +110,9 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._folder = Path(checkpoint_files[0]).parent
-        if self.pre_quantized and not self.quantization_config.is_plain:
+        if self.quantization_config.is_plain:
+            refuse_unplanned(checkpoint_files)
+        elif self.pre_quantized:
             verify(checkpoint_files, self.plan)
             self._stored = frozenset(loaded_keys)
         return loaded_keys
@@ -138,7 +140,7 @@ class DitqQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         self.remember(model)
         assert self._folder is not None
-        self.compiled = compile_graphs(model, config.engine, self._folder)
+        self.compiled = compile_graphs(model, config.engine, self._folder, config.plan)
         if not self.compiled:
             config.engine = None  # a copy saved from this model will not have graphs
             if not config.is_plain:
@@ -159,7 +161,8 @@ class DitqQuantizer(DiffusersQuantizer):
         wire(model, architecture)
 
     def remember(self, model: nn.Module) -> None:
-        """Stores the names of the parameters: only they are saved in 16 bit, and a state dict does not mark them."""
+        """Stores the model, whose config is saved, and the names of its parameters: only they are saved in 16 bit."""
+        self._model = cast(Any, model)
         self._parameters = frozenset(name for name, _ in model.named_parameters())
 
     def check_if_quantized_param(
@@ -209,7 +212,7 @@ class DitqQuantizer(DiffusersQuantizer):
         for name, tensor in state_dict.items():
             in_16_bit = name in self._parameters and tensor.dtype == torch.float32
             out[name] = tensor.detach().to(storage) if in_16_bit else tensor
-        return out, {DIGESTS: json.dumps({name: of_tensor(tensor) for name, tensor in out.items()})}
+        return out, metadata(out, self.plan, json.loads(self._model.to_json_string()))
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         if self.compiled:

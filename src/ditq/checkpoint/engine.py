@@ -7,9 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from ditq.checkpoint.header import metadata
+from ditq.checkpoint.verify import FORMAT
 from ditq.engines.registry import forced
 from ditq.errors import CheckpointError
 from ditq.openvino.options import ATTENTIONS, SHAPES
+from ditq.plan import Plan
+from ditq.reading import short
 
 OPENVINO = "openvino"
 
@@ -33,14 +37,17 @@ def checked(engine: Any) -> dict[str, Any]:
         or not all(isinstance(k, str) and isinstance(v, str | int) for k, v in options.items())
     ):
         raise CheckpointError(
-            f"The config names the engine {engine!r}; expected {{'name': '{OPENVINO}', "
+            f"The config names the engine {short(engine)}; expected {{'name': '{OPENVINO}', "
             f"'shapes': one of {SHAPES}, 'attention': one of {ATTENTIONS}, 'options': {{NAME: value}}}}."
         )
     return {"name": OPENVINO, "shapes": shapes, "attention": attention, "options": options}
 
 
-def compile_graphs(model: nn.Module, engine: dict[str, Any] | None, folder: Path) -> bool:
+def compile_graphs(model: nn.Module, engine: dict[str, Any] | None, folder: Path, plan: Plan | None = None) -> bool:
     """Replaces the modules of a component by the exported graphs in its folder.
+
+    Args:
+        plan: of a quantized transformer.
 
     Returns:
         Whether modules were replaced: False if there are no graphs, or another engine is forced.
@@ -48,10 +55,13 @@ def compile_graphs(model: nn.Module, engine: dict[str, Any] | None, folder: Path
     if engine is None or forced() not in (None, OPENVINO):
         return False
     from ditq.openvino import export as openvino
+    from ditq.openvino.manifest import check_binding
     from ditq.sampling import cache_root
 
     cache = cache_root() / OPENVINO
     cache.mkdir(parents=True, exist_ok=True)
     options = {"CACHE_DIR": str(cache), **engine["options"]}
+    written_by_0_1 = not any(FORMAT in metadata(file) for file in folder.glob("*.safetensors"))
+    check_binding(folder / OPENVINO, plan, required=plan is not None and not written_by_0_1)
     openvino.load(folder / OPENVINO, model, properties=options, shapes=engine["shapes"], attention=engine["attention"])
     return True

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditq.checkpoint.header import sort_metadata
 from ditq.components import NAMES, transformer_names
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.files import new_folder
 from ditq.plan import Plan
+from ditq.reading import cut, read_json, short
 
 if TYPE_CHECKING:
     import torch
@@ -56,14 +56,14 @@ def read_plan(folder: Path, component: str = "transformer") -> Plan | None:
     path = folder / component / "config.json"
     if not path.is_file():
         raise UsageError(f"{folder} has no {component}/config.json.")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): damaged.") from error
+    config = read_json(path, CheckpointError)
     if not isinstance(config, dict) or not isinstance(config.get("quantization_config", {}), (dict, type(None))):
         raise CheckpointError(f"{path} is not the config of a model: damaged.")
     fields = dict(config.get("quantization_config") or {})
     if fields.pop("quant_method", None) != "ditq":
+        from ditq.checkpoint.verify import refuse_unplanned
+
+        refuse_unplanned(sorted(path.parent.glob("*.safetensors")))
         return None
     fields.pop("engine", None)  # not a field of the plan
     return Plan.from_dict(fields)
@@ -100,14 +100,33 @@ def load_pipeline(folder: Path | str, dtype: torch.dtype | None = None, **kwargs
         if isinstance(folder, Path):
             for component, plan in read_plans(folder).items():
                 verify(sorted((folder / component).glob("*.safetensors")), plan)
-            with suppress(OSError, ValueError, AttributeError):  # diffusers raises a clear error below
-                kind = pipeline_class(json.loads((folder / "model_index.json").read_text()).get("_class_name"))
+            index = _bounded_configs(folder)
+            if isinstance(index, dict):  # else diffusers raises a clear error below
+                kind = pipeline_class(str(index.get("_class_name")))
         try:
             return kind.from_pretrained(folder, **({"dtype": dtype} if dtype else {}), **kwargs)
         except DitqError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{folder} cannot be loaded as a diffusers pipeline: {error}") from error
+        except Exception as error:  # every library raises its own for files that do not fit together
+            reason = cut(f"{type(error).__name__}: {error}", 600)
+            raise CheckpointError(f"{folder} cannot be loaded as a diffusers pipeline: {reason}") from error
+
+
+def _bounded_configs(folder: Path) -> Any:
+    """The content of ``model_index.json``, after all configs that diffusers will read are known to be small JSON.
+
+    Raises:
+        CheckpointError: a config is damaged, too large or nested too deeply.
+    """
+    for path in sorted(folder.glob("*/*config.json")):
+        read_json(path, CheckpointError)
+    path = folder / "model_index.json"
+    index = read_json(path, CheckpointError)
+    for name, entry in index.items() if isinstance(index, dict) else ():
+        pair = isinstance(entry, list) and len(entry) == 2
+        if not pair and (folder / name).is_dir():  # diffusers would look for a component of this name on the hub
+            raise CheckpointError(f"{path}: {name} is {short(entry)}, not a library and a class: damaged.")
+    return index
 
 
 def save_pipeline(pipe: Any, out: str | Path, source: str | Path | None = None, overwrite: bool = False) -> None:
@@ -125,6 +144,9 @@ def save_pipeline(pipe: Any, out: str | Path, source: str | Path | None = None, 
     origin = resolve(source) if source is not None else None
     with new_folder(out, overwrite=overwrite) as folder:
         pipe.save_pretrained(folder, safe_serialization=True)
+        for name in transformer_names(pipe):
+            for file in (folder / name).glob("*.safetensors"):
+                sort_metadata(file)
         for component in sorted(origin.iterdir()) if isinstance(origin, Path) else ():
             copy = folder / component.name
             if component.is_dir() and component.name not in transformer_names(pipe) and copy.is_dir():

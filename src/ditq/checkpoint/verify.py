@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ditq import digests
+from ditq.checkpoint.header import metadata as header_metadata
 from ditq.errors import CheckpointError
 from ditq.plan import Plan, StoredTensor
+from ditq.reading import cut, parse_json, read_json, short
 
-DIGESTS = "ditq_sha256"
+# Names in the metadata of a safetensors file. Files of ditq 0.1 have the checksums only.
+DIGESTS = "ditq_sha256"  # a checksum of every tensor
+PLAN = "ditq_plan"  # the digest of the plan that the tensors belong to
+CONFIG = "ditq_config"  # the other fields of config.json
+FORMAT = "ditq_format"  # "2" if the file has all of the above
+
+
+def metadata(tensors: Mapping[str, Tensor], plan: Plan, config: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a file with these tensors: their checksums, and what binds them to a ``config.json``.
+
+    Args:
+        config: the content of ``config.json``.
+    """
+    return {
+        DIGESTS: json.dumps({name: digests.of_tensor(tensor) for name, tensor in tensors.items()}),
+        PLAN: plan.binding(),
+        CONFIG: json.dumps(_model_fields(config), sort_keys=True),
+        FORMAT: "2",
+    }
+
+
+def refuse_unplanned(files: Iterable[str | Path]) -> None:
+    """Refuses tensors quantized by ditq whose ``config.json`` has no plan: they would be loaded as other values.
+
+    Raises:
+        CheckpointError: a file has ditq's checksums.
+    """
+    for file in map(Path, files):
+        if DIGESTS in header_metadata(file):
+            raise CheckpointError(
+                f"{file} holds a transformer quantized by ditq, but the config.json beside it has no ditq plan: its "
+                "quantization_config was removed or replaced. Copy config.json from the original checkpoint again."
+            )
+
+
+def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json that decide what the model computes, except the plan."""
+    return {
+        key: value
+        for key, value in config.items()
+        if key == "_class_name" or (not key.startswith("_") and key != "quantization_config")
+    }
 
 
 # The verifications that passed inside `once`: the hash of the plan, and the state of every file.
@@ -37,7 +81,7 @@ def once() -> Iterator[None]:
 
 
 def verify(files: Iterable[str | Path], plan: Plan) -> None:
-    """Reads safetensors files and compares names, shapes, dtypes, ranges and checksums with the plan.
+    """Compares the names, shapes, dtypes, ranges and checksums of all tensors with the plan, and the config with both.
 
     Raises:
         CheckpointError: a file or a tensor is missing, damaged, or does not match the plan; the message names it.
@@ -65,12 +109,14 @@ def _verify(files: list[Path], plan: Plan) -> None:
         raise CheckpointError("There is no safetensors file of the transformer; ditq reads no other format.")
     expected = plan.tensors()
     read: set[str] = set()
+    bindings: list[tuple[Path, Mapping[str, str]]] = []
     for file in files:
         if file.suffix != ".safetensors":
             raise CheckpointError(f"{file} is not a safetensors file; ditq reads no other format.")
         try:
             with safe_open(file, framework="pt") as stored:
-                sums = _digests(stored.metadata(), file)
+                texts = stored.metadata() or {}
+                sums = _digests(texts, file)
                 for name in stored.keys():  # noqa: SIM118
                     tensor = stored.get_tensor(name)
                     if name in expected:
@@ -81,6 +127,7 @@ def _verify(files: list[Path], plan: Plan) -> None:
                             "Copy or download it again."
                         )
                     read.add(name)
+            bindings.append((file, texts))
         except (SafetensorError, OSError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -90,16 +137,55 @@ def _verify(files: list[Path], plan: Plan) -> None:
         raise CheckpointError(
             f"The checkpoint lacks tensor {missing[0]!r}" + (f" and {len(missing) - 1} more." if missing[1:] else ".")
         )
+    for file, texts in bindings:  # last, because the errors above name the tensor
+        _check_binding(texts, file, plan)
 
 
-def _digests(metadata: dict[str, str] | None, file: Path) -> dict[str, str]:
-    try:
-        digests = json.loads((metadata or {})[DIGESTS])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} has no ditq checksums: it was not written by ditq, or is damaged.") from error
-    if not isinstance(digests, dict):
+def _digests(texts: Mapping[str, str], file: Path) -> dict[str, str]:
+    if DIGESTS not in texts:
+        raise CheckpointError(f"{file} has no ditq checksums: it was not written by ditq, or is damaged.")
+    sums = parse_json(texts[DIGESTS], f"{file}: the text of its checksums", CheckpointError)
+    if not isinstance(sums, dict):
         raise CheckpointError(f"{file}: the checksums are not a JSON object.")
-    return digests
+    return sums
+
+
+def _check_binding(texts: Mapping[str, str], file: Path, plan: Plan) -> None:
+    """Checks that the tensors were saved with this plan, and with the config.json beside them."""
+    if not texts.keys() & {PLAN, CONFIG, FORMAT}:
+        return  # written by ditq 0.1
+    lacking = sorted({PLAN, CONFIG, FORMAT} - texts.keys())
+    if lacking or texts[FORMAT] != "2":
+        raise CheckpointError(
+            f"{file}: the metadata "
+            + (f"lacks {lacking[0]!r}" if lacking else f"has {FORMAT} {short(texts[FORMAT])}; this ditq reads '2'")
+            + ". Copy the file again, or install a newer ditq."
+        )
+    if texts[PLAN] != plan.binding():
+        raise CheckpointError(
+            f"The plan (quantization_config in {file.parent / 'config.json'}) is not the one that {file.name} was "
+            "saved with: config.json was edited, or belongs to another checkpoint. Copy the original again; to change "
+            "a plan, quantize again."
+        )
+    config = file.parent / "config.json"
+    if config.is_file():  # a caller may pass a config from elsewhere
+        saved = parse_json(texts[CONFIG], f"{file}: the text of its config", CheckpointError)
+        read = read_json(config, CheckpointError)
+        if not isinstance(saved, dict) or not isinstance(read, dict):
+            raise CheckpointError(f"{config} is not the config of a model: damaged.")
+        read = _model_fields(read)
+        changed = [key for key in sorted(saved.keys() | read.keys()) if not _equal(saved, read, key)]
+        if changed:
+            raise CheckpointError(
+                f"{config}: {cut(changed[0], 60)!r} is {short(read.get(changed[0]))}, but was "
+                f"{short(saved.get(changed[0]))} when {file.name} was saved: config.json was edited, or belongs to "
+                "another checkpoint. Copy the original again."
+            )
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any], key: str) -> bool:
+    """Whether both have the field with the same value, or neither; 1, 1.0 and true differ."""
+    return (key in one, json.dumps(one.get(key))) == (key in other, json.dumps(other.get(key)))
 
 
 def _check(name: str, tensor: Tensor, expected: StoredTensor) -> None:

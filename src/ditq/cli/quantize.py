@@ -105,18 +105,16 @@ def quantize(
 
 def _read(path: Path) -> Plan:
     """The plan in a file, checked."""
-    import json
-
     from ditq.errors import CheckpointError, UsageError
     from ditq.plan import Plan
+    from ditq.reading import read_json
 
+    if not path.is_file():
+        raise UsageError(f"Cannot read the plan file {path}; ditq search writes one.")
     try:
-        return Plan.from_dict(json.loads(path.read_text()))
-    except OSError as error:
-        raise UsageError(f"Cannot read the plan file {path}; ditq search writes one.") from error
-    except ValueError as error:  # not JSON, not text, or a wrong field
-        reason = error if isinstance(error, CheckpointError) else f"it is not JSON ({error})"
-        raise CheckpointError(f"{path} is not a plan file: {reason}") from error
+        return Plan.from_dict(read_json(path, CheckpointError))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is not a plan file: {error}") from error
 
 
 def _recipe_of(plan: Plan, overrides: list[str]) -> Recipe:

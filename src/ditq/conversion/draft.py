@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 from pydantic import ValidationError
 from torch import nn
 
-from ditq import architectures
+from ditq import architectures, patterns
 from ditq.architectures import Architecture, Linear
 from ditq.errors import NothingQuantizedError, UsageError
 from ditq.numerics import Grid
@@ -87,7 +85,7 @@ def _check_targets(linears: list[Linear], recipe: Recipe) -> None:
                     f"{field} of the recipe: unknown role {prefix!r}. This model has {', '.join(sorted(model_roles))}."
                 )
     for pattern in recipe.keep_layers:
-        if not any(re.search(pattern, linear.name) for linear in linears):
+        if not any(patterns.search(pattern, linear.name) for linear in linears):
             raise UsageError(
                 f"keep_layers: no layer matches {pattern!r}; names look like {linears[0].name!r} and "
                 f"{linears[-1].name!r}."

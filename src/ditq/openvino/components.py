@@ -72,7 +72,7 @@ def _write(module: nn.Module, name: str, calls: tuple[Callable[[], Any], Callabl
     check.run(name, program, program)
     Manifest(
         openvino=ov.__version__, architecture=type(module).__name__, group_size=0, segments=(segment,)
-    ).write(folder)  # fmt: skip
+    ).write(folder, plan=None)  # fmt: skip
 
 
 def _decode(vae: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ditq.architectures import Architecture
+from ditq.components import plan_of
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.layers import QuantizedLinear, TimestepLinear
 from ditq.openvino import runtime
@@ -91,7 +92,7 @@ def export(
         openvino=ov.__version__, architecture=architecture.name, group_size=width, segments=tuple(segments)
     )
     report = examine(manifest, programs, config[PRECISION], allow_float)
-    manifest.write(folder)
+    manifest.write(folder, plan_of(model))
     return report
 
 

@@ -7,13 +7,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ditq import digests
 from ditq.errors import CheckpointError
 from ditq.openvino.linear import Activations, Kernel, Storage
-from ditq.plan import first_error
+from ditq.plan import Plan, first_error
+from ditq.reading import JSON_BYTES, read_text
 from ditq.trace.stacks import Returns
 
 FORMAT_VERSION = 2
 FILE = "ditq_openvino.json"
+BINDING = "ditq_openvino.sha256"
+"""A file with one digest, of the manifest and of the plan; folders of ditq 0.1 do not have it."""
 
 Plain = bool | int | float | str | None
 DType = Literal["float32", "int64", "bool"]
@@ -80,6 +84,13 @@ class Segment(_Strict):
     layers: tuple[Layer, ...] = Field(strict=False)
     attentions: Annotated[int, Field(ge=0)] = 0
 
+    @model_validator(mode="after")
+    def _every_file_has_a_digest(self) -> Self:
+        files = {self.file, f"{self.file.removesuffix('.xml')}.bin"}
+        if self.digests.keys() != files:
+            raise ValueError(f"digests must be those of {' and '.join(sorted(files))}")
+        return self
+
 
 class Manifest(_Strict):
     """The facts about an exported transformer that its graphs do not contain.
@@ -102,8 +113,10 @@ class Manifest(_Strict):
             raise ValueError("two segments have the same place or file")
         return self
 
-    def write(self, folder: Path) -> None:
-        (folder / FILE).write_text(self.model_dump_json(indent=1) + "\n")
+    def write(self, folder: Path, plan: Plan | None) -> None:
+        """Writes the file, and binds it to the plan of the graphs; None if they compute in floating point."""
+        (folder / FILE).write_text(self.model_dump_json(indent=1) + "\n", "utf-8")
+        (folder / BINDING).write_text(_binding(folder, plan) + "\n", "utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -114,12 +127,38 @@ class Manifest(_Strict):
         """
         path = folder / FILE
         try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{folder} holds no exported model: {FILE} cannot be read ({error}).") from error
+            text = read_text(path, JSON_BYTES, CheckpointError)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder} holds no exported model: {error}") from error
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise CheckpointError(
                 f"{path} is not valid (this ditq reads format_version {FORMAT_VERSION}): {first_error(error)}."
             ) from error
+
+
+def check_binding(folder: Path, plan: Plan | None, required: bool) -> None:
+    """Checks that the manifest in ``folder`` is the one that was written for graphs of this plan.
+
+    Args:
+        required: False accepts a folder without :data:`BINDING`, which ditq 0.1 wrote.
+
+    Raises:
+        CheckpointError: the manifest was edited, belongs to another plan, or a file is missing.
+    """
+    again = "Copy the folder again, or run ditq export again."
+    if not (folder / FILE).is_file():
+        raise CheckpointError(f"{folder} holds no exported model: it does not contain {FILE}. {again}")
+    if not (folder / BINDING).is_file():
+        if required:
+            raise CheckpointError(f"{folder} does not contain {BINDING}, which ties {FILE} to the plan. {again}")
+        return
+    if read_text(folder / BINDING, JSON_BYTES, CheckpointError).strip() != _binding(folder, plan):
+        raise CheckpointError(
+            f"{folder / FILE} was edited since it was exported, or belongs to another checkpoint. {again}"
+        )
+
+
+def _binding(folder: Path, plan: Plan | None) -> str:
+    return digests.of_text(digests.of_file(folder / FILE) + (plan.binding() if plan else ""))

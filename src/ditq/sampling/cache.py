@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ditq import digests
+from ditq.errors import UsageError, warn
 from ditq.files import atomic
 from ditq.folders import cache_root
+from ditq.reading import cut, short
 
 Video = list[Image.Image]
 
@@ -45,35 +46,45 @@ class Sample:
 
 
 class PictureCache:
-    """A folder of samples. A damaged file counts as missing, and its sample is generated again."""
+    """A folder of samples. A damaged file causes a warning, and its sample is generated again."""
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
         self.folder = folder or cache_root() / "pictures"
-        self.limit = limit if limit is not None else int(os.environ.get("DITQ_CACHE_BYTES", LIMIT))
+        self.limit = limit if limit is not None else _limit()
 
     @staticmethod
-    def key(fingerprint: str, condition: Any, seed: int, sampler: dict[str, Any]) -> str:
-        """The name of one sample, a hash of the pipeline, the condition, the seed and the sampler settings."""
-        content = json.dumps([fingerprint, condition, seed, sampler], sort_keys=True, default=repr)
-        return digests.of_text(content, 32)
+    def key(fingerprint: str, condition: Any, seed: int, sampler: dict[str, Any], batch: int) -> str:
+        """The name of one sample, a hash of everything that its values depend on.
+
+        Args:
+            fingerprint: of the pipeline.
+            batch: number of samples in its call. With it, and with the number of threads, the order of float sums
+                changes, and with few bits a rounding error becomes another code.
+        """
+        content = [fingerprint, condition, seed, sampler, batch, torch.get_num_threads()]
+        return digests.of_text(json.dumps(content, sort_keys=True, default=repr), 32)
 
     def get(self, key: str) -> Sample | None:
-        """The sample of this name; None if its file is missing or damaged."""
+        """The sample of this name; None, with a warning if its file is damaged, if there is none."""
         path = self._path(key)
+        if not path.is_file():
+            return None
         try:
             with safe_open(path, framework="pt") as file:
                 info = json.loads(file.metadata()["sample"])
                 frames, trajectory = file.get_tensor("frames"), file.get_tensor("trajectory")
-            if info["checksum"] != _checksum(frames, trajectory):
-                return None
+            if info.pop("checksum") != _checksum(key, info, frames, trajectory):
+                raise ValueError("its checksum is another")
             images = [Image.fromarray(frame.numpy()) for frame in frames]
-            with suppress(OSError):
-                os.utime(path)  # prune() deletes by this time
-            return Sample(
+            sample = Sample(
                 images if info["video"] else images[0], trajectory, list(info["timesteps"]), float(info["seconds"])
             )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, IndexError):
+        except _DAMAGES as error:
+            warn(f"{path} in the image cache is damaged ({cut(str(error))}); the image is generated again.")
             return None
+        with suppress(OSError):
+            os.utime(path)  # prune() deletes by this time
+        return sample
 
     def put(self, key: str, sample: Sample) -> None:
         """Adds a sample. A cache that cannot be written (full disk, read-only) does not stop the sampling."""
@@ -81,12 +92,8 @@ class PictureCache:
         images = sample.image if isinstance(sample.image, list) else [sample.image]
         frames = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
         trajectory = sample.trajectory.contiguous()
-        info = {
-            "video": video,
-            "timesteps": sample.timesteps,
-            "seconds": sample.seconds,
-            "checksum": _checksum(frames, trajectory),
-        }
+        info = {"video": video, "timesteps": sample.timesteps, "seconds": sample.seconds}
+        info["checksum"] = _checksum(key, info, frames, trajectory)
         path = self._path(key)
         with suppress(OSError, SafetensorError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +115,16 @@ class PictureCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
 
-def _checksum(*tensors: Tensor) -> int:
-    checksum = 0
-    for tensor in tensors:
-        checksum = zlib.crc32(tensor.contiguous().numpy().tobytes(), checksum)
-    return checksum
+_DAMAGES = (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError, RecursionError)
+
+
+def _checksum(key: str, info: dict[str, Any], frames: Tensor, trajectory: Tensor) -> str:
+    """Covers all of a file, and its name: a renamed file would be another image."""
+    return digests.of_json([key, info, digests.of_tensor(frames), digests.of_tensor(trajectory)])
+
+
+def _limit() -> int:
+    text = os.environ.get("DITQ_CACHE_BYTES", str(LIMIT))
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise UsageError(f"DITQ_CACHE_BYTES must be a number of bytes, e.g. {LIMIT}, got {short(text)}.")
+    return int(text)

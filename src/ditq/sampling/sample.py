@@ -119,8 +119,9 @@ def sample(
         conditions: prompts, or names or numbers of classes.
         sampling: seed, steps, guidance scale, batch size and further arguments of the pipeline's call.
         on_batch: called with the number of images of every finished batch.
-        cache: samples of the same pipeline, condition, seed and sampler are read from it, whatever their batch size
-            was. New samples are added after every batch, so an interrupted run resumes there.
+        cache: samples of the same pipeline, condition, seed, sampler, batch size and number of threads are read from
+            it. New samples are added after every batch, so an interrupted run resumes there. A batch with a missing
+            sample is generated as a whole: a smaller one would round differently.
         decode: False skips the decoder: images are None, and nothing is cached.
 
     Raises:
@@ -131,19 +132,22 @@ def sample(
     conditions = condition_list(conditions)
     resolved = resolve_conditions(pipe, architecture, conditions)
     seeds = list(range(sampling.seed, sampling.seed + len(resolved)))
+    plan = batches(pipe, resolved, sampling.batch_size)
     done: dict[int, Sample] = {}
-    keys: list[str] = []
+    keys: dict[int, str] = {}
     identity = ""
     if cache is not None:
         identity = fingerprint(pipe)
-        keys = [cache.key(identity, c, s, sampling.sampler) for c, s in zip(resolved, seeds, strict=True)]
-        done = {i: hit for i, key in enumerate(keys) if (hit := cache.get(key)) is not None}
+        for batch in plan:
+            keys |= {i: cache.key(identity, resolved[i], seeds[i], sampling.sampler, len(batch)) for i in batch}
+        done = {i: hit for i, key in keys.items() if (hit := cache.get(key)) is not None}
         if on_batch and done:
             on_batch(len(done))
-    missing = [i for i in range(len(resolved)) if i not in done]
     with quiet(pipe):
-        for numbers in batches(pipe, [resolved[i] for i in missing], sampling.batch_size):
-            batch = [missing[n] for n in numbers]
+        for batch in plan:
+            missing = [i for i in batch if i not in done]
+            if not missing:
+                continue
             kwargs = call_arguments(pipe, architecture, [resolved[i] for i in batch], sampling)
             kwargs["generator"] = [torch.Generator("cpu").manual_seed(seeds[i]) for i in batch]
             before = time.perf_counter()
@@ -157,7 +161,7 @@ def sample(
                 if cache is not None:
                     cache.put(keys[i], done[i])
             if on_batch:
-                on_batch(len(batch))
+                on_batch(len(missing))
     samples = [done[i] for i in range(len(resolved))]
     return Samples(
         list(conditions), seeds, [s.image for s in samples], torch.stack([s.trajectory for s in samples]),
