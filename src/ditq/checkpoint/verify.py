@@ -96,7 +96,10 @@ def _digests(metadata: dict[str, str] | None, file: Path) -> dict[str, str]:
     try:
         digests = json.loads((metadata or {})[DIGESTS])
     except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} has no ditq checksums: it was not written by ditq, or is damaged.") from error
+        raise CheckpointError(
+            f"{file} has no ditq checksums: it was not written by ditq, or is damaged. (A model that from_config made "
+            "of a quantized config is not quantized: remove quantization_config from the config first.)"
+        ) from error
     if not isinstance(digests, dict):
         raise CheckpointError(f"{file}: the checksums are not a JSON object.")
     return digests
