@@ -105,9 +105,8 @@ def test_a_module_that_does_not_exist_is_refused(sources: dict[str, Path]) -> No
 @pytest.mark.parametrize("kind", ["object", "path", "text"])
 def test_recipe_object_or_file(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(
-        "name: mine\nweights: {bits: 4, granularity: channel}\nactivations: {bits: 8, granularity: token, dynamic: true}\n"
-    )
+    weights, activations = "{bits: 4, granularity: channel}", "{bits: 8, granularity: token, dynamic: true}"
+    path.write_text(f"name: mine\nweights: {weights}\nactivations: {activations}\n")
     config = ditq.DitqConfig(recipe={"object": load_recipe(path), "path": path, "text": str(path)}[kind])
     assert load(sources, config).hf_quantizer.plan.recipe == "mine"
     assert ditq.DitqConfig.from_dict(config.to_dict()).job() == config.job()

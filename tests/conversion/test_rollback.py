@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +14,10 @@ from helpers import run, tiny_model, tiny_statistics
 from torch import Tensor, nn
 
 import ditq
-from ditq import api
+from ditq import api, architectures
+from ditq.conversion import quantize_model
 from ditq.conversion.rollback import restored_on_error
+from ditq.recipe import load as load_recipe
 
 conversion = importlib.import_module("ditq.conversion.convert")  # the package has a function of that name
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
@@ -114,3 +119,32 @@ def test_what_succeeds_is_kept() -> None:
     with restored_on_error(model):
         model[0] = nn.Identity()
     assert type(model[0]) is nn.Identity
+
+
+def test_float_weights_are_freed_when_it_returns() -> None:
+    model = tiny_model("dit")
+    weights = weakref.WeakSet(m for m in model.modules() if type(m) is nn.Linear)
+    before = len(weights)
+    plan = ditq.quantize(model, "rtn-w8a8").plan
+    gc.collect()
+    assert len(weights) == before - len(plan.quantized)
+
+
+def test_several_transformers_are_searched_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = SimpleNamespace(transformer=tiny_model("wan"), transformer_2=tiny_model("wan", 1))
+    models = [pipe.transformer, pipe.transformer_2]
+    before = [(structure(m), tensors(m), dict(m.config)) for m in models]  # type: ignore[arg-type]
+
+    def search(pipe: Any, *args: Any, component: str, **options: Any) -> Any:
+        model = getattr(pipe, component)
+        plan = quantize_model(model, architectures.load("wan"), load_recipe("rtn-w8a8"), None)
+        if component == "transformer_2":
+            raise RuntimeError("broken")
+        return SimpleNamespace(candidate=plan)
+
+    monkeypatch.setattr(api.allocation, "search", search)
+    monkeypatch.setattr(api.requests, "float_transformers", lambda *_: dict(vars(pipe)))
+    with pytest.raises(RuntimeError, match="broken"):
+        api.search(pipe, "rtn-w4a8", ["a red cat"])
+    for model, state in zip(models, before, strict=True):
+        check(model, state)

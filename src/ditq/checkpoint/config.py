@@ -36,8 +36,8 @@ class DitqConfig(QuantizationConfigMixin):
         engine: a runtime and its options: ``{"name": "openvino", "shapes": "dynamic", "attention": "auto", "options":
             {"NUM_STREAMS": 1}}``. Its graphs (``ditq export``) are in a folder of that name beside the weights.
         overrides: ``key=value`` assignments to fields of the recipe; a single one may be a string.
-        modules_to_not_convert: names of modules that stay in 16 bit, whole (``transformer_blocks.0.ff``) or as a
-            part of longer names (``ff``); in place of the recipe's ``keep_layers`` one would add.
+        modules_to_not_convert: modules that stay in 16 bit, by name (``transformer_blocks.0.ff``) or by a part of it
+            between dots (``ff``), besides those of the recipe's ``keep_layers``.
         fields: the fields of a plan, as read from ``config.json``.
 
     Raises:
