@@ -13,6 +13,7 @@ from ditq import architectures
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics
 from ditq.calibration.capture import Capture
+from ditq.conversion.storage import dtype_of
 from ditq.numerics import Grid
 from ditq.plan import LayerPlan
 from ditq.recipe import load as load_recipe
@@ -92,7 +93,7 @@ def _made(spec: dict[str, Any], generator: torch.Generator, dtype: torch.dtype) 
 @torch.no_grad()
 def run(model: nn.Module, architecture: str, seed: int = 0, **changes: Any) -> Tensor:
     """The model's output on its example inputs."""
-    dtype = next(model.parameters()).dtype
+    dtype = dtype_of(model)
     return model(**{**example_inputs(architecture, seed, dtype), **changes}, return_dict=False)[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ditq.checkpoint.backend import attach
 from ditq.checkpoint.folder import keep_labels, load_pipeline, read_plans, resolve, save_pipeline
 from ditq.components import transformer_names
 from ditq.conversion import draft, quantize_model
+from ditq.conversion.rollback import restored_on_error
 from ditq.errors import UsageError
 from ditq.files import new_folder
 from ditq.plan import Plan
@@ -71,6 +73,9 @@ def quantize(
 ) -> Result:
     """Quantizes the transformer of a pipeline (or a bare transformer) in place.
 
+    A call that fails or is interrupted leaves the transformer as it was. For this, the 16-bit weights stay in memory
+    until the call returns.
+
     Args:
         pipe: a diffusers pipeline, or its transformer.
         recipe: name of a recipe, path of a YAML file, a :class:`Recipe`, or a :class:`Plan` to apply.
@@ -110,9 +115,8 @@ def quantize(
     if isinstance(job, Recipe):
         draft(model, arch, job)  # refuses formats that do not fit the layers before the slow calibration
     seconds: dict[str, float] = {}
-    training = model.training
-    model.eval()
-    try:
+    with restored_on_error(model):
+        model.eval()
         begin = time.perf_counter()
         if calibrating:
             settings = job.calibration if isinstance(job, Recipe) else calibration or Calibration()
@@ -130,10 +134,7 @@ def quantize(
         begin = time.perf_counter()
         plan = quantize_model(model, arch, job, statistics, seed=seed, progress=progress)
         seconds["quantize"] = time.perf_counter() - begin
-    except BaseException:
-        model.train(training)
-        raise
-    attach(model, plan)
+        attach(model, plan)
     keep_labels(pipe)
     return Result(model, plan, seconds, engines.describe(plan, next(model.parameters()).device))
 
@@ -306,11 +307,14 @@ def search(
     sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
     loaded = load_recipe(recipe).override(overrides)
     results = []
-    for name, model in models.items():
-        model.eval()
-        arch = architectures.load(architecture) if architecture else architectures.match(model)
-        results.append(allocation.search(pipe, arch, loaded, prompts, sampling, component=name, **options))
-        attach(model, results[-1].candidate)
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(restored_on_error(model))
+        for name, model in models.items():
+            model.eval()
+            arch = architectures.load(architecture) if architecture else architectures.match(model)
+            results.append(allocation.search(pipe, arch, loaded, prompts, sampling, component=name, **options))
+            attach(model, results[-1].candidate)
     return replace(results[0], others=tuple(results[1:]))
 
 

@@ -169,11 +169,17 @@ def check_export(engine: str, shapes: str, attention: str, prompts: Sequence[str
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuses a model with NaN or Inf in a parameter.
+    """Refuses a model with NaN or Inf in a parameter, or with 8-bit floats.
 
     Raises:
         DitqError: names the parameter.
     """
     for name, p in model.named_parameters():
+        if p.is_floating_point() and p.dtype.itemsize < 2:
+            raise UsageError(
+                f"Weight {name!r} of {type(model).__name__} is {str(p.dtype).removeprefix('torch.')}, a dtype for "
+                "storage only. Load the model with torch_dtype=torch.bfloat16, and quantize it before "
+                "enable_layerwise_casting(); a model that is cast already cannot be cast back exactly."
+            )
         if p.is_floating_point() and not bool(torch.isfinite(p).all()):
             raise DitqError(f"Weight {name!r} of {type(model).__name__} contains NaN or Inf; nothing was quantized.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 import ditq
-from ditq.errors import UsageError
+from ditq.errors import CheckpointError, UsageError
 from ditq.layers import QuantizedLinear, TimestepLinear
 from ditq.numerics import sqnr_db
 from ditq.plan import Plan
@@ -430,3 +432,144 @@ def test_backend_is_registered_in_any_order_of_imports(imports: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------- modules that diffusers keeps in float32
+
+
+@pytest.fixture(scope="module")
+def plain_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("wan")
+    tiny_model("wan").save_pretrained(path)
+    return path
+
+
+WAN = diffusers.WanTransformer3DModel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["memory", "cast", "loading"])
+@pytest.mark.parametrize("keep", [True, False], ids=["float-embedder", "quantized-embedder"])
+def test_float32_modules_stay_so(how: str, dtype: torch.dtype, keep: bool, plain_wan: Path, tmp_path: Path) -> None:
+    overrides = [] if keep else ["keep=[]"]
+    if how == "loading":
+        config = ditq.DitqConfig(recipe="rtn-w8a8", overrides=overrides)
+        model = WAN.from_pretrained(plain_wan, torch_dtype=dtype, quantization_config=config)
+    else:
+        model = (
+            WAN.from_pretrained(plain_wan, torch_dtype=dtype)
+            if how == "memory"
+            else tiny_model("wan").to(dtype).eval()
+        )
+        ditq.quantize(model, "rtn-w8a8", overrides=overrides)
+    assert model.hf_quantizer.plan.storage_dtype == str(dtype).removeprefix("torch.")
+    for name, p in model.named_parameters():
+        kept = set(name.split(".")) & set(WAN._keep_in_fp32_modules)
+        assert p.dtype == (torch.float32 if kept else dtype), name
+    model.save_pretrained(tmp_path)
+    loaded = WAN.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert identical(loaded.state_dict(), model.state_dict())
+    assert torch.equal(run(loaded, "wan"), run(model, "wan"))
+
+
+def test_float32_modules_of_a_float32_model_are_not_rounded(plain_wan: Path, tmp_path: Path) -> None:
+    model = WAN.from_pretrained(plain_wan)
+    before = model.scale_shift_table.detach().clone()
+    ditq.quantize(model, "rtn-w8a8")
+    model.save_pretrained(tmp_path)
+    loaded = WAN.from_pretrained(tmp_path)
+    assert torch.equal(loaded.scale_shift_table, before)
+    assert tensors_of(tmp_path)["scale_shift_table"].dtype == torch.float32
+    assert torch.equal(run(loaded, "wan"), run(model, "wan"))
+
+
+# ---------------------------------------------------------------------------- casts inside of wrappers
+
+OLD = Path(__file__).resolve().parent.parent / "data" / "v0.1" / "pixart-folded"
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half"])
+@pytest.mark.parametrize("kind", ["new", "folded", "timesteps"])
+def test_cast_inside_of_a_wrapper(kind: str, cast: str, tmp_path: Path) -> None:
+    if kind == "folded":
+        model: Any = diffusers.PixArtTransformer2DModel.from_pretrained(OLD)
+    else:
+        model = quantized("dit-timesteps-w4a8" if kind == "timesteps" else "pixart-smoothquant-w4a8")[0]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    getattr(nn.ModuleDict({"t": model}), cast)()
+    model.save_pretrained(tmp_path)
+    dtype = getattr(torch, {"half": "float16"}.get(cast, cast))
+    loaded = type(model).from_pretrained(tmp_path, torch_dtype=dtype)
+    assert identical(loaded.state_dict(), model.state_dict())
+    for name, buffer in loaded.named_buffers():
+        if name.endswith(("scale", "zero_point", "ditq_modulation")):
+            assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name])
+
+
+# ------------------------------------------------------------------------------------ copies and counts
+
+
+@pytest.mark.parametrize("kind", ["folded", *CASES])
+def test_pickled_and_copied_models_compute_the_same(kind: str) -> None:
+    if kind == "folded":
+        model, architecture = diffusers.PixArtTransformer2DModel.from_pretrained(OLD), "pixart"
+    else:
+        model, _, architecture = quantized(kind)
+    expected = run(model, architecture)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(run(other, architecture), expected)
+        assert other.config.quantization_config.plan == model.hf_quantizer.plan
+        assert identical(other.state_dict(), model.state_dict())
+
+
+def test_num_parameters_are_those_of_the_float_model(case: str) -> None:
+    architecture = CASES[case][0]
+    plain, (model, _, _) = tiny_model(architecture), quantized(case)
+    assert model.num_parameters() == plain.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert model.get_memory_footprint() == sum(t.numel() * t.element_size() for t in tensors)
+    model.dequantize()
+    assert model.num_parameters() == plain.num_parameters()
+
+
+# -------------------------------------------------------------------------------- ways to save and load
+
+
+@pytest.mark.parametrize("more", [{"device_map": "cpu"}, {"disable_mmap": True}, {"torch_dtype": torch.float32}])
+def test_ways_to_load(more: dict[str, Any], tmp_path: Path) -> None:
+    model, _, architecture = quantized("dit-smoothquant-w8a8")
+    model.save_pretrained(tmp_path, variant="fp16")
+    loaded = type(model).from_pretrained(tmp_path, variant="fp16", **more)
+    assert torch.equal(run(loaded, architecture), run(model, architecture))
+
+
+def test_state_dict_of_one_model_loads_into_another() -> None:
+    first, second = (ditq.quantize(tiny_model("dit", seed), "rtn-w8a8").model for seed in (0, 1))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(run(second, "dit"), run(first, "dit"))
+
+
+def test_low_cpu_mem_usage_is_refused_by_diffusers(tmp_path: Path) -> None:
+    model, _, _ = quantized("dit-smoothquant-w8a8")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="low_cpu_mem_usage"):
+        type(model).from_pretrained(tmp_path, low_cpu_mem_usage=False)
+
+
+def test_dtypes_by_component(tmp_path: Path) -> None:
+    pipe = tiny_pixart()
+    ditq.quantize(pipe, "rtn-w8a8")
+    pipe.save_pretrained(tmp_path)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, torch_dtype={"transformer": torch.bfloat16})
+    assert loaded.transformer.dtype == torch.bfloat16
+    assert loaded.vae.dtype == torch.float32
+
+
+def test_a_model_from_a_quantized_config_is_not_quantized_and_says_so(tmp_path: Path) -> None:
+    model, _, _ = quantized("dit-smoothquant-w8a8")
+    plain = type(model).from_config(model.config)
+    assert not getattr(plain, "is_quantized", False)
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="remove quantization_config"):
+        type(model).from_pretrained(tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 
 import ditq
 from ditq.checkpoint.folder import read_plan
+from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear, TimestepLinear
 from ditq.numerics import sqnr_db
 
@@ -120,3 +123,7 @@ def test_exported_folder_of_0_1_runs() -> None:
         plain = diffusers.DiTTransformer2DModel.from_pretrained(DATA / "dit-exported")
     check_tensors(DATA / "dit-exported", plain)
     assert sqnr_db(tensors["output"], plain(**inputs(tensors), return_dict=False)[0]) > 30
+    assert model.num_parameters() == type(model).from_config(model.config).num_parameters()
+    assert torch.equal(copy.deepcopy(model)(**inputs(tensors), return_dict=False)[0], output)
+    with pytest.raises(UsageError, match="cannot be pickled.*use_engine"):
+        pickle.dumps(model)

@@ -27,6 +27,7 @@ import ditq
 from ditq import architectures, numerics
 from ditq.calibration import Statistics
 from ditq.conversion import hessians as method
+from ditq.conversion import quantize_model
 from ditq.conversion.hessians import InputHessian
 from ditq.conversion.rounding import round_weight
 from ditq.conversion.scales import balanced, group_scale
@@ -358,8 +359,9 @@ def test_memory_does_not_grow_with_the_number_of_blocks(monkeypatch: pytest.Monk
     weights = weakref.WeakSet(module for module in model.transformer_blocks.modules() if isinstance(module, nn.Linear))
     kept = sum("norm1" in name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     left: list[int] = []
-    ditq.quantize(
-        model, "gptq-w4a8", statistics=statistics,
+    # As while loading; ditq.quantize keeps them until it returns, to put them back if it fails.
+    quantize_model(
+        model, architectures.load("dit"), load_recipe("gptq-w4a8"), statistics,
         progress=lambda stage, done, total: left.append(len(weights)) if stage == "quantize" else None,
     )  # fmt: skip
     assert most == [4]  # q, k and v share theirs

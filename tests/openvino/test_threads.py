@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -55,3 +57,12 @@ def test_models_inside_of_models() -> None:
     outer(torch.ones(1))
     assert inner.threads == outer[1].threads == 1
     assert torch.get_num_threads() == 2
+
+
+def test_copies_restore_the_threads_too() -> None:
+    model = Counting()
+    one_thread(model)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        other(torch.ones(1))
+        assert other.threads == 1
+        assert torch.get_num_threads() == 2

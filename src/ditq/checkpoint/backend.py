@@ -2,82 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from ditq.architectures import Architecture, match
 from ditq.architectures import load as load_architecture
-from ditq.architectures import match
-from ditq.checkpoint.engine import checked, compile_graphs
+from ditq.checkpoint.config import DitqConfig as DitqConfig
+from ditq.checkpoint.config import Method as Method
+from ditq.checkpoint.counting import count_as_float
+from ditq.checkpoint.engine import compile_graphs
 from ditq.checkpoint.registration import register
 from ditq.checkpoint.verify import metadata, refuse_unplanned, verify
 from ditq.conversion import quantize_model, replace
 from ditq.conversion.folding import BUFFER, prepare, unfold
+from ditq.conversion.storage import dtype_of, stays_float32
 from ditq.conversion.wiring import unwire, wire
-from ditq.errors import CheckpointError, DitqError, UsageError
+from ditq.errors import CheckpointError, DitqError, UsageError, warn
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
 from ditq.plan import Plan
-from ditq.recipe import load as load_recipe
 
-
-class Method(str, Enum):  # noqa: UP042 - diffusers reads `.value` of a str-valued enum member
-    DITQ = "ditq"
-
-
-class DitqConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a transformer: ``quant_method`` and the fields of a plan.
-
-    ``DitqConfig(recipe="rtn-w8a8")`` quantizes while loading, for recipes without calibration. A config with neither
-    plan nor recipe belongs to a floating-point component that an engine executes (a VAE, a text encoder).
-
-    Args:
-        plan: the plan of a quantized transformer.
-        recipe: the name of a recipe to apply while loading.
-        engine: a runtime and its options: ``{"name": "openvino", "shapes": "dynamic", "attention": "auto", "options":
-            {"NUM_STREAMS": 1}}``. Its graphs (``ditq export``) are in a folder of that name beside the weights.
-        fields: the fields of a plan, as read from ``config.json``.
-    """
-
-    def __init__(
-        self,
-        plan: Plan | None = None,
-        recipe: str | None = None,
-        engine: dict[str, Any] | None = None,
-        **fields: Any,
-    ) -> None:
-        self.quant_method = Method.DITQ
-        self.engine = None if engine is None else checked(engine)
-        fields.pop("quant_method", None)
-        if plan is None and "layers" in fields:
-            plan = Plan.from_dict({**fields, "recipe": recipe})
-        if plan is None and recipe is None and engine is None:
-            raise CheckpointError("A ditq quantization_config needs the fields of a plan, or the name of a recipe.")
-        self.plan, self.recipe = plan, recipe
-
-    def to_dict(self) -> dict[str, Any]:
-        fields: dict[str, Any] = {} if self.recipe is None else {"recipe": self.recipe}
-        if self.plan is not None:
-            fields = self.plan.model_dump(mode="json", exclude_none=True)
-        engine = {} if self.engine is None else {"engine": self.engine}
-        return {"quant_method": self.quant_method.value, **engine, **fields}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
-
-    def __repr__(self) -> str:
-        return f"DitqConfig({self.plan.hash() if self.plan else self.recipe or self.engine})"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the component is not quantized by ditq."""
-        return self.plan is None and self.recipe is None
+FOREIGN_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv", "scale_input", "input_scale", "scaled_fp8")
+"""Names of tensors that belong to 8-bit weights in checkpoints of other tools."""
 
 
 class DitqQuantizer(DiffusersQuantizer):
@@ -85,17 +37,25 @@ class DitqQuantizer(DiffusersQuantizer):
 
     requires_calibration = False
     required_packages = ("ditq",)
-    use_keep_in_fp32_modules = False
+    use_keep_in_fp32_modules = True
 
     def __init__(self, quantization_config: DitqConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.pre_quantized: bool = kwargs.get("pre_quantized", True)
+        # A copy, which gets the plan of this model: the caller may load other models with the same config.
+        config = copy.copy(quantization_config)
+        super().__init__(config, **kwargs)
+        # `from_single_file` does not say: its config is the caller's, so that a recipe is one to apply.
+        self.pre_quantized: bool = kwargs.get("pre_quantized", config.plan is not None or config.is_plain)
         self.dtype = torch.float32
         self._parameters: frozenset[str] = frozenset()
         self._stored: frozenset[str] = frozenset()
         self._folder: Path | None = None
         self._model: Any = None
         self.compiled = False
+        count_as_float()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        count_as_float()  # in another process nothing else has called it
 
     @property
     def plan(self) -> Plan:
@@ -106,6 +66,8 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         self.dtype = torch_dtype or torch.float32
+        if self.dtype.itemsize < 2:
+            raise UsageError(f"torch_dtype={torch_dtype} is for storage only; pass torch_dtype=torch.bfloat16.")
         return torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
@@ -114,11 +76,20 @@ class DitqQuantizer(DiffusersQuantizer):
             refuse_unplanned(checkpoint_files)
         elif self.pre_quantized:
             verify(checkpoint_files, self.plan)
-            self._stored = frozenset(loaded_keys)
+        self._stored = frozenset(loaded_keys)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        if self.pre_quantized and not self.quantization_config.is_plain:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            _architecture_of(model)
+            config.check_names(model)
+        elif not config.is_plain:
+            if self._folder is None:
+                raise UsageError(
+                    "A single file has no plan that it could be checked against. Load the folder of a model quantized "
+                    "by ditq with from_pretrained, or pass DitqConfig(recipe=...) to quantize a 16-bit file."
+                )
             build(model, self.plan, self.dtype)
             # diffusers would ignore them, and a model without a fold generates other images.
             unexpected = sorted(self._stored - model.state_dict().keys())
@@ -128,19 +99,18 @@ class DitqQuantizer(DiffusersQuantizer):
                 )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
         if not self.pre_quantized:
-            recipe = load_recipe(self.quantization_config.recipe)
+            recipe = config.job()
             if recipe.needs_calibration:
                 raise UsageError(
                     f"Recipe {recipe.name!r} needs calibration and cannot be applied while loading; "
                     "use ditq.quantize(pipe, recipe, prompts=...)."
                 )
-            self.quantization_config.plan = quantize_model(model, match(model), recipe, None)
+            config.plan = quantize_model(model, _architecture_of(model), recipe, None)
             self.pre_quantized = True
-        config = self.quantization_config
         self.remember(model)
-        assert self._folder is not None
-        self.compiled = compile_graphs(model, config.engine, self._folder, config.plan)
+        self.compiled = self._folder is not None and compile_graphs(model, config.engine, self._folder, config.plan)
         if not self.compiled:
             config.engine = None  # a copy saved from this model will not have graphs
             if not config.is_plain:
@@ -153,6 +123,26 @@ class DitqQuantizer(DiffusersQuantizer):
             target.register_to_config(quantization_config=config)
         return model
 
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Upcasts 8-bit floats that are to be quantized; refuses those with scales, which diffusers would ignore."""
+        if self.pre_quantized:
+            return state_dict
+        for name in state_dict:
+            if name.rpartition(".")[2] in FOREIGN_SCALES:
+                raise UsageError(
+                    f"The checkpoint holds {name!r}: its weights are quantized already, by another tool. Quantize the "
+                    "16-bit (bfloat16 or float16) weights of this model."
+                )
+        small = {k: x for k, x in state_dict.items() if x.is_floating_point() and x.dtype.itemsize < 2}
+        if small:
+            name, tensor = next(iter(small.items()))
+            warn(
+                f"{len(small)} tensors of the checkpoint are 8-bit floats ({name!r} is "
+                f"{str(tensor.dtype).removeprefix('torch.')}). Quantizing rounds them a second time, and both errors "
+                "add up: prefer a 16-bit checkpoint."
+            )
+        return {k: x.to(self.dtype) if k in small else x for k, x in state_dict.items()}
+
     def _wire(self, model: nn.Module) -> None:
         try:
             architecture = load_architecture(self.plan.architecture)
@@ -163,7 +153,7 @@ class DitqQuantizer(DiffusersQuantizer):
     def remember(self, model: nn.Module) -> None:
         """Stores the model, whose config is saved, and the names of its parameters: only they are saved in 16 bit."""
         self._model = cast(Any, model)
-        self._parameters = frozenset(name for name, _ in model.named_parameters())
+        self._parameters = frozenset(name for name, _ in model.named_parameters() if not stays_float32(model, name))
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -238,6 +228,18 @@ class DitqQuantizer(DiffusersQuantizer):
         return True  # adapters on top can be trained; integer weights cannot
 
 
+def _architecture_of(model: nn.Module) -> Architecture:
+    """The architecture of a model that is to be quantized while loading."""
+    try:
+        return match(model)
+    except UsageError as error:
+        raise UsageError(
+            f"A DitqConfig quantizes diffusion transformers, not {type(model).__name__}. {error} In a "
+            "PipelineQuantizationConfig, give it to transformers only: quant_mapping={'transformer': config}, or "
+            "components_to_quantize=['transformer'] with quant_backend='ditq'."
+        ) from error
+
+
 def build(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
     """Replaces the layers of ``model`` (on the meta device) as its plan says. Tensors are loaded afterwards.
 
@@ -260,12 +262,13 @@ def build(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
                 f"Layer {layer.name!r} is {layer.in_features} -> {layer.out_features} in the plan, but "
                 f"{sizes[0]} -> {sizes[1]} in {type(model).__name__}."
             )
+        kind = torch.float32 if stays_float32(model, layer.name) else dtype
         if layer.timesteps:
             inner = layer.model_copy(update={"timesteps": None})
-            ranges = [QuantizedLinear(inner, dtype=dtype, device="meta") for _ in layer.timesteps]
+            ranges = [QuantizedLinear(inner, dtype=kind, device="meta") for _ in layer.timesteps]
             replace(model, layer.name, TimestepLinear(layer, ranges, clock))
         else:
-            replace(model, layer.name, QuantizedLinear(layer, dtype=dtype, device="meta"))
+            replace(model, layer.name, QuantizedLinear(layer, dtype=kind, device="meta"))
     if any(layer.timesteps for layer in plan.quantized):
         if plan.time_argument is None:
             raise CheckpointError("The plan is timestep-aware but has no time_argument.")
@@ -276,7 +279,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
     """Marks a model that was quantized in memory, so that ``save_pretrained`` writes a ditq checkpoint."""
     config = DitqConfig(plan=plan)
     quantizer = DitqQuantizer(config, pre_quantized=True)
-    quantizer.dtype = next(model.parameters()).dtype
+    quantizer.dtype = dtype_of(model)
     quantizer.remember(model)
     target = cast(Any, model)
     target.is_quantized = True

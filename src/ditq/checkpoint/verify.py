@@ -143,7 +143,10 @@ def _verify(files: list[Path], plan: Plan) -> None:
 
 def _digests(texts: Mapping[str, str], file: Path) -> dict[str, str]:
     if DIGESTS not in texts:
-        raise CheckpointError(f"{file} has no ditq checksums: it was not written by ditq, or is damaged.")
+        raise CheckpointError(
+            f"{file} has no ditq checksums: it was not written by ditq, or is damaged. (A model that from_config made "
+            "of a quantized config is not quantized: remove quantization_config from the config first.)"
+        )
     sums = parse_json(texts[DIGESTS], f"{file}: the text of its checksums", CheckpointError)
     if not isinstance(sums, dict):
         raise CheckpointError(f"{file}: the checksums are not a JSON object.")

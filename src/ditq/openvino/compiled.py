@@ -103,6 +103,12 @@ class CompiledStack(nn.Module):
         kept = {name: copy.deepcopy(self.get_submodule(name), memo) for name in self.segment.kept}
         return CompiledStack(self.segment, self.program, kept)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UsageError(
+            f"{self.segment.place} is a compiled graph of this process and cannot be pickled. In a spawned worker, "
+            "load the exported folder again; to pickle the model, load it inside ditq.use_engine('torch')."
+        )
+
     def extra_repr(self) -> str:
         return f"{self.segment.place}, {len(self.segment.layers)} linears on OpenVINO"
 

@@ -16,14 +16,24 @@ from torch import nn
 
 def one_thread(model: nn.Module) -> None:
     """Makes torch run this model's forward in one thread; outside of it the number of threads is restored."""
-    before = threading.local()  # torch's setting is per thread
+    hooks = _OneThread()
+    # Bound methods, so that copies of the model have hooks of their own.
+    model.register_forward_pre_hook(hooks.enter)
+    model.register_forward_hook(hooks.leave, always_call=True)  # also after an exception
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        before.threads = torch.get_num_threads()
+
+class _OneThread:
+    """The hooks of one model, and the number of threads to restore."""
+
+    def __init__(self) -> None:
+        self._before = threading.local()  # torch's setting is per thread
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._before.threads = torch.get_num_threads()
         torch.set_num_threads(1)
 
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        torch.set_num_threads(before.threads)
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        torch.set_num_threads(self._before.threads)
 
-    model.register_forward_pre_hook(enter)
-    model.register_forward_hook(leave, always_call=True)  # also after an exception
+    def __reduce__(self) -> tuple[type[_OneThread], tuple[()]]:
+        return _OneThread, ()
