@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ditq import digests
+from ditq.errors import UsageError
 from ditq.files import atomic
 from ditq.folders import cache_root
 
@@ -49,7 +50,7 @@ class PictureCache:
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
         self.folder = folder or cache_root() / "pictures"
-        self.limit = limit if limit is not None else int(os.environ.get("DITQ_CACHE_BYTES", LIMIT))
+        self.limit = limit if limit is not None else _limit()
 
     @staticmethod
     def key(fingerprint: str, condition: Any, seed: int, sampler: dict[str, Any]) -> str:
@@ -106,6 +107,20 @@ class PictureCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def _limit() -> int:
+    """``DITQ_CACHE_BYTES``, or the default if it is unset or empty.
+
+    Raises:
+        UsageError: it is not a whole number of bytes.
+    """
+    text = os.environ.get("DITQ_CACHE_BYTES", "").strip()
+    if not text:
+        return LIMIT
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"DITQ_CACHE_BYTES must be a whole number of bytes, at least 0, e.g. {LIMIT}; got {text!r}.")
+    return int(text)
 
 
 def _checksum(*tensors: Tensor) -> int:
