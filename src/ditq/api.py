@@ -21,7 +21,7 @@ from ditq.checkpoint.folder import keep_labels, load_pipeline, read_plans, resol
 from ditq.components import transformer_names
 from ditq.conversion import draft, quantize_model
 from ditq.errors import UsageError
-from ditq.files import new_folder
+from ditq.files import make_writable, new_folder
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
@@ -257,6 +257,7 @@ def export(
             pipe = load(folder)
         arch = architectures.load(architecture) if architecture else architectures.match(pipe.transformer)
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        make_writable(temporary)
         return export_pipeline(
             pipe, arch, temporary, settings, quantized=list(plans), condition=condition, prompts=prompts,
             whole_pipeline=whole_pipeline, allow_float=allow_float, seed=seed or 0, progress=progress,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -183,7 +182,7 @@ def open_study(storage: str | Path | None, identity: dict[str, Any], name: str =
         import optuna
         from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
 
-        from ditq.allocation.journal import Journal, drop_half_line
+        from ditq.allocation.journal import Journal
     except ImportError as error:
         raise UsageError("Searches need Optuna: pip install 'ditq[search]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -194,8 +193,6 @@ def open_study(storage: str | Path | None, identity: dict[str, Any], name: str =
             opened = RDBStorage(str(storage))
         else:
             Path(storage).parent.mkdir(parents=True, exist_ok=True)
-            if Path(storage).is_file() and not os.path.lexists(f"{storage}.lock"):  # nobody is writing
-                drop_half_line(Path(storage))
             opened = JournalStorage(Journal(str(storage)))
         others = [other for other in optuna.get_all_study_names(opened) if not other.startswith(NAME)]
         options: dict[str, Any] = {"study_name": name, "load_if_exists": True, "sampler": _fixed_value_sampler()}
