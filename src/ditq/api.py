@@ -247,8 +247,13 @@ def export(
 
     requests.check_export(engine, shapes, attention, prompts, seed)
     folder = resolve(source)
-    plans = read_plans(folder) if isinstance(folder, Path) else {}
-    if not isinstance(folder, Path) or not plans:
+    if not isinstance(folder, Path):
+        raise UsageError(
+            f"export reads folders only, and {source!r} is none here; if it is a hub id, download it first with "
+            f"`hf download {source} --local-dir DIR`, then export DIR."
+        )
+    plans = read_plans(folder)
+    if not plans:
         raise UsageError(f"{source} is not a folder with a pipeline quantized by ditq; run ditq quantize first.")
     settings = {"name": engine, "shapes": shapes, "attention": attention, "options": dict(options or {})}
     with new_folder(out) as temporary:
