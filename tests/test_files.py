@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ditq.errors import DitqError, UsageError
-from ditq.files import atomic, check_output, new_folder, write_text
+from ditq.files import atomic, check_output, make_writable, new_folder, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -129,3 +129,14 @@ def test_overwriting_that_fails_at_the_end_puts_the_old_folder_back(
 def test_check_leaves_nothing(tmp_path: Path) -> None:
     check_output(tmp_path / "deep" / "er" / "out")
     assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_a_copy_of_a_read_only_folder_can_be_written(tmp_path: Path) -> None:
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    (inner / "file").write_text("x")
+    for path in (inner / "file", inner, tmp_path / "a"):
+        path.chmod(0o444 if path.is_file() else 0o555)
+    make_writable(tmp_path / "a")
+    assert [path.stat().st_mode & 0o200 for path in (tmp_path / "a", inner, inner / "file")] == [0o200] * 3

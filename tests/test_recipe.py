@@ -231,7 +231,7 @@ def test_fields_of_narrow_weights_count_up_to_4_bits(weights: int, clip: str) ->
     ("name", "assignment", "remedy"),
     [
         ("rtn-w4a8", "method=gptq", "rounding"),
-        ("rtn-w4a8", "balance.block=100", "balance.rotate=true"),
+        ("rtn-w4a8", "balance.block=64", "balance.rotate=true"),
         ("rtn-w4a8", "balance.alpha=0.3", "balance.smooth=true"),
         ("rtn-w4a8", "balance.choose=error", "balance.smooth=true or balance.rotate=true"),
         ("rtn-w4a8", "balance.timesteps=[[0, 500]]", "balance.smooth=true"),

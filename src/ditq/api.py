@@ -23,7 +23,7 @@ from ditq.components import transformer_names
 from ditq.conversion import draft, quantize_model
 from ditq.conversion.rollback import restored_on_error
 from ditq.errors import UsageError
-from ditq.files import new_folder
+from ditq.files import make_writable, new_folder
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
@@ -248,8 +248,13 @@ def export(
 
     requests.check_export(engine, shapes, attention, prompts, seed)
     folder = resolve(source)
-    plans = read_plans(folder) if isinstance(folder, Path) else {}
-    if not isinstance(folder, Path) or not plans:
+    if not isinstance(folder, Path):
+        raise UsageError(
+            f"export reads folders only, and {source!r} is none here; if it is a hub id, download it first with "
+            f"`hf download {source} --local-dir DIR`, then export DIR."
+        )
+    plans = read_plans(folder)
+    if not plans:
         raise UsageError(f"{source} is not a folder with a pipeline quantized by ditq; run ditq quantize first.")
     settings = {"name": engine, "shapes": shapes, "attention": attention, "options": dict(options or {})}
     with new_folder(out) as temporary:
@@ -258,6 +263,7 @@ def export(
             pipe = load(folder)
         arch = architectures.load(architecture) if architecture else architectures.match(pipe.transformer)
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        make_writable(temporary)
         return export_pipeline(
             pipe, arch, temporary, settings, quantized=list(plans), condition=condition, prompts=prompts,
             whole_pipeline=whole_pipeline, allow_float=allow_float, seed=seed or 0, progress=progress,

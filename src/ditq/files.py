@@ -52,6 +52,13 @@ def check_output(out: str | Path) -> None:
         pass
 
 
+def make_writable(folder: Path) -> None:
+    """Lets the owner write and delete a copied folder, whose source may have been read-only."""
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o700 if path.is_dir() else 0o600))
+
+
 @contextmanager
 def new_folder(out: str | Path, *, overwrite: bool = False, keep: bool = True) -> Iterator[Path]:
     """Yields a temporary folder that becomes ``out`` if the block succeeds, and is deleted if it fails.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -400,7 +401,41 @@ class Plan(_Frozen):
 
 
 def first_error(error: ValidationError) -> str:
-    """Pydantic's first error in one line: the field, the message, the value."""
-    item = error.errors(include_url=False)[0]
-    field = ".".join(cut(str(part), 60) for part in item["loc"][:12]) or "plan"
-    return f"{field}: {cut(item['msg'])} (got {short(item.get('input'))})"
+    """The first wrong field in one sentence: its name, what it must be, the value. Not in pydantic's words."""
+    items = error.errors(include_url=False)
+    path = _field(items[0]["loc"])
+    same = [item for item in items if _field(item["loc"]) == path]  # a union has an error for each of its types
+    own = next((item for item in same if item["type"] in ("value_error", "assertion_error")), None)
+    value = f"got {short(items[0].get('input'))}"
+    if own is not None:
+        reason = cut(str(own["ctx"]["error"]))
+        prefix = f"{path}: " if path else ""
+        return f"{prefix}{reason}" + (f" ({value})" if "got" not in reason and path else "")
+    if items[0]["type"] == "missing":
+        return f"{path} is missing"
+    if items[0]["type"] == "extra_forbidden":
+        return f"{path} is not a field, {value}"
+    expected = dict.fromkeys(_expected(item["type"], item.get("ctx", {}), item["msg"]) for item in same)
+    return f"{path or 'it'} must be {' or '.join(expected)}, {value}"
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """The dotted name of a field, without the names that pydantic gives to the types of a union."""
+    union = re.compile(r"(constrained-)?(int|float|str|bool|none|tuple|list|dict)(\[.*\])?|literal\[.*\]|function-.*")
+    return ".".join(cut(str(part), 60) for part in location[:12] if isinstance(part, int) or not union.fullmatch(part))
+
+
+def _expected(kind: str, context: dict[str, Any], message: str) -> str:
+    """What a field must be, for a type of pydantic's errors and its context."""
+    bounds = {
+        "greater_than_equal": "at least {ge}", "greater_than": "more than {gt}", "less_than_equal": "at most {le}",
+        "less_than": "less than {lt}", "literal_error": "{expected}", "enum": "{expected}",
+        "too_short": "a list of at least {min_length} items", "too_long": "a list of at most {max_length} items",
+        "string_too_short": "a string of at least {min_length} characters", "finite_number": "a finite number",
+    }  # fmt: skip
+    if kind in bounds:
+        return bounds[kind].format(**context)
+    kinds = {"int": "an integer", "float": "a number", "bool": "true or false", "string": "a string",
+             "tuple": "a list", "list": "a list", "dict": "a mapping", "mapping": "a mapping", "model": "a mapping",
+             "none": "null"}  # fmt: skip
+    return kinds.get(kind.partition("_")[0], cut(message))

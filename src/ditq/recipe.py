@@ -14,11 +14,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator,
+)  # fmt: skip
 
 from ditq import patterns
 from ditq.errors import UsageError, unknown, warn
 from ditq.numerics import Grid
+from ditq.numerics.hadamard import is_supported
 from ditq.plan import MOST_RANGES, Gptq, Timesteps, first_error
 from ditq.reading import parse_yaml, read_yaml, short
 
@@ -30,12 +33,46 @@ Names = Annotated[tuple[Label, ...], Field(max_length=patterns.MOST)]
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _booleans_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic would read true as 1.
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError(f"true and false are no values of this field, got {value!r}")
+        return value
+
+
+def _weights(grid: Grid | None) -> Grid | None:
+    if grid is not None and grid.granularity == "token":
+        raise ValueError("granularity of weights must be 'tensor', 'channel' or 'group', got 'token'")
+    if grid is not None and grid.dynamic:
+        raise ValueError("weights are static: dynamic must be false, got true")
+    return grid
+
+
+def _activations(grid: Grid | None) -> Grid | None:
+    if grid is None:
+        return grid
+    if grid.granularity == "channel":
+        raise ValueError("granularity of activations must be 'tensor', 'token' or 'group', got 'channel'")
+    if not grid.dynamic and grid.granularity == "token":
+        raise ValueError(
+            "granularity of static activations must be 'tensor' or 'group', got 'token'; or set dynamic to true"
+        )
+    if not grid.dynamic and not grid.symmetric:
+        raise ValueError("static activations are symmetric: symmetric must be true, got false; or set dynamic to true")
+    return grid
+
+
+Weights = Annotated[Grid, AfterValidator(_weights)]
+Activations = Annotated[Grid, AfterValidator(_activations)]
+
 
 class RoleFormats(_Strict):
     """Formats of the layers with a matching role; ``weights: null`` keeps them in 16 bit."""
 
-    weights: Grid | None
-    activations: Grid | None = None
+    weights: Weights | None
+    activations: Activations | None = None
 
 
 class Balance(_Strict):
@@ -87,15 +124,30 @@ class Balance(_Strict):
         values = alpha if isinstance(alpha, list | tuple) else [alpha]
         numbers = [a for a in values if isinstance(a, int | float) and not isinstance(a, bool) and 0 <= a <= 1]
         if not values or len(numbers) < len(values) or len(values) > MOST_ALPHAS:
-            raise ValueError(f"alpha must be a number from 0 to 1, or a list of at most {MOST_ALPHAS} such numbers")
+            raise ValueError(
+                f"must be a number from 0 to 1, or a list of at most {MOST_ALPHAS} such numbers, got {short(alpha)}"
+            )
         return alpha
+
+    @field_validator("block")
+    @classmethod
+    def _block_has_a_matrix(cls, block: int) -> int:
+        if block and (
+            not 2 <= block <= 2**16 or not is_supported(block)
+        ):  # finding a matrix of a huge width takes ages
+            powers = "2, 4, 8, 16, 32, 64, 128, 256 ..., or another width with a known Hadamard matrix"
+            raise ValueError(f"must be 0 (the widest possible) or {powers}, got {block}")
+        return block
 
     @field_validator("timesteps")
     @classmethod
     def _ranges_ascend(cls, ranges: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
         for first, last in ranges or ():
-            if first > last:
-                raise ValueError(f"range [{first}, {last}] is empty: the smaller timestep comes first")
+            if first > last or first < 0:
+                raise ValueError(
+                    f"a range is [first, last] with 0 <= first <= last, e.g. [{max(last, 0)}, {max(first, last, 0)}]; "
+                    f"got [{first}, {last}]"
+                )
         return ranges
 
     @property
@@ -153,8 +205,8 @@ class Recipe(_Strict):
     description: str = ""
     method: Label = "custom"
     paper: str = ""
-    weights: Grid
-    activations: Grid | None
+    weights: Weights
+    activations: Activations | None
     keep: Names = ("embedder", "final", "modulation")
     keep_layers: Names = ()
     roles: dict[str, RoleFormats] = {}
@@ -298,7 +350,8 @@ def parse(data: Any, source: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UsageError(f"The recipe in {source} is not valid: {first_error(error)}.") from error
+        where = "" if source == "--set" else f" in {source}"
+        raise UsageError(f"The recipe{where} is not valid: {first_error(error)}.") from error
 
 
 class Family(_Strict):

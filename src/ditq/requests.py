@@ -16,6 +16,7 @@ from ditq.openvino.options import ATTENTIONS, SHAPES
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
+from ditq.sampling.sampling import check_seed
 
 
 def float_transformer(pipe: Any, component: str | None) -> nn.Module:
@@ -78,8 +79,10 @@ def seed_of(job: Recipe | Plan, seed: int | None) -> int:
     """The seed to use: that of the plan, or the argument for a recipe.
 
     Raises:
-        UsageError: a seed was passed with a plan.
+        UsageError: a seed was passed with a plan, or is out of range.
     """
+    if seed is not None:
+        check_seed(seed)
     if isinstance(job, Recipe):
         return seed or 0
     if seed is not None:
@@ -141,7 +144,11 @@ def check_quantize(
 
 
 def check_prompts(prompts: Sequence[str] | None) -> None:
-    """Refuses a single string, which would be read as a list of characters."""
+    """Refuses a single string, which would be read as a list of characters, and an open file."""
+    if hasattr(prompts, "readlines"):
+        raise UsageError(
+            "prompts must be a list of strings, got an open file: pass prompts=[line.strip() for line in file]."
+        )
     if isinstance(prompts, str):
         raise UsageError(f"prompts must be a list of strings, got the string {prompts!r}: pass prompts=[{prompts!r}].")
 

@@ -68,9 +68,10 @@ def test_kill_in_calibration_then_resume_gives_what_an_unbroken_run_gives(folder
     assert all(a[name].equal(b[name]) for name in a)
 
 
-def test_interrupt_says_how_to_go_on_and_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_says_how_to_go_on_and_leaves_nothing(number: signal.Signals, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    err = stop_after(1, tmp_path / "cache", command(folder, out), lambda p: p.send_signal(signal.SIGINT))
+    err = stop_after(1, tmp_path / "cache", command(folder, out), lambda p: p.send_signal(number))
     assert "--resume" in err
     assert "Traceback" not in err
     assert not out.exists()

@@ -239,3 +239,10 @@ def test_scheduler_is_left_as_it_was() -> None:
     pipe = tiny_pixart()
     sample(pipe, architectures.load("pixart"), PROMPTS[:1], Sampling(**OPTIONS))
     assert "step" not in vars(pipe.scheduler)
+
+
+@pytest.mark.parametrize("text", ["abc", "-1", "1.5", "²"])
+def test_a_limit_that_is_no_number_of_bytes_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DITQ_CACHE_BYTES", text)
+    with pytest.raises(UsageError, match="DITQ_CACHE_BYTES must be a whole number"):
+        PictureCache()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ditq.allocation.evolution import Scored
 from ditq.allocation.space import Genome, Space
-from ditq.errors import UsageError
+from ditq.errors import DitqError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,7 +181,8 @@ def open_study(storage: str | Path | None, identity: dict[str, Any], name: str =
     try:
         import optuna
         from optuna.storages import InMemoryStorage, JournalStorage, RDBStorage
-        from optuna.storages.journal import JournalFileBackend
+
+        from ditq.allocation.journal import Journal
     except ImportError as error:
         raise UsageError("Searches need Optuna: pip install 'ditq[search]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -192,10 +193,12 @@ def open_study(storage: str | Path | None, identity: dict[str, Any], name: str =
             opened = RDBStorage(str(storage))
         else:
             Path(storage).parent.mkdir(parents=True, exist_ok=True)
-            opened = JournalStorage(JournalFileBackend(str(storage)))
+            opened = JournalStorage(Journal(str(storage)))
         others = [other for other in optuna.get_all_study_names(opened) if not other.startswith(NAME)]
         options: dict[str, Any] = {"study_name": name, "load_if_exists": True, "sampler": _fixed_value_sampler()}
         study = None if others else optuna.create_study(storage=opened, **options)
+    except DitqError:
+        raise
     except OSError as error:
         raise UsageError(f"The storage {storage} cannot be opened: {error}.") from error
     except Exception as error:  # a file that is not a journal fails in many ways, a database in those of its driver

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ditq.checkpoint.header import sort_metadata
 from ditq.components import NAMES, transformer_names
 from ditq.errors import CheckpointError, DitqError, UsageError
-from ditq.files import new_folder
+from ditq.files import make_writable, new_folder
 from ditq.plan import Plan
 from ditq.reading import cut, read_json, short
 
@@ -152,6 +152,7 @@ def save_pipeline(pipe: Any, out: str | Path, source: str | Path | None = None, 
             if component.is_dir() and component.name not in transformer_names(pipe) and copy.is_dir():
                 shutil.rmtree(copy)
                 shutil.copytree(component, copy)
+                make_writable(copy)
 
 
 def keep_labels(pipe: Any) -> None:

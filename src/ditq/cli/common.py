@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import sys
@@ -127,14 +128,31 @@ def read_prompts(file: Path) -> list[str]:
     """The prompts of a text file, one per line.
 
     Raises:
-        UsageError: the file is missing or empty.
+        UsageError: the file is missing or empty, or neither UTF-8 nor UTF-16 with a byte-order mark.
     """
     if not file.is_file():
         raise UsageError(f"The prompts file {file} does not exist.")
-    prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    prompts = [line.strip() for line in decoded(file.read_bytes(), file).splitlines() if line.strip()]
     if not prompts:
         raise UsageError(f"The prompts file {file} is empty: write one prompt per line.")
     return prompts
+
+
+def decoded(content: bytes, file: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with a byte-order mark. Other encodings cannot be told apart.
+
+    Raises:
+        UsageError: the content is neither; the message names the line.
+    """
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        where = "" if utf16 else f": line {line} has a byte that is not UTF-8"
+        raise UsageError(
+            f"The prompts file {file} is not text in {'UTF-16' if utf16 else 'UTF-8'}{where}. Save it as UTF-8."
+        ) from error
 
 
 def pick_prompts(

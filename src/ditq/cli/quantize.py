@@ -59,7 +59,7 @@ def quantize(
 
     Example: ditq quantize bundled:emoji-t2i --recipe viditq-w4a8 --out emoji-w4a8
     """
-    from ditq import api
+    from ditq import api, requests
     from ditq.components import transformer_names
     from ditq.errors import UsageError
     from ditq.files import check_output
@@ -71,6 +71,7 @@ def quantize(
     job: Plan | Recipe = load(recipe or "viditq-w4a8").override(overrides or []) if plan is None else _read(plan)
     second_plan = None if plan is None else plan_file(plan, "transformer_2")  # ditq search writes one per transformer
     settings = None if isinstance(job, Recipe) else _recipe_of(job, overrides or []).calibration
+    requests.seed_of(job, seed)
     check_output(out_dir)  # before the slow part
     pipe = open_pipeline(pipeline, device, dtype)
     arch = pick_architecture(pipe, architecture)

@@ -124,7 +124,16 @@ def _checksum(key: str, info: dict[str, Any], frames: Tensor, trajectory: Tensor
 
 
 def _limit() -> int:
-    text = os.environ.get("DITQ_CACHE_BYTES", str(LIMIT))
+    """``DITQ_CACHE_BYTES``, or the default if it is unset or empty.
+
+    Raises:
+        UsageError: it is not a whole number of bytes.
+    """
+    text = os.environ.get("DITQ_CACHE_BYTES", "").strip()
+    if not text:
+        return LIMIT
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise UsageError(f"DITQ_CACHE_BYTES must be a number of bytes, e.g. {LIMIT}, got {short(text)}.")
+        raise UsageError(
+            f"DITQ_CACHE_BYTES must be a whole number of bytes, at least 0, e.g. {LIMIT}; got {short(text)}."
+        )
     return int(text)

@@ -8,6 +8,18 @@ from typing import Any
 
 from ditq.errors import UsageError
 
+LARGEST_SEED = 2**62  # torch takes seeds below 2^64; ditq adds the number of the prompt and offsets
+
+
+def check_seed(seed: int) -> None:
+    """Refuses a seed that torch does not take, or takes as another number.
+
+    Raises:
+        UsageError: it is negative or too large.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UsageError(f"seed must be 0 to 2^62 ({LARGEST_SEED}), got {seed}.")
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -21,7 +33,7 @@ class Sampling:
         arguments: further arguments of the pipeline's call, e.g. ``{"height": 256, "width": 256, "num_frames": 17}``.
 
     Raises:
-        UsageError: ``steps`` or ``batch_size`` is less than 1.
+        UsageError: ``steps`` or ``batch_size`` is less than 1, or the seed is out of range.
     """
 
     seed: int = 0
@@ -31,6 +43,7 @@ class Sampling:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name in ("steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
