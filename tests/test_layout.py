@@ -16,6 +16,8 @@ WHOLE = {
     "architectures/test_real_size",
     "checkpoint/test_format_page",
     "checkpoint/test_old_versions",
+    "contract/test_models",
+    "contract/test_pipelines",
     "cli/test_processes",
     "cli/test_verbs",
     "cli/test_video_verbs",

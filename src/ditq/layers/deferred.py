@@ -43,6 +43,11 @@ def can_defer(x: Tensor) -> bool:
     )
 
 
+def offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate or diffusers may move or cast the weights when ``forward`` returns."""
+    return "_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__
+
+
 def version(x: Tensor) -> int | None:
     """The number of changes of ``x`` in place; None if torch does not count them (inference mode).
 
@@ -264,7 +269,8 @@ class DeferredLayerNorm(nn.LayerNorm):
     """A norm that defers its output, to be fused with the quantizer of the next linear layer."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if can_defer(input) and len(self.normalized_shape) == 1 and _has_version(self.weight, self.bias):
+        can = can_defer(input) and not offloaded(self)
+        if can and len(self.normalized_shape) == 1 and _has_version(self.weight, self.bias):
             return normed(self, input.value() if isinstance(input, Deferred) else input)
         return super().forward(input)
 

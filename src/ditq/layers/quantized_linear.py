@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from ditq import engines
 from ditq.engines import QuantizedWeight
 from ditq.engines.base import Activation, Engine, FusingEngine, Norm, balance
-from ditq.layers.deferred import Deferred, can_defer, output
+from ditq.layers.deferred import Deferred, can_defer, offloaded, output
 from ditq.layers.shared import SharedInput
 from ditq.numerics import Quantized, Rotation, pack, quantize, rotate, search_clip_ratio, unrotate
 from ditq.plan import LayerPlan
@@ -145,7 +145,7 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def integer_forward(self, x: Tensor) -> Tensor:
         """The forward pass by integer products, without gradients."""
-        if self.defers and can_defer(x) and not _offloaded(self):
+        if self.defers and can_defer(x) and not offloaded(self):
             return output(partial(self._run, x), x, self.out_features, self._stop_deferring)
         return self._run(x).reshape(*x.shape[:-1], self.out_features)
 
@@ -229,11 +229,6 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         return gradient @ ctx.layer.weight.to(gradient.dtype), None
-
-
-def _offloaded(layer: nn.Module) -> bool:
-    """Whether a hook of accelerate or diffusers may offload the weights when ``forward`` returns."""
-    return "_hf_hook" in layer.__dict__ or "_diffusers_hook" in layer.__dict__
 
 
 def nearest(weight: Tensor, plan: LayerPlan) -> Quantized:

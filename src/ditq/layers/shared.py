@@ -57,7 +57,8 @@ class SharedInput:
         return codes
 
     def _forget(self, dead: weakref.ref[Tensor]) -> None:
-        if self._entry is not None and self._entry.x is dead:
+        entry = self._entry  # another thread may replace it
+        if entry is not None and entry.x is dead:
             self._entry = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
