@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from helpers import layer_plan
 from torch import Tensor, nn
 
+from ditq.errors import UsageError
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
 
 RANGES = ((700, 999), (300, 600), (0, 299))
@@ -76,3 +78,44 @@ def test_memory_is_that_of_all_ranges() -> None:
     model = Model().to(torch.bfloat16)
     held = sum(t.numel() * t.element_size() for t in [*model.buffers(), *model.parameters()])
     assert held == model.layer.plan.stored_bytes()
+
+
+def test_samples_of_several_timesteps_use_their_own_ranges() -> None:
+    model, x = Model(), torch.randn(4, 5, 32)
+    y = model(x, timestep=torch.tensor([999, 10, 10, 400]))
+    assert y[:, 0, 0].tolist() == [1, 3, 3, 2]
+    tokens = model(x, timestep=torch.tensor([[999, 10, 10, 400, 0]]).expand(4, 5))  # one for each token
+    assert tokens[2, :, 0].tolist() == [1, 3, 3, 2, 3]
+
+
+def test_timesteps_that_no_axis_of_the_input_tells_apart_are_refused() -> None:
+    model = Model()
+    with pytest.raises(UsageError, match=r"timesteps \[999.0, 10.0\].*once for each timestep"):
+        model(torch.randn(6, 32), timestep=torch.tensor([999, 10]))
+    assert bool((model(torch.randn(6, 32), timestep=torch.tensor([999, 800])) == 1).all())  # one range: no matter
+
+
+def test_threads_have_their_own_timestep() -> None:
+    """Two calls that are inside of the model at the same time, at different timesteps."""
+    model, both, found = Model(), threading.Barrier(2, timeout=10), dict[int, Tensor]()
+    model.layer.register_forward_pre_hook(lambda *_: None if both.wait() >= 0 else None)
+
+    def call(timestep: int) -> None:
+        found[timestep] = model(torch.randn(2, 32), timestep=torch.tensor([timestep, timestep]))
+
+    threads = [threading.Thread(target=call, args=(timestep,)) for timestep in (999, 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bool((found[999] == 1).all())
+    assert bool((found[10] == 3).all())
+
+
+def test_thread_that_never_called_the_model_reads_the_latest_call() -> None:
+    model, seen = Model(), list[Tensor]()
+    model(torch.zeros(1, 32), timestep=10)
+    thread = threading.Thread(target=lambda: seen.append(model.layer(torch.zeros(1, 32))))
+    thread.start()
+    thread.join()
+    assert bool((seen[0] == 3).all())

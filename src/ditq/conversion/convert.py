@@ -134,7 +134,7 @@ def _jobs(work: Conversion) -> Iterator[tuple[InputGroup | None, Linear, InputHe
     others = [linear for linear in work.architecture.linears(work.model) if linear.name not in in_blocks]
 
     def set_clock(call: Call) -> None:
-        work.clock.now = call_time(work.architecture, call)
+        work.clock.set(call_time(work.architecture, call))
 
     blocks: Iterable[tuple[str, Hessians]] = ((name, {}) for name in list(groups))
     if any(plan.rounding == "gptq" for plan in work.plans.values()):

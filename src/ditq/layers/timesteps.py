@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ditq.errors import UsageError
 from ditq.layers.quantized_linear import QuantizedLinear
 from ditq.plan import LayerPlan
+from ditq.reading import cut
 
 
 def timestep_of(value: Tensor | float) -> float:
@@ -16,16 +20,37 @@ def timestep_of(value: Tensor | float) -> float:
     return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
 
 
+_of_thread = threading.local()
+"""The timesteps of each clock in this thread, see :class:`Clock`."""
+
+
 class Clock(nn.Module):
-    """Holds the timestep of the current transformer call; one per model, set by a forward pre-hook."""
+    """Holds the timesteps of the current transformer call; one per model, set by a forward pre-hook.
+
+    Every thread has its own current call. A thread that never called the model (one of autograd's that computes a
+    checkpointed block again) reads the latest call of any thread.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0.0
+        self.latest = torch.zeros(())
         self.argument = ""
 
+    @property
+    def now(self) -> Tensor:
+        """The timesteps of the current call, float32 on the CPU: one for all samples, [], or one each, [B, ...]."""
+        calls: weakref.WeakKeyDictionary[Clock, Tensor] = getattr(_of_thread, "calls", weakref.WeakKeyDictionary())
+        return calls.get(self, self.latest)
+
+    def set(self, value: Tensor | float) -> None:
+        """Starts a call at these timesteps."""
+        if not hasattr(_of_thread, "calls"):
+            _of_thread.calls = weakref.WeakKeyDictionary()
+        times = torch.as_tensor(value).detach().to("cpu", torch.float32)
+        _of_thread.calls[self] = self.latest = times.reshape(()) if times.numel() == 1 else times
+
     def attach(self, model: nn.Module, argument: str) -> None:
-        """Reads ``argument`` (a number, or a tensor of equal numbers) before every forward of ``model``."""
+        """Reads ``argument`` (a number, or a tensor of timesteps) before every forward of ``model``."""
         self.argument = argument
         # A bound method, so that a deep copy of the model sets its own copy of the clock.
         model.register_forward_pre_hook(self._set, with_kwargs=True)
@@ -34,7 +59,7 @@ class Clock(nn.Module):
         value = kwargs.get(self.argument)
         if value is None:
             raise ValueError(f"timestep-aware layers need the transformer's keyword argument {self.argument!r}")
-        self.now = timestep_of(value)
+        self.set(value)
 
 
 class TimestepLinear(nn.Linear):
@@ -49,21 +74,58 @@ class TimestepLinear(nn.Linear):
         object.__setattr__(self, "clock", clock)
         self.register_parameter("bias", None)
 
-    def current(self) -> QuantizedLinear:
-        """The layer of the current timestep's range; between two ranges, the nearest one."""
+    def chosen(self) -> Tensor:
+        """Which range each timestep of the current call uses, int64 of the shape of :attr:`Clock.now`.
+
+        Between two ranges, the nearest one.
+        """
         assert self.plan.timesteps is not None
         clock: Clock = self.__dict__["clock"]
         now = clock.now
-        distance = [max(begin - now, now - end, 0.0) for begin, end in self.plan.timesteps]
-        return cast(QuantizedLinear, self.ranges[distance.index(min(distance))])
+        distances = [torch.maximum(begin - now, now - end).clamp_min(0) for begin, end in self.plan.timesteps]
+        return torch.stack(distances).argmin(0)  # the first of equal ones
+
+    def current(self) -> QuantizedLinear:
+        """The layer of the current call's range.
+
+        Raises:
+            UsageError: the timesteps of the call are in several ranges.
+        """
+        ranges = self.chosen().unique()
+        if len(ranges) > 1:
+            raise self._mixed()
+        return cast(QuantizedLinear, self.ranges[int(ranges)])
+
+    def _mixed(self, x: Tensor | None = None) -> UsageError:
+        clock: Clock = self.__dict__["clock"]
+        return UsageError(
+            f"One call has timesteps {cut(str(clock.now.flatten().tolist()))}, which are in several ranges of layer "
+            f"{self.plan.name!r} (its plan has {cut(str(self.plan.timesteps))})"
+            + (
+                f", and its input {list(x.shape)} has no axis of samples that tells them apart"
+                if x is not None
+                else ""
+            )
+            + ". Call the transformer once for each timestep."
+        )
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The dequantized weight of the current range [N, K]."""
         return self.current().weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.current()(x)
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        chosen = self.chosen()
+        ranges = chosen.unique().tolist()
+        if len(ranges) == 1:
+            return cast(Tensor, self.ranges[ranges[0]](x))
+        if tuple(x.shape[: chosen.ndim]) != tuple(chosen.shape):
+            raise self._mixed(x)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for i in ranges:  # each sample by the layer of its own timestep
+            samples = (chosen == i).to(x.device)
+            y[samples] = self.ranges[i](x[samples])
+        return y
 
     def extra_repr(self) -> str:
         return f"timesteps={self.plan.timesteps}"
