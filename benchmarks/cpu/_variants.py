@@ -322,6 +322,10 @@ REGISTRY: dict[str, Callable[[Case], Variant]] = {
         hint="best",
         attention="int8",
     ),  # fmt: skip
+    "ditq smoothed W8A8, torch engine": partial(ours, recipe="smoothquant-w8a8", engine="torch"),
+    "ditq smoothed W8A8 and modulation, OpenVINO": partial(
+        ours, recipe="smoothquant-w8a8", engine="openvino", overrides=MODULATION
+    ),
     "ditq ViDiT-Q W8A8, OpenVINO": partial(ours, recipe="viditq-w8a8", engine="openvino"),
 }
 

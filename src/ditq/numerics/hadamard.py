@@ -187,6 +187,15 @@ def _cached_scaled_signs(rotation: Rotation, device: torch.device) -> Tensor:
 _tensors: dict[str, Tensor] = {}
 
 
+def warm(rotation: Rotation, device: torch.device) -> None:
+    """Fills the dictionary for a device. A layer that is compiled before its first call would find it empty: the
+    compiler reads the dictionary as it was when the trace began.
+    """
+    _signs_key(rotation.size, rotation.block, rotation.seed, device)
+    for factor in _factors(rotation.block):
+        _matrix_key(factor, device)
+
+
 def _split(n: int) -> tuple[int, int]:
     return _factors(n)
 
