@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any, cast
@@ -96,6 +98,7 @@ class DitqQuantizer(DiffusersQuantizer):
         self._stored: frozenset[str] = frozenset()
         self._folder: Path | None = None
         self.compiled = False
+        self._model: weakref.ref[nn.Module] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -161,6 +164,10 @@ class DitqQuantizer(DiffusersQuantizer):
     def remember(self, model: nn.Module) -> None:
         """Stores the names of the parameters: only they are saved in 16 bit, and a state dict does not mark them."""
         self._parameters = frozenset(name for name, _ in model.named_parameters())
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}  # a copy belongs to another model
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -204,6 +211,7 @@ class DitqQuantizer(DiffusersQuantizer):
             raise UsageError("ditq writes safetensors only; leave safe_serialization=True.")
         if self.quantization_config.is_plain:
             return state_dict, {}
+        _refuse_adapters(state_dict)
         storage = getattr(torch, self.plan.storage_dtype)
         out = {}
         for name, tensor in state_dict.items():
@@ -228,11 +236,24 @@ class DitqQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
+        # diffusers asks before it writes anything.
+        model = None if self._model is None else self._model()
+        if model is not None and not self.quantization_config.is_plain:
+            _refuse_adapters(name for name, _ in model.named_modules())
         return True
 
     @property
     def is_trainable(self) -> bool:
         return True  # adapters on top can be trained; integer weights cannot
+
+
+def _refuse_adapters(names: Iterable[str]) -> None:
+    """Raises if ``names``, of modules or tensors, are those of a model with adapters of PEFT."""
+    if any("base_layer" in name.split(".") for name in names):
+        raise UsageError(
+            "Adapters are loaded, and a quantized checkpoint cannot hold them. Call ditq.fuse_lora(pipe) to save them "
+            "with the model, or pipe.unload_lora_weights() (transformer.unload_lora()) to save it without."
+        )
 
 
 def build(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
