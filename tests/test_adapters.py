@@ -208,3 +208,46 @@ def test_a_model_that_was_fused_and_unfused_is_quantized(tmp_path: Path) -> None
     assert torch.equal(run(model, "pixart"), run(expected, "pixart"))
     model.save_pretrained(tmp_path)
     assert torch.equal(run(type(model).from_pretrained(tmp_path), "pixart"), run(model, "pixart"))
+
+
+@pytest.mark.parametrize("family", ["wan", "ltx", "cogvideox"])
+def test_a_file_loads_through_the_pipeline_and_fuses(family: str, tmp_path: Path) -> None:
+    import videos
+
+    pipe = videos.PIPELINES[family][0]()
+    model = pipe.transformer
+    add(model, size=0.1)
+    weights = peft.get_peft_model_state_dict(model)
+    wanted = run(model, family)
+    model.unload_lora()
+    pipe.save_lora_weights(tmp_path, transformer_lora_layers=weights)
+    attach(model, quantize_model(model, architectures.load(family), load_recipe("rtn-w8a8"), None))
+    own = run(model, family)
+    pipe.load_lora_weights(tmp_path)
+    got = run(model, family)
+    assert relative(got, own) > 0.01
+    assert wanted.shape == got.shape
+    with pytest.raises(UsageError, match="ditq.fuse_lora"):
+        pipe.fuse_lora()
+    ditq.fuse_lora(pipe)
+    assert relative(run(model, family), got) < 0.02
+    assert not pipe.get_list_adapters().get("transformer")
+    copy.deepcopy(model).save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("activation", [True, False])
+def test_a_branch_adds_its_product_and_has_gradients(activation: bool) -> None:
+    plan = layer_plan() if activation else layer_plan(activation=None)
+    layer = QuantizedLinear.from_linear(nn.Linear(32, 24), plan)
+    x = torch.randn(5, 32, requires_grad=True)
+    before = layer(x)
+    rounded = layer.float_weight()
+    down, up = torch.randn(3, 32), torch.randn(24, 3)
+    layer.add_branch(down, up, "float32")
+    assert torch.allclose(layer(x) - before, x @ down.T @ up.T, atol=1e-4)
+    assert torch.allclose(layer.float_weight() - rounded, up @ down, atol=1e-4)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, torch.ones(5, 24) @ layer.float_weight(), atol=1e-3)
+    layer.to(torch.bfloat16)
+    assert layer.branch_down.dtype == torch.float32
