@@ -251,3 +251,26 @@ def test_a_branch_adds_its_product_and_has_gradients(activation: bool) -> None:
     assert torch.allclose(x.grad, torch.ones(5, 24) @ layer.float_weight(), atol=1e-3)
     layer.to(torch.bfloat16)
     assert layer.branch_down.dtype == torch.float32
+
+
+def test_timestep_ranges_take_adapters_and_branches(tmp_path: Path) -> None:
+    model, twin = quantized("dit", "smoothquant-w8a8", "balance.timesteps=[[0, 499], [500, 999]]")
+    add(model, size=0.1)
+    add(twin, size=0.1)
+    wanted = run(twin, "dit")
+    assert relative(wanted, run(model, "dit")) < 0.05
+    ditq.fuse_lora(twin)
+    fused = run(twin, "dit")
+    assert relative(fused, wanted) < 0.02
+    twin.save_pretrained(tmp_path)
+    assert torch.equal(run(type(twin).from_pretrained(tmp_path), "dit"), fused)
+
+
+@pytest.mark.parametrize("recipe", ["quarot-w8a8", "rtn-w4a16"])
+def test_dora_acts_as_on_the_dequantized_model(recipe: str) -> None:
+    _, twin = quantized("pixart", recipe)
+    plain = copy.deepcopy(twin)
+    plain.dequantize()
+    for one in (plain, twin):
+        add(one, size=0.1, use_dora=True)
+    assert relative(run(twin, "pixart"), run(plain, "pixart")) < 0.06
