@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -274,3 +275,17 @@ def test_dora_acts_as_on_the_dequantized_model(recipe: str) -> None:
     for one in (plain, twin):
         add(one, size=0.1, use_dora=True)
     assert relative(run(twin, "pixart"), run(plain, "pixart")) < 0.06
+
+
+def test_a_model_with_a_branch_is_pickled_and_not_quantized_from_its_plan_nor_exported() -> None:
+    from ditq.openvino.convert import linear_spec
+
+    model, twin = quantized("pixart", "rtn-w8a8")
+    add(twin, targets=["to_q"])
+    ditq.fuse_lora(twin)
+    assert torch.equal(run(pickle.loads(pickle.dumps(twin)), "pixart"), run(twin, "pixart"))
+    with pytest.raises(UsageError, match="has a branch"):
+        ditq.quantize(model, twin.hf_quantizer.plan)
+    name, layer = next((n, m) for n, m in twin.named_modules() if isinstance(m, QuantizedLinear) and m.plan.branch)
+    with pytest.raises(UsageError, match="OpenVINO"):
+        linear_spec(name, layer)
