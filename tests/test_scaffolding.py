@@ -28,7 +28,7 @@ FLOORS = [
     {"openvino"},
     {"checkpoint"},
     {"metrics", "report"},
-    {"api", "requests"},
+    {"api", "requests", "adapters"},
     {"comparison"},
     {"cli", "__main__"},
     {"__init__"},

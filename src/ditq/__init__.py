@@ -14,6 +14,7 @@ Verbs:
     compare(reference, others)  the same prompts and noise, measured; gives a Comparison
     search(pipe, recipe)        a group size for every layer, within a budget; gives a Plan
     export(source, out)         a quantized pipeline as graphs of OpenVINO, for CPUs
+    fuse_lora(pipe)             loaded LoRA adapters into a quantized transformer, to save them with it
     use_engine(name)            inside, that engine computes: with ditq.use_engine("torch"): ...
 
 Nouns:
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from ditq.checkpoint.registration import register as _register
 
 if TYPE_CHECKING:
+    from ditq.adapters import fuse_lora as fuse_lora
     from ditq.api import Result as Result
     from ditq.api import export as export
     from ditq.api import load as load
@@ -61,6 +63,7 @@ _HOME = {
     "save": "ditq.api",
     "export": "ditq.api",
     "search": "ditq.api",
+    "fuse_lora": "ditq.adapters",
     "compare": "ditq.comparison",
     "Result": "ditq.api",
     "Comparison": "ditq.comparison",

@@ -14,7 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ditq import digests
 from ditq.errors import CheckpointError
@@ -36,6 +45,7 @@ MOST_FEATURES = 2**24
 MOST_PARAMETERS = 2**48
 
 Timesteps = Literal["all", "normal"]
+Float = Literal["bfloat16", "float16", "float32"]
 
 
 class _Frozen(BaseModel):
@@ -80,6 +90,16 @@ class Gptq(_Frozen):
     block: Annotated[int, Field(ge=1, le=MOST_FEATURES)] = 128
 
 
+class Branch(_Frozen):
+    """A low-rank product beside the integers, y += (x D^T) U^T, which holds LoRA adapters fused into the layer.
+
+    ``rank`` is the sum of the adapters' ranks; D is [rank, K] and U [N, rank], both stored in ``dtype``.
+    """
+
+    rank: Annotated[int, Field(ge=1)]
+    dtype: Float = "bfloat16"
+
+
 class Incoherence(_Frozen):
     """mu = max|x| sqrt(n) / ||x|| of a layer's weight rows and input tokens (means), before and after balancing."""
 
@@ -94,17 +114,19 @@ class StoredTensor:
     """A tensor that a checkpoint must have.
 
     Attributes:
-        dtype: torch's name of it. float32 tensors hold scales, positive and finite.
+        dtype: torch's name of it.
         range: the smallest and the largest integer allowed; None: any of the dtype.
+        signed: whether floats may have any sign; if not, they are scales, positive. All are finite.
     """
 
     shape: tuple[int, ...]
-    dtype: Literal["uint8", "int8", "float32"]
+    dtype: Literal["uint8", "int8", "bfloat16", "float16", "float32"]
     range: tuple[int, int] | None = None
+    signed: bool = False
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * (4 if self.dtype == "float32" else 1)
+        return math.prod(self.shape) * {"float32": 4, "bfloat16": 2, "float16": 2}.get(self.dtype, 1)
 
 
 class LayerPlan(_Frozen):
@@ -123,6 +145,7 @@ class LayerPlan(_Frozen):
     activation: Grid | None = None
     smooth: Smooth | None = None
     rotate: Rotate | None = None
+    branch: Branch | None = None
     rounding: Literal["nearest", "gptq"] = "nearest"
     gptq: Gptq | None = None
     rounding_gain: float | None = None
@@ -138,6 +161,8 @@ class LayerPlan(_Frozen):
                 raise ValueError(f"layer {self.name!r} keeps 16-bit weights, but its plan has a rounding")
             if self.activation or self.smooth or self.rotate or self.timesteps:
                 raise ValueError(f"layer {self.name!r} keeps 16-bit weights, but its plan changes its inputs")
+            if self.branch:
+                raise ValueError(f"layer {self.name!r} keeps 16-bit weights, but its plan has a branch")
             return self
         if self.weight.granularity == "token" or self.weight.dynamic:
             raise ValueError(f"layer {self.name!r}: weights are static, per tensor, channel or group")
@@ -169,9 +194,22 @@ class LayerPlan(_Frozen):
                 raise ValueError(f"layer {self.name!r}: timestep range [{begin}, {end}] is empty")
         return self
 
+    @model_serializer(mode="wrap")
+    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans without a branch are written, and hashed, as before branches existed."""
+        fields: dict[str, Any] = handler(self)
+        if self.branch is None:
+            fields.pop("branch", None)
+        return fields
+
     @property
     def parameters(self) -> int:
         return self.in_features * self.out_features
+
+    @property
+    def branch_parameters(self) -> int:
+        copies = len(self.prefixes)  # every timestep range holds its own
+        return 0 if self.branch is None else copies * self.branch.rank * (self.in_features + self.out_features)
 
     @property
     def weight_bits(self) -> int:
@@ -183,12 +221,14 @@ class LayerPlan(_Frozen):
 
     @property
     def balance(self) -> str:
-        """Smoothing and rotation in a few words, e.g. ``"smooth 0.35 (norm) + hadamard 256"``."""
+        """Smoothing, rotation and branch in a few words, e.g. ``"smooth 0.35 (norm) + hadamard 256"``."""
         parts = []
         if self.smooth:
             parts.append(f"smooth {self.smooth.alpha:g} ({self.smooth.folded or 'online'})")
         if self.rotate:
             parts.append(f"hadamard {self.rotate.block}")
+        if self.branch:
+            parts.append(f"branch of rank {self.branch.rank}")
         return " + ".join(parts) or "none"
 
     @property
@@ -218,6 +258,9 @@ class LayerPlan(_Frozen):
             out["smooth_scale"] = StoredTensor((k,), "float32")
         if self.activation is not None and not self.activation.dynamic:
             out["input_scale"] = StoredTensor((1, self.activation.groups(k)), "float32")
+        if self.branch is not None:
+            out["branch_down"] = StoredTensor((self.branch.rank, k), self.branch.dtype, signed=True)
+            out["branch_up"] = StoredTensor((n, self.branch.rank), self.branch.dtype, signed=True)
         return out
 
     def stored_bytes(self) -> int:
@@ -260,7 +303,7 @@ class Plan(_Frozen):
     layers: Annotated[tuple[LayerPlan, ...], Field(max_length=MOST_LAYERS)]
     folds: tuple[Fold, ...] = ()
     other_parameters: Annotated[int, Field(ge=0, le=MOST_PARAMETERS)] = 0
-    storage_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    storage_dtype: Float = "bfloat16"
     time_argument: str | None = None
     calibration_timesteps: Timesteps = "all"
 
@@ -317,9 +360,10 @@ class Plan(_Frozen):
 
     @property
     def average_bits(self) -> float:
-        """Average bits per parameter of the transformer, 16-bit ones included."""
+        """Average bits per parameter of the float transformer; numbers kept in 16 bit, and branches, count as 16."""
         linear = sum(layer.parameters for layer in self.layers)
-        total = sum(layer.weight_bits * layer.parameters for layer in self.layers) + 16 * self.other_parameters
+        in_16_bit = self.other_parameters + sum(layer.branch_parameters for layer in self.layers)
+        total = sum(layer.weight_bits * layer.parameters for layer in self.layers) + 16 * in_16_bit
         return total / max(1, linear + self.other_parameters)
 
     @property

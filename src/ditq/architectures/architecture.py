@@ -110,6 +110,10 @@ class Example(_Strict):
     inputs: dict[str, dict[str, Any]]
 
 
+FUSED = ("to_qkv", "to_kv", "to_added_qkv")
+"""Names that diffusers gives to fused projections."""
+
+
 @dataclass(frozen=True)
 class Linear:
     """One linear layer of a model: its full name and its role."""
@@ -213,6 +217,13 @@ class Architecture(_Strict):
         for name, module in model.named_modules():
             if not isinstance(module, nn.Linear) or name in grouped:
                 continue
+            if is_fused(model, name):
+                if leftover(model, name):
+                    continue
+                raise UsageError(
+                    f"Layer {name!r} is a fused projection. Call unfuse_qkv_projections() first; quantized layers "
+                    "share the integers of their input without it."
+                )
             roles = {role for pattern, role in self.other.items() if patterns.search(pattern, name)}
             if len(roles) != 1:
                 raise UsageError(
@@ -221,6 +232,28 @@ class Architecture(_Strict):
                 )
             linears.append(Linear(name, roles.pop(), module))
         return linears
+
+
+def is_fused(model: nn.Module, name: str) -> bool:
+    """Whether diffusers made the linear ``name`` from several projections of an attention."""
+    parent, _, child = name.rpartition(".")
+    return child in FUSED and bool(getattr(model.get_submodule(parent), "fused_projections", False))
+
+
+def leftover(model: nn.Module, name: str) -> bool:
+    """Whether a fused projection is one that diffusers left in a module that computes unfused again."""
+    attention: Any = model.get_submodule(name.rpartition(".")[0])
+    return not hasattr(attention, "unfuse_projections") and "Fused" not in type(attention.processor).__name__
+
+
+def drop_leftovers(model: nn.Module) -> None:
+    """Removes the fused projections that nothing computes any more, so that they are not saved."""
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, nn.Linear) and is_fused(model, name) and leftover(model, name):
+            attention: Any = model.get_submodule(parent)
+            delattr(attention, child)
+            attention.fused_projections = False
 
 
 def present(model: nn.Module, name: str) -> bool:

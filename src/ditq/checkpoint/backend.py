@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,12 +51,17 @@ class DitqQuantizer(DiffusersQuantizer):
         self._parameters: frozenset[str] = frozenset()
         self._stored: frozenset[str] = frozenset()
         self._folder: Path | None = None
-        self._model: Any = None
+        self._model: Callable[[], Any] = _weak(None)
         self.compiled = False
         count_as_float()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle of the model holds its quantizer, which belongs to the new model then.
+        return {**self.__dict__, "_model": self._model()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._model = _weak(state["_model"])
         count_as_float()  # in another process nothing else has called it
 
     @property
@@ -152,7 +159,7 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def remember(self, model: nn.Module) -> None:
         """Stores the model, whose config is saved, and the names of its parameters: only they are saved in 16 bit."""
-        self._model = cast(Any, model)
+        self._model = _weak(model)
         self._parameters = frozenset(name for name, _ in model.named_parameters() if not stays_float32(model, name))
 
     def check_if_quantized_param(
@@ -177,7 +184,10 @@ class DitqQuantizer(DiffusersQuantizer):
     ) -> None:
         # Not param_value: diffusers has already cast it to the model's dtype, scales included.
         parent, _, name = param_name.rpartition(".")
-        model.get_submodule(parent)._buffers[name] = state_dict[param_name].to(target_device)
+        module = model.get_submodule(parent)
+        module._buffers[name] = state_dict[param_name].to(target_device)
+        if name == "qweight":
+            cast(QuantizedLinear, module).warm()
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if self.pre_quantized and missing_keys:
@@ -197,12 +207,13 @@ class DitqQuantizer(DiffusersQuantizer):
             raise UsageError("ditq writes safetensors only; leave safe_serialization=True.")
         if self.quantization_config.is_plain:
             return state_dict, {}
+        _refuse_adapters(state_dict)
         storage = getattr(torch, self.plan.storage_dtype)
         out = {}
         for name, tensor in state_dict.items():
             in_16_bit = name in self._parameters and tensor.dtype == torch.float32
             out[name] = tensor.detach().to(storage) if in_16_bit else tensor
-        return out, metadata(out, self.plan, json.loads(self._model.to_json_string()))
+        return out, metadata(out, self.plan, json.loads(self._model().to_json_string()))
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         if self.compiled:
@@ -221,6 +232,10 @@ class DitqQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
+        # diffusers asks before it writes anything.
+        model = self._model()
+        if model is not None and not self.quantization_config.is_plain:
+            _refuse_adapters(name for name, _ in model.named_modules())
         return True
 
     @property
@@ -238,6 +253,24 @@ def _architecture_of(model: nn.Module) -> Architecture:
             "PipelineQuantizationConfig, give it to transformers only: quant_mapping={'transformer': config}, or "
             "components_to_quantize=['transformer'] with quant_backend='ditq'."
         ) from error
+
+
+def _weak(model: nn.Module | None) -> Callable[[], Any]:
+    """A weak reference, so that a model is freed as soon as its owner drops it."""
+    return _nothing if model is None else weakref.ref(model)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _refuse_adapters(names: Iterable[str]) -> None:
+    """Raises if ``names``, of modules or tensors, are those of a model with adapters of PEFT."""
+    if any("base_layer" in name.split(".") for name in names):
+        raise UsageError(
+            "Adapters are loaded, and a quantized checkpoint cannot hold them. Call ditq.fuse_lora(pipe) to save them "
+            "with the model, or pipe.unload_lora_weights() (transformer.unload_lora()) to save it without."
+        )
 
 
 def build(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:

@@ -197,7 +197,9 @@ def _check(name: str, tensor: Tensor, expected: StoredTensor) -> None:
         raise CheckpointError(
             f"Tensor {name!r} is {dtype} {tuple(tensor.shape)}; the plan expects {expected.dtype} {expected.shape}."
         )
-    if expected.dtype == "float32" and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
+    if tensor.is_floating_point() and expected.signed and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"Tensor {name!r} holds numbers that are not finite.")
+    if tensor.is_floating_point() and not expected.signed and not bool((torch.isfinite(tensor) & (tensor > 0)).all()):
         raise CheckpointError(f"Tensor {name!r} holds scales that are not positive and finite.")
     if expected.range is not None:
         low, high = expected.range

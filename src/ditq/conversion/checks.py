@@ -25,6 +25,13 @@ def check(
     _check_names(model, architecture, plans)
     if not any(plan.weight for plan in plans.values()):
         raise NothingQuantizedError("The plan keeps every layer in 16 bit.")
+    for name, plan in plans.items():
+        if plan.branch is not None:
+            raise UsageError(
+                f"Layer {name!r} of the plan has a branch: a LoRA was fused into it, and its numbers are only in the "
+                "checkpoint of that plan. Load that checkpoint, or quantize with the plan from before fusing and call "
+                "ditq.fuse_lora again."
+            )
     groups = architecture.groups(model)
     _check_statistics(groups, plans, statistics)
     for group in groups:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.architectures import Architecture, InputGroup, Linear
+from ditq.architectures.architecture import drop_leftovers
 from ditq.calibration import Statistics
 from ditq.conversion.checks import check, smoothed_layer
 from ditq.conversion.hessians import Hessians, InputHessian, walk_blocks
@@ -63,6 +64,7 @@ def convert(
     statistics = statistics.at(plan.calibration_timesteps) if statistics else None
     work = Conversion(model, architecture, {layer.name: layer for layer in plan.layers}, statistics)
     check(model, architecture, work.plans, statistics)
+    drop_leftovers(model)
     groups = architecture.groups(model)
     work.scales = {group.name: _scale(work, group) for group in groups}
     del groups  # they hold the float weights of finished blocks

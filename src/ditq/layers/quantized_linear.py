@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -13,10 +14,12 @@ from torch.nn import functional as F  # noqa: N812
 from ditq import engines
 from ditq.engines import QuantizedWeight
 from ditq.engines.base import Activation, Engine, FusingEngine, Norm, balance
+from ditq.errors import warn
 from ditq.layers.deferred import Deferred, can_defer, offloaded, output
+from ditq.layers.read_only import ReadOnly
 from ditq.layers.shared import SharedInput
-from ditq.numerics import Quantized, Rotation, pack, quantize, rotate, search_clip_ratio, unrotate
-from ditq.plan import LayerPlan
+from ditq.numerics import Quantized, Rotation, pack, quantize, rotate, search_clip_ratio, unrotate, warm
+from ditq.plan import Branch, LayerPlan
 
 
 class QuantizedLinear(nn.Linear):
@@ -24,6 +27,8 @@ class QuantizedLinear(nn.Linear):
 
     y = Q(x / s R) Q(W s R)^T + b with the smoothing scale s and the rotation R of the plan, both optional. In
     checkpoints of ditq 0.1, s may be folded into the producer of x: the layer's input is x / s already.
+
+    A branch, if the plan has one, adds (x D^T) U^T in floating point: LoRA adapters that were fused.
 
     It subclasses ``nn.Linear`` and has a dequantizing property ``weight``, so that adapters (PEFT) accept it; it does
     not have a weight parameter. Its buffers are those of :meth:`ditq.plan.LayerPlan.tensors`.
@@ -44,6 +49,8 @@ class QuantizedLinear(nn.Linear):
     weight_zero_point: Tensor
     smooth_scale: Tensor
     input_scale: Tensor
+    branch_down: Tensor
+    branch_up: Tensor
     bias: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
@@ -64,6 +71,12 @@ class QuantizedLinear(nn.Linear):
         self.rotation = (
             Rotation(plan.in_features, plan.rotate.block, plan.rotate.seed) if plan.rotate is not None else None
         )
+        self.warm()
+
+    def warm(self) -> None:
+        """Prepares the rotation for the layer's device, so that the layer can be compiled before its first call."""
+        if self.rotation is not None and self.qweight.device.type != "meta":
+            warm(self.rotation, self.qweight.device)
 
     @classmethod
     @torch.no_grad()
@@ -87,6 +100,10 @@ class QuantizedLinear(nn.Linear):
             ValueError: a scale that the plan needs is missing; or the plan does not round to nearest and ``quantized``
                 is missing.
         """
+        if plan.branch is not None:
+            raise ValueError(
+                f"layer {plan.name!r} has a branch, whose numbers are in the checkpoint it was saved with"
+            )
         layer = cls(plan, dtype=linear.weight.dtype, device=linear.weight.device)
         fmt = plan.weight
         assert fmt is not None
@@ -122,7 +139,24 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The dequantized weight [N, K] for the input of this layer, before online smoothing and rotation."""
+        """The dequantized weight [N, K] for the input of this layer, branch included; it cannot be changed."""
+        if self.plan.smooth is not None and self.plan.smooth.folded is not None and _called_by_peft():
+            warn(
+                "This checkpoint of ditq 0.1 folded smoothing scales into other layers: an adapter sees other inputs "
+                "than in the float model, so adapters made for that have another effect here. Quantize the float "
+                "model again with this ditq, which folds nothing."
+            )
+        return ReadOnly.of(self.float_weight())
+
+    def float_weight(self) -> Tensor:
+        """The same as a plain tensor."""
+        weight = self._rounded_weight()
+        if self.plan.branch is None:
+            return weight
+        return weight + (self.branch_up.float() @ self.branch_down.float()).to(weight.dtype)
+
+    def _rounded_weight(self) -> Tensor:
+        """The weight that the integers stand for [N, K], for the input of this layer."""
         engine = engines.choose(self.plan.weight, None, self.qweight.device)  # type: ignore[arg-type]
         weight = engine.dequantize_weight(self.quantized_weight)
         if self.rotation is not None:
@@ -136,8 +170,33 @@ class QuantizedLinear(nn.Linear):
         return balance(x, self._buffers.get("smooth_scale"), self.rotation)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        y = self._rounded_forward(x)
+        if self.plan.branch is None:
+            return y
+        return y + F.linear(F.linear(x, self.branch_down.to(x.dtype)), self.branch_up.to(x.dtype)).to(y.dtype)
+
+    @torch.no_grad()
+    def add_branch(self, down: Tensor, up: Tensor, dtype: str) -> None:
+        """Adds (x down^T) up^T, [r, K] and [N, r], to the output; a branch that exists grows by r.
+
+        Args:
+            dtype: torch's name of the dtype to store a new branch in.
+        """
+        branch = self.plan.branch
+        stored = getattr(torch, dtype if branch is None else branch.dtype)
+        down, up = (t.detach().to(self.qweight.device, stored) for t in (down, up))
+        if branch is not None:
+            down, up = torch.cat([self.branch_down, down]), torch.cat([self.branch_up, up], dim=1)
+        fields: dict[str, Any] = {"rank": len(down), "dtype": dtype if branch is None else branch.dtype}
+        self.plan = self.plan.model_copy(update={"branch": Branch(**fields)})
+        self.register_buffer("branch_down", down.contiguous())
+        self.register_buffer("branch_up", up.contiguous())
+
+    def _rounded_forward(self, x: Tensor) -> Tensor:
+        """The output without the branch."""
         if self.plan.activation is None:
-            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self._rounded_weight().to(x.dtype), bias)
         if torch.is_grad_enabled() and x.requires_grad:
             return cast(Tensor, _StraightThrough.apply(x, self))
         return self.integer_forward(x)
@@ -145,7 +204,7 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def integer_forward(self, x: Tensor) -> Tensor:
         """The forward pass by integer products, without gradients."""
-        if self.defers and can_defer(x) and not offloaded(self):
+        if self.defers and self.plan.branch is None and can_defer(x) and not offloaded(self):
             return output(partial(self._run, x), x, self.out_features, self._stop_deferring)
         return self._run(x).reshape(*x.shape[:-1], self.out_features)
 
@@ -191,23 +250,24 @@ class QuantizedLinear(nn.Linear):
     def dequantize(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the dequantized weight; a folded scale stays folded."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        linear.weight = nn.Parameter(self.float_weight(), requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return linear
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # Scales stay float32 whatever dtype the model is cast to: those of int8 weights become subnormal in fp16
-        # below a range of 0.008, and bf16 keeps three digits.
-        float32_buffers = {id(b) for b in self._buffers.values() if b is not None and b.dtype == torch.float32}
+        # below a range of 0.008, and bf16 keeps three digits. A branch stays as it is stored.
+        floats = {id(b) for b in self._buffers.values() if b is not None and b.is_floating_point()}
 
         def move_only(t: Tensor) -> Tensor:
             out = fn(t)
-            return t.to(out.device) if id(t) in float32_buffers and out.dtype != t.dtype else out
+            return t.to(out.device) if id(t) in floats and out.dtype != t.dtype else out
 
         super()._apply(move_only, recurse)
         probe = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         self.dtype = probe.dtype
+        self.warm()
         return self
 
     def extra_repr(self) -> str:
@@ -228,7 +288,12 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient @ ctx.layer.weight.to(gradient.dtype), None
+        return gradient @ ctx.layer._rounded_weight().to(gradient.dtype), None
+
+
+def _called_by_peft() -> bool:
+    """Whether the property that calls this is read by PEFT, which does so when it adds an adapter."""
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("peft.")
 
 
 def nearest(weight: Tensor, plan: LayerPlan) -> Quantized:

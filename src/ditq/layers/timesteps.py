@@ -114,6 +114,12 @@ class TimestepLinear(nn.Linear):
         """The dequantized weight of the current range [N, K]."""
         return self.current().weight
 
+    def add_branch(self, down: Tensor, up: Tensor, dtype: str) -> None:
+        """Adds (x down^T) up^T to the output at every timestep, see :meth:`QuantizedLinear.add_branch`."""
+        for layer in self.ranges:
+            cast(QuantizedLinear, layer).add_branch(down, up, dtype)
+        self.plan = self.plan.model_copy(update={"branch": cast(QuantizedLinear, self.ranges[0]).plan.branch})
+
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
         chosen = self.chosen()
         ranges = chosen.unique().tolist()

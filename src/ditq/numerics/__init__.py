@@ -13,6 +13,7 @@ from ditq.numerics.hadamard import (
     rotation_matrix,
     signs,
     unrotate,
+    warm,
 )
 from ditq.numerics.incoherence import channel_imbalance, incoherence
 from ditq.numerics.packing import pack, packed_bytes, unpack
@@ -43,6 +44,7 @@ __all__ = [
     "gptq",
     "group_view",
     "hadamard_matrix",
+    "warm",
     "incoherence",
     "inverse_factor",
     "is_supported",
