@@ -221,10 +221,11 @@ class LayerPlan(_Frozen):
 
     @property
     def balance(self) -> str:
-        """Smoothing, rotation and branch in a few words, e.g. ``"smooth 0.35 (norm) + hadamard 256"``."""
+        """Smoothing, rotation and branch in a few words, e.g. ``"smooth 0.35 + hadamard 256"``."""
         parts = []
         if self.smooth:
-            parts.append(f"smooth {self.smooth.alpha:g} ({self.smooth.folded or 'online'})")
+            folded = f" ({self.smooth.folded})" if self.smooth.folded else ""  # in checkpoints of ditq 0.1
+            parts.append(f"smooth {self.smooth.alpha:g}{folded}")
         if self.rotate:
             parts.append(f"hadamard {self.rotate.block}")
         if self.branch:

@@ -78,8 +78,8 @@ def test_alphas_that_differ_are_a_range() -> None:
     for i, alpha in ((len(NAMES), 0.6), (2 * len(NAMES), 0.2)):
         shown = change(shown, i, smooth=Smooth(alpha=alpha))
     text = plan_text(shown, width=120)
-    assert "smooth 0.1-0.6 (online)" in text
-    assert text.count("smooth 0.1 (online)") == len(NAMES) - 1
+    assert "smooth 0.1-0.6" in text
+    assert text.count("smooth 0.1") == len(NAMES) - 1
 
 
 def test_blocks_that_differ_are_named() -> None:

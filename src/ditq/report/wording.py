@@ -97,7 +97,7 @@ def _granularity(fmt: TensorFormat) -> list[str]:
 
 
 def balance(layers: Sequence[LayerPlan]) -> str:
-    """The balance of layers that differ in smoothing strength only: ``smooth 0.1-0.6 (norm) + hadamard 256``."""
+    """The balance of layers that differ in smoothing strength only: ``smooth 0.1-0.6 + hadamard 256``."""
     alphas = sorted({layer.smooth.alpha for layer in layers if layer.smooth})
     first = layers[0].balance
     if len(alphas) < 2 or layers[0].smooth is None:
