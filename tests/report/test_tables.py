@@ -79,7 +79,7 @@ def test_alphas_that_differ_are_a_range() -> None:
         shown = change(shown, i, smooth=Smooth(alpha=alpha))
     text = plan_text(shown, width=120)
     assert "smooth 0.1-0.6" in text
-    assert text.count("smooth 0.1") == len(NAMES) - 1
+    assert text.count("smooth 0.1") == len(NAMES)  # the range, and the other layers
 
 
 def test_blocks_that_differ_are_named() -> None:
