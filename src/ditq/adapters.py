@@ -32,9 +32,15 @@ def fuse_lora(target: Any, adapter_names: str | Sequence[str] | None = None, sca
             plain LoRA on a quantized layer (DoRA, for example). Nothing is changed then.
 
     Example:
-        >>> pipe.load_lora_weights("style.safetensors")  # doctest: +SKIP
-        >>> ditq.fuse_lora(pipe, scale=0.8)  # doctest: +SKIP
-        >>> pipe.save_pretrained("with-style")  # doctest: +SKIP
+        >>> import ditq
+        >>> from peft import LoraConfig, inject_adapter_in_model
+        >>> pipe = ditq.load("bundled:emoji-t2i")
+        >>> result = ditq.quantize(pipe, "rtn-w8a8")
+        >>> adapter = LoraConfig(r=4, target_modules=["to_q"])  # or pipe.load_lora_weights(file)
+        >>> _ = inject_adapter_in_model(adapter, pipe.transformer)
+        >>> ditq.fuse_lora(pipe, scale=0.8)
+        >>> pipe.transformer.hf_quantizer.plan["transformer_blocks.0.attn1.to_q"].branch.rank
+        4
     """
     if hasattr(target, "get_base_model"):  # a PeftModel
         target = target.get_base_model()

@@ -117,7 +117,7 @@ class Balance(_Strict):
         if not isinstance(data, dict) or "fold" not in data:
             return data
         if not isinstance(data["fold"], bool):
-            raise ValueError("fold must be true or false")
+            raise ValueError(f"balance.fold must be true or false, got {short(data['fold'])}")
         if data["fold"]:
             warn(
                 "balance.fold=true has no effect any more: layers divide their input by the smoothing scale while "

@@ -245,8 +245,8 @@ def test_where_limits_the_balanced_inputs(where: str, subject: tuple[str, Statis
 
 def test_a_block_that_does_not_fit_says_which_do(subject: tuple[str, Statistics]) -> None:
     name, statistics = subject
-    recipe = load_recipe("quarot-w4a8").override(["balance.block=7"])
-    with pytest.raises(UsageError, match="balance.block=7 does not fit an input of 128 channels; possible: 2, 4, 8"):
+    recipe = load_recipe("quarot-w4a8").override(["balance.block=20"])
+    with pytest.raises(UsageError, match="balance.block=20 does not fit an input of 128 channels; possible: 2, 4, 8"):
         plan_layers(planted(name), architectures.load(name), recipe, statistics)
 
 

@@ -30,6 +30,9 @@ from ditq.errors import CheckpointError, DitqError, UsageError, warn
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear
 from ditq.plan import Plan
 
+_ALIGNMENT = 64
+"""Bytes; torch allocates memory of a CPU at multiples of this."""
+
 FOREIGN_SCALES = ("scale_weight", "weight_scale", "weight_scale_inv", "scale_input", "input_scale", "scaled_fp8")
 """Names of tensors that belong to 8-bit weights in checkpoints of other tools."""
 
@@ -116,6 +119,7 @@ class DitqQuantizer(DiffusersQuantizer):
                 )
             config.plan = quantize_model(model, _architecture_of(model), recipe, None)
             self.pre_quantized = True
+        _align(model)
         self.remember(model)
         self.compiled = self._folder is not None and compile_graphs(model, config.engine, self._folder, config.plan)
         if not self.compiled:
@@ -253,6 +257,16 @@ def _architecture_of(model: nn.Module) -> Architecture:
             "PipelineQuantizationConfig, give it to transformers only: quant_mapping={'transformer': config}, or "
             "components_to_quantize=['transformer'] with quant_backend='ditq'."
         ) from error
+
+
+def _align(model: nn.Module) -> None:
+    """Copies parameters that lie in the mapped file at an address of few trailing zero bits.
+
+    The order of a product's sums depends on it, and a loaded model computes the very numbers of the saved one.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def _weak(model: nn.Module | None) -> Callable[[], Any]:

@@ -38,7 +38,7 @@ def _replaced(model: nn.Module) -> int:
     if getattr(quantizer, "compiled", False):  # graphs do not have layers, and keep few other parameters
         whole = config.plan.other_parameters + sum(layer.parameters for layer in config.plan)
         return whole - sum(p.numel() for p in model.parameters())
-    missing = 0
+    missing = -sum(fold.width for fold in config.plan.folds if fold.created)  # norms that the float model lacks
     for name, module in model.named_modules():
         if isinstance(module, TimestepLinear):
             missing += module.plan.parameters - (len(module.ranges) - 1) * module.plan.out_features * module.plan.bias
