@@ -162,3 +162,13 @@ def test_two_experts_get_a_plan_file_each(
     for data, expected in ((shown, plans["transformer"]), (shown["transformer_2"], plans["transformer_2"])):
         assert [layer["name"] for layer in data["layers"]] == [layer.name for layer in expected]
         assert data["transformer_bytes"] > 0
+
+
+def test_a_plan_that_cannot_be_written_is_refused_before_the_search(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditq.cli.search.open_pipeline", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").write_text("x")
+    storage = ["--storage", tmp_path / "storage"]
+    status, _, err = ditq(capsys, "search", pipeline, "--out", tmp_path / "file" / "plan.json", *storage)
+    assert (status, "Cannot write" in err) == (1, True)

@@ -110,6 +110,7 @@ def search(
     from ditq import api
     from ditq.allocation import Evolution
     from ditq.errors import UsageError
+    from ditq.files import check_file
     from ditq.sampling import size_arguments
 
     if out_file.is_dir():
@@ -119,6 +120,7 @@ def search(
     except ValueError:
         raise UsageError(f"--sizes must be comma-separated numbers, e.g. 32,64,128; got {sizes!r}.") from None
     evolution = Evolution(population, top_k, crossover, mutation, mutation_probability)
+    check_file(out_file)  # before the slow part
     pipe = open_pipeline(pipeline, device, dtype)
     arch = pick_architecture(pipe, architecture)
     calibration = pick_prompts(pipeline, pipe, arch, prompts, "calibration")
