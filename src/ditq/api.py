@@ -145,7 +145,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -
     Args:
         path: folder, hub id or ``bundled:NAME``.
         dtype: of the parameters and of the floating-point computation; by default the choice of diffusers.
-        kwargs: further arguments of ``DiffusionPipeline.from_pretrained``.
+        kwargs: further arguments of ``DiffusionPipeline.from_pretrained``, e.g. ``variant="fp16"``.
 
     Raises:
         UsageError: the folder is not a diffusers pipeline, the pipeline does not have a transformer, or there is no
@@ -203,6 +203,7 @@ def export(
     architecture: str | Path | Architecture | None = None,
     allow_float: bool = False,
     seed: int | None = None,
+    variant: str | None = None,
     progress: Progress | None = None,
 ) -> str:
     """Copies a quantized pipeline and adds its blocks as graphs of another runtime.
@@ -226,6 +227,7 @@ def export(
         whole_pipeline: also exports the decoder of the VAE and T5 text encoders, in floating point.
         architecture: name or YAML file, if ditq does not support the transformer's class.
         allow_float: accepts layers that the runtime executes in floating point.
+        variant: of the weights of ``source``, as in ``ditq.load(source, variant=...)``.
 
     Returns:
         How the layers are executed, as text.
@@ -253,14 +255,14 @@ def export(
             f"export reads folders only, and {source!r} is none here; if it is a hub id, download it first with "
             f"`hf download {source} --local-dir DIR`, then export DIR."
         )
-    plans = read_plans(folder)
+    plans = read_plans(folder, variant)
     if not plans:
         raise UsageError(f"{source} is not a folder with a pipeline quantized by ditq; run ditq quantize first.")
     settings = {"name": engine, "shapes": shapes, "attention": attention, "options": dict(options or {})}
     with new_folder(out) as temporary:
         check_properties(options or {})
         with use_engine("torch"):
-            pipe = load(folder)
+            pipe = load(folder, variant=variant)
         arch = architectures.load(architecture) if architecture else architectures.match(pipe.transformer)
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         make_writable(temporary)
