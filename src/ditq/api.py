@@ -27,7 +27,7 @@ from ditq.files import make_writable, new_folder
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
-from ditq.sampling import Sampling
+from ditq.sampling import Sampling, condition_list
 
 Progress = Callable[[str, int, int], None]
 
@@ -103,6 +103,8 @@ def quantize(
         >>> round(result.plan.average_bits, 2), len(result.plan.quantized)
         (4.96, 80)
     """
+    requests.check_prompts(prompts)
+    prompts = None if prompts is None else list(prompts)  # an iterator can be read once only
     model = requests.float_transformer(pipe, component)
     job = requests.job_of(recipe, overrides)
     seed = requests.seed_of(job, seed)
@@ -309,6 +311,7 @@ def search(
         >>> result.strategy, len(result.scored)
         ('evolution', 2)
     """
+    prompts = condition_list(prompts)
     models = requests.float_transformers(pipe, component)
     if len(models) > 1 and options.get("statistics") is not None:
         raise UsageError("statistics= are those of one transformer: name it, e.g. component='transformer'.")

@@ -234,6 +234,7 @@ def compare(
     """
     named = _named(quantized)
     sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
+    prompts = None if prompts is None else condition_list(prompts)  # before a model is loaded
     run = _Run(prompts, sampling, architecture, cache, device, dtype, progress)
     base = run.open(reference, variant)
     first = run.subject(_name(reference, "reference"), reference, base, "reference")
