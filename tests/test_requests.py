@@ -138,3 +138,8 @@ def test_an_open_file_is_no_list_of_prompts() -> None:
 def test_export_of_a_hub_id_says_how_to_get_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="export reads folders only.*hf download owner/name"):
         ditq.export("owner/name", tmp_path / "out")
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"Prompt 2 of 2 is not Unicode text.*--prompts FILE"):
+        ditq.compare(tiny_pixart(), tiny_pixart(), ["a tree", b"gr\xc3\xbcn".decode("ascii", "surrogateescape")])

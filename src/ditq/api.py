@@ -18,7 +18,7 @@ from ditq.allocation import SearchResult
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate, watch
 from ditq.checkpoint.backend import attach
-from ditq.checkpoint.folder import keep_labels, load_pipeline, read_plans, resolve, save_pipeline
+from ditq.checkpoint.folder import keep_labels, load_pipeline, local, read_plans, resolve, save_pipeline
 from ditq.components import transformer_names
 from ditq.conversion import draft, quantize_model
 from ditq.conversion.rollback import restored_on_error
@@ -251,12 +251,7 @@ def export(
     from ditq.openvino.properties import check_properties
 
     requests.check_export(engine, shapes, attention, prompts, seed)
-    folder = resolve(source)
-    if not isinstance(folder, Path):
-        raise UsageError(
-            f"export reads folders only, and {source!r} is none here; if it is a hub id, download it first with "
-            f"`hf download {source} --local-dir DIR`, then export DIR."
-        )
+    folder = local(source, "export")
     plans = read_plans(folder, variant)
     if not plans:
         raise UsageError(f"{source} is not a folder with a pipeline quantized by ditq; run ditq quantize first.")

@@ -172,3 +172,18 @@ def test_a_plan_that_cannot_be_written_is_refused_before_the_search(
     storage = ["--storage", tmp_path / "storage"]
     status, _, err = ditq(capsys, "search", pipeline, "--out", tmp_path / "file" / "plan.json", *storage)
     assert (status, "Cannot write" in err) == (1, True)
+
+
+def test_a_plan_that_keeps_every_layer_is_one_error(
+    pipeline: Path, plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(plan.read_text())
+    kept = {"weight", "activation", "smooth", "rotate", "timesteps", "rounding", "clip", "sequential"}
+    content["layers"] = [{k: v for k, v in layer.items() if k not in kept} for layer in content["layers"]]
+    for recipe in (content["recipe"], "mine"):
+        (tmp_path / "plan.json").write_text(json.dumps({**content, "recipe": recipe}))
+        status, _, err = ditq(
+            capsys, "quantize", pipeline, "--plan", tmp_path / "plan.json", "--out", tmp_path / "out"
+        )
+        assert "The plan keeps every layer in 16 bit" in " ".join(err.split())
+        assert status in (1, 2)

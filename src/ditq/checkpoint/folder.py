@@ -47,6 +47,21 @@ def resolve(path: str | Path) -> Path | str:
     return text
 
 
+def local(path: str | Path, verb: str) -> Path:
+    """The folder of a pipeline argument, see :func:`resolve`; for verbs that do not download.
+
+    Raises:
+        UsageError: as :func:`resolve`, or it is no folder here, though it may be a hub id.
+    """
+    folder = resolve(path)
+    if not isinstance(folder, Path):
+        raise UsageError(
+            f"{verb} reads folders only, and {str(path)!r} is none here; if it is a hub id, download it first with "
+            f"`hf download {path} --local-dir DIR`, then {verb} DIR."
+        )
+    return folder
+
+
 def read_plan(folder: Path, component: str = "transformer", variant: str | None = None) -> Plan | None:
     """The plan of a transformer in a pipeline's folder, or None if it is not quantized by ditq.
 

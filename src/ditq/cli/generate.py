@@ -91,7 +91,7 @@ def generate(
                 _save(image, folder / f"{i:04d}.{suffix}", rate)
         if video:
             _sheet_of_frames(samples.images, chosen, folder / "sheet.png")
-        (folder / "prompts.txt").write_text("\n".join(map(str, chosen)) + "\n")
+        (folder / "prompts.txt").write_text("\n".join(map(str, chosen)) + "\n", "utf-8")
     if not quiet:
         number = counted(len(chosen), "video" if video else "image")
         length = f" of {counted(len(samples.images[0]), 'frame')}" if video else ""

@@ -21,18 +21,14 @@ def inspect(
 
     Example: ditq inspect emoji-w4a8 --json
     """
-    from pathlib import Path
-
-    from ditq.checkpoint.folder import read_plans, resolve
+    from ditq.checkpoint.folder import local, read_plans
     from ditq.checkpoint.variants import check_variant, weight_files
     from ditq.checkpoint.verify import verify as verify_files
     from ditq.errors import UsageError
     from ditq.report.grouping import By
     from ditq.report.tables import plan_json, plan_summary, plan_table
 
-    folder = resolve(pipeline)
-    if not isinstance(folder, Path):
-        raise UsageError(f"inspect reads folders only; download {pipeline!r} first.")
+    folder = local(pipeline, "inspect")
     plans = read_plans(folder, variant)
     if not plans:
         raise UsageError(f"{pipeline} is not quantized by ditq; there is no plan to show.")

@@ -131,6 +131,8 @@ def _recipe_of(plan: Plan, overrides: list[str]) -> Recipe:
             raise UsageError(f"A plan is explicit: with --plan, --set changes calibration only, got {assignment!r}.")
     if plan.recipe in names():
         return load(plan.recipe).override(overrides)
+    if not plan.quantized:
+        raise UsageError("The plan keeps every layer in 16 bit: there is nothing to quantize. Choose another plan.")
     return Recipe.model_validate(
         {"method": plan.method, "weights": plan.quantized[0].weight, "activations": plan.quantized[0].activation}
     ).override(overrides)

@@ -85,6 +85,13 @@ def condition_list(conditions: Sequence[str]) -> list[str]:
     for i, condition in enumerate(chosen):
         if not str(condition).strip():
             raise UsageError(f"Prompt {i + 1} of {len(chosen)} is empty: {condition!r}. Remove it or fill it in.")
+        try:
+            str(condition).encode()
+        except UnicodeEncodeError as error:  # bytes of a command line that the terminal's encoding does not know
+            raise UsageError(
+                f"Prompt {i + 1} of {len(chosen)} is not Unicode text: {condition!r}. Write it into a file in UTF-8 "
+                "(--prompts FILE), or set the terminal to UTF-8 (LC_ALL=C.UTF-8)."
+            ) from error
     return chosen
 
 
