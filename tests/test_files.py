@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from ditq.errors import DitqError, UsageError
-from ditq.files import atomic, check_output, make_writable, new_folder, write_text
+from ditq.files import atomic, check_file, check_output, make_writable, new_folder, write_text
 
 
 def names(folder: Path) -> list[str]:
@@ -140,3 +144,84 @@ def test_a_copy_of_a_read_only_folder_can_be_written(tmp_path: Path) -> None:
         path.chmod(0o444 if path.is_file() else 0o555)
     make_writable(tmp_path / "a")
     assert [path.stat().st_mode & 0o200 for path in (tmp_path / "a", inner, inner / "file")] == [0o200] * 3
+
+
+# --------------------------------------------------------------------------------------------- killed processes
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ditq.files import atomic, new_folder
+import ditq.files
+out, how = Path(sys.argv[1]), sys.argv[2]
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if how == "file":
+    with atomic(out) as file:
+        file.write_text("half")
+        die()
+rename, calls = os.rename, []
+def nth(*a):
+    calls.append(a)
+    if how == str(len(calls)):
+        die()
+    rename(*a)
+    if how == f"{len(calls)} done":
+        die()
+os.rename = nth
+with new_folder(out, overwrite=True) as folder:
+    (folder / "new").write_text("x")
+    if how == "folder":
+        die()
+"""
+
+needs_processes = pytest.mark.skipif(os.name == "nt", reason="nothing counts as gone there")
+
+
+def kill(out: Path, how: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(out), how], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@needs_processes
+@pytest.mark.parametrize("how", ["file", "folder"])
+@pytest.mark.parametrize("next_is", ["file", "folder"])
+def test_the_next_run_sweeps_what_a_killed_one_left(how: str, next_is: str, tmp_path: Path) -> None:
+    kill(tmp_path / ("ü" * 90), how)
+    assert len(names(tmp_path)) == 1
+    if next_is == "file":
+        write_text(tmp_path / "b", "x")
+    else:
+        with new_folder(tmp_path / "b"):
+            pass
+    assert names(tmp_path) == ["b"]
+
+
+@needs_processes
+@pytest.mark.parametrize(("how", "kept"), [("1", "old"), ("1 done", "old"), ("2", "old"), ("2 done", "new")])
+def test_a_folder_that_was_being_replaced_is_put_back(how: str, kept: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("x")
+    kill(out, how)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        check_output(tmp_path / "another")
+    assert [len(names(tmp_path)), names(out)] == [1, [kept]]
+    assert ["was put back" in str(warning.message) for warning in said] == [True] * (how in ("1 done", "2"))
+
+
+def test_what_is_not_of_a_dead_process_stays(tmp_path: Path) -> None:
+    theirs = [".a-ditq-x", ".a-abcd1234", ".a-ditq-1.2.00000000-abcd1234", ".cache", "a-ditq-1.2.00000000-abcd1234"]
+    for name in theirs:
+        (tmp_path / name).mkdir()
+    with new_folder(tmp_path / "out"), new_folder(tmp_path / "out2"):
+        assert len(names(tmp_path)) == len(theirs) + 2  # nor does one run sweep another's
+    assert names(tmp_path) == sorted([*theirs, "out", "out2"])
+
+
+def test_a_file_that_cannot_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    check_file(tmp_path / "missing" / "folder" / "plan.json")
+    assert names(tmp_path / "missing" / "folder") == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DitqError, match=r"Cannot write .*file/plan\.json"):
+        check_file(tmp_path / "file" / "plan.json")

@@ -9,7 +9,7 @@ from test_scaffolding import FLOOR, SOURCE
 TESTS = Path(__file__).parent
 
 # Modules beside the packages that all of them may import.
-LEAVES = {"components", "digests", "environment", "errors", "files", "folders", "patterns", "reading"}
+LEAVES = {"components", "digests", "environment", "errors", "files", "folders", "owner", "patterns", "reading"}
 
 # Tests of the whole, which no single module names.
 WHOLE = {

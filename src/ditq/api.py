@@ -18,7 +18,7 @@ from ditq.allocation import SearchResult
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate, watch
 from ditq.checkpoint.backend import attach
-from ditq.checkpoint.folder import keep_labels, load_pipeline, read_plans, resolve, save_pipeline
+from ditq.checkpoint.folder import keep_labels, load_pipeline, local, read_plans, resolve, save_pipeline
 from ditq.components import transformer_names
 from ditq.conversion import draft, quantize_model
 from ditq.conversion.rollback import restored_on_error
@@ -27,7 +27,7 @@ from ditq.files import make_writable, new_folder
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
-from ditq.sampling import Sampling
+from ditq.sampling import Sampling, condition_list
 
 Progress = Callable[[str, int, int], None]
 
@@ -103,6 +103,8 @@ def quantize(
         >>> round(result.plan.average_bits, 2), len(result.plan.quantized)
         (4.96, 80)
     """
+    requests.check_prompts(prompts)
+    prompts = None if prompts is None else list(prompts)  # an iterator can be read once only
     model = requests.float_transformer(pipe, component)
     job = requests.job_of(recipe, overrides)
     seed = requests.seed_of(job, seed)
@@ -145,7 +147,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -
     Args:
         path: folder, hub id or ``bundled:NAME``.
         dtype: of the parameters and of the floating-point computation; by default the choice of diffusers.
-        kwargs: further arguments of ``DiffusionPipeline.from_pretrained``.
+        kwargs: further arguments of ``DiffusionPipeline.from_pretrained``, e.g. ``variant="fp16"``.
 
     Raises:
         UsageError: the folder is not a diffusers pipeline, the pipeline does not have a transformer, or there is no
@@ -203,6 +205,7 @@ def export(
     architecture: str | Path | Architecture | None = None,
     allow_float: bool = False,
     seed: int | None = None,
+    variant: str | None = None,
     progress: Progress | None = None,
 ) -> str:
     """Copies a quantized pipeline and adds its blocks as graphs of another runtime.
@@ -226,6 +229,7 @@ def export(
         whole_pipeline: also exports the decoder of the VAE and T5 text encoders, in floating point.
         architecture: name or YAML file, if ditq does not support the transformer's class.
         allow_float: accepts layers that the runtime executes in floating point.
+        variant: of the weights of ``source``, as in ``ditq.load(source, variant=...)``.
 
     Returns:
         How the layers are executed, as text.
@@ -247,20 +251,15 @@ def export(
     from ditq.openvino.properties import check_properties
 
     requests.check_export(engine, shapes, attention, prompts, seed)
-    folder = resolve(source)
-    if not isinstance(folder, Path):
-        raise UsageError(
-            f"export reads folders only, and {source!r} is none here; if it is a hub id, download it first with "
-            f"`hf download {source} --local-dir DIR`, then export DIR."
-        )
-    plans = read_plans(folder)
+    folder = local(source, "export")
+    plans = read_plans(folder, variant)
     if not plans:
         raise UsageError(f"{source} is not a folder with a pipeline quantized by ditq; run ditq quantize first.")
     settings = {"name": engine, "shapes": shapes, "attention": attention, "options": dict(options or {})}
     with new_folder(out) as temporary:
         check_properties(options or {})
         with use_engine("torch"):
-            pipe = load(folder)
+            pipe = load(folder, variant=variant)
         arch = architectures.load(architecture) if architecture else architectures.match(pipe.transformer)
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         make_writable(temporary)
@@ -307,6 +306,7 @@ def search(
         >>> result.strategy, len(result.scored)
         ('evolution', 2)
     """
+    prompts = condition_list(prompts)
     models = requests.float_transformers(pipe, component)
     if len(models) > 1 and options.get("statistics") is not None:
         raise UsageError("statistics= are those of one transformer: name it, e.g. component='transformer'.")

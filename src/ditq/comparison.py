@@ -16,6 +16,8 @@ from torch import nn
 
 from ditq import api, architectures
 from ditq.architectures import Architecture
+from ditq.checkpoint.folder import resolve
+from ditq.checkpoint.variants import has_variant
 from ditq.components import plan_of, prefixed, transformers
 from ditq.environment import environment
 from ditq.errors import DitqError, UsageError
@@ -190,6 +192,7 @@ def compare(
     explain: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    variant: str | None = None,
     progress: api.Progress | None = None,
 ) -> Comparison:
     """Generates the same prompts with the same noise by all pipelines and compares the images pair by pair.
@@ -211,6 +214,8 @@ def compare(
         explain: number of prompts on which the error of every layer and the time of a transformer call are measured,
             if both sides are models; 0 measures neither. With two transformers (Wan 2.2), the layers of both.
         device, dtype: of pipelines that are loaded from a path.
+        variant: of the weights of the reference, as in ``ditq.load(path, variant=...)``, and of those of the quantized
+            models that have it.
         progress: called with (stage, done, total).
 
     Raises:
@@ -229,12 +234,13 @@ def compare(
     """
     named = _named(quantized)
     sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
+    prompts = None if prompts is None else condition_list(prompts)  # before a model is loaded
     run = _Run(prompts, sampling, architecture, cache, device, dtype, progress)
-    base = run.open(reference)
+    base = run.open(reference, variant)
     first = run.subject(_name(reference, "reference"), reference, base, "reference")
     models: dict[str, Subject] = {}
     for name, side in named.items():
-        pipe = run.open(side)
+        pipe = run.open(side, variant if _has_variant(side, variant) else None)
         subject = models[name] = run.subject(name, side, pipe, "quantized" if len(named) == 1 else name)
         if explain and subject.plans and not isinstance(base, Samples):
             subject.errors, first.step_time, subject.step_time = run.explain(base, pipe, name, explain)
@@ -267,13 +273,13 @@ class _Run:
     dtype: torch.dtype | None
     progress: api.Progress | None
 
-    def open(self, side: Side) -> Any:
+    def open(self, side: Side, variant: str | None) -> Any:
         """The pipeline of a side, loaded if necessary; or its samples."""
         if isinstance(side, FunctionType):
             return side()
         if not isinstance(side, str | Path):
             return side
-        pipe = api.load(side, dtype=self.dtype)
+        pipe = api.load(side, dtype=self.dtype, variant=variant)
         return pipe.to(self.device) if self.device is not None else pipe
 
     def subject(self, name: str, side: Side, pipe: Any, stage: str) -> Subject:
@@ -324,6 +330,11 @@ class _Run:
                 self.progress(stage, done, max(total, done))
 
         return tick
+
+
+def _has_variant(side: Side, variant: str | None) -> bool:
+    folder = resolve(side) if isinstance(side, str | Path) else None
+    return variant is not None and isinstance(folder, Path) and has_variant(folder, variant)
 
 
 def _settings(sampling: Sampling) -> dict[str, Any]:

@@ -34,9 +34,13 @@ def unknown(kind: str, value: object, known: Iterable[str], hint: str = "") -> U
     )
 
 
+class DitqWarning(UserWarning):
+    """What ditq says about a run that goes on. The command line prints these warnings, and no others."""
+
+
 def warn(message: str) -> None:
-    """Issues a ``UserWarning`` that points to the line outside of ditq from which it was called."""
+    """Issues a :class:`DitqWarning` that points to the line outside of ditq from which it was called."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "ditq":
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warnings.warn(message, DitqWarning, stacklevel=level)

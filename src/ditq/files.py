@@ -1,15 +1,23 @@
-"""Atomic writing of files and folders: under a temporary name in the same folder, then renamed."""
+"""Atomic writing of files and folders: under a temporary name in the same folder, then renamed.
+
+A temporary name says which process made it. What a killed process has left is removed by the next one that writes into
+the same folder.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ditq.errors import DitqError, UsageError
+from ditq.errors import DitqError, UsageError, warn
+from ditq.owner import OWNER, is_gone, owner
+
+_TEMPORARY = re.compile(rf"\..*-ditq-(?P<old>old-)?(?P<owner>{OWNER})-[a-z0-9_]{{8}}(\.tmp)?", re.DOTALL)
 
 
 @contextmanager
@@ -19,7 +27,8 @@ def atomic(path: Path) -> Iterator[Path]:
     A reader sees either the old file or the new one, and two writers never write to the same file. The folder must
     exist.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
+    sweep(path.parent)
+    handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -42,6 +51,41 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode())
 
 
+def sweep(folder: Path) -> None:
+    """Removes the temporary files and folders in ``folder`` whose process is gone, and nothing else.
+
+    A folder that such a process had moved away to replace it is moved back if nothing stands in its place.
+    """
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith(".")]
+    except OSError:  # no folder, or not readable: what writes there says so
+        return
+    for name in names:
+        match, path = _TEMPORARY.fullmatch(name), folder / name
+        if match is None or path.is_symlink() or not is_gone(match["owner"]):
+            continue
+        with suppress(OSError):  # another process sweeps at the same time, or the folder is read-only
+            if not path.is_dir():
+                path.unlink()
+                continue
+            if match["old"]:
+                _move_back(path)
+            shutil.rmtree(path)
+
+
+def _move_back(backup: Path) -> None:
+    for old in backup.iterdir():
+        target = backup.parent / old.name
+        if not os.path.lexists(target):
+            os.rename(old, target)
+            warn(f"A process was killed while it replaced {target}; the earlier {target.name} was put back.")
+
+
+def _prefix(path: Path, kind: str = "") -> str:
+    name = path.name.encode(errors="surrogateescape")[:120].decode(errors="ignore")  # names have 255 bytes at most
+    return f".{name}-ditq-{kind}{owner()}-"
+
+
 def check_output(out: str | Path) -> None:
     """Checks before the work starts that the output folder can be created.
 
@@ -50,6 +94,21 @@ def check_output(out: str | Path) -> None:
     """
     with new_folder(out, keep=False):
         pass
+
+
+def check_file(path: Path) -> None:
+    """Checks before the work starts that a file can be written, and creates missing folders above it.
+
+    Raises:
+        DitqError: it cannot (read-only, full disk).
+    """
+    sweep(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=_prefix(path), suffix=".tmp", dir=path.parent) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise DitqError(f"Cannot write {path}: {error.strerror or error}. Choose another place.") from error
 
 
 def make_writable(folder: Path) -> None:
@@ -75,13 +134,14 @@ def new_folder(out: str | Path, *, overwrite: bool = False, keep: bool = True) -
         DitqError: the folder cannot be written (read-only, full disk).
     """
     out = Path(out)
+    sweep(out.parent)
     if os.path.lexists(out) and not overwrite:
         raise UsageError(f"The output folder {out} exists already. Choose another, or delete it first.")
     temporary: Path | None = None
     missing_parents = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(out), dir=out.parent))
         temporary.chmod(0o755)
         yield temporary
         if keep:
@@ -130,12 +190,12 @@ def _claim(folder: Path, out: Path) -> None:
 def _replace(folder: Path, out: Path) -> None:
     """Replaces ``out`` by ``folder``. The old folder is moved away, and deleted only after the new one is in place.
 
-    If the process is killed in between, the old folder stays as ``.NAME-old-XXXX`` beside the new ``.NAME-XXXX``.
+    If the process is killed in between, :func:`sweep` moves the old folder back.
     """
     if not os.path.lexists(out):
         os.rename(folder, out)
         return
-    backup = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+    backup = Path(tempfile.mkdtemp(prefix=_prefix(out, "old-"), dir=out.parent))
     old = backup / out.name
     os.rename(out, old)
     try:

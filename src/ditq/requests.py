@@ -16,6 +16,7 @@ from ditq.openvino.options import ATTENTIONS, SHAPES
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
+from ditq.sampling.sample import check_conditions
 from ditq.sampling.sampling import check_seed
 
 
@@ -38,7 +39,54 @@ def float_transformer(pipe: Any, component: str | None) -> nn.Module:
         )
     if getattr(model, "is_quantized", False):
         raise UsageError(f"This {type(model).__name__} is quantized already; load the 16-bit model.")
+    check_plain(model, name)
     return model
+
+
+# Classes that hold a transformer, and the attribute that is the transformer.
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+# Hooks of diffusers that offload.
+_GROUP_OFFLOADING = {"group_offloading", "lazy_prefetch_group_offloading"}
+
+
+def check_plain(model: nn.Module, name: str) -> None:
+    """Refuses a compiled, wrapped or offloaded transformer, before anything is changed.
+
+    Its layers cannot be replaced: a compiled graph would go on with the old ones, and weights that are offloaded are
+    elsewhere.
+
+    Raises:
+        UsageError: says how to get the plain transformer.
+    """
+    if inner := _WRAPPERS.get(type(model).__name__):
+        raise UsageError(
+            f"The {name} is a {type(model).__name__}, which wraps a {type(getattr(model, inner)).__name__}. Quantize "
+            f"the inner one (pipe.{name} = pipe.{name}.{inner}), and compile or wrap it afterwards."
+        )
+    for path, module in model.named_modules():
+        where = f"{name}.{path}" if path else name
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise UsageError(
+                f"{where} is compiled, and would go on with the layers of 16 bit. Load the model without compile(), "
+                "quantize it, and compile it afterwards."
+            )
+        if by := _offloaded_by(module):
+            raise UsageError(
+                f"{where} is offloaded (by {by}): its weights are elsewhere. Quantize before offloading: load the "
+                "pipeline without it (or call pipe.remove_all_hooks(), which removes the hooks of accelerate), "
+                "quantize, and enable offloading afterwards."
+            )
+
+
+def _offloaded_by(module: nn.Module) -> str:
+    """What offloads the weights of a module; an empty text if nothing does."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False) or type(one).__name__ == "CpuOffload":
+            return "accelerate"
+    if _GROUP_OFFLOADING & set(getattr(getattr(module, "_diffusers_hook", None), "hooks", ())):
+        return "diffusers"
+    return "a device map" if any(p.is_meta for p in module.parameters(recurse=False)) else ""
 
 
 def float_transformers(pipe: Any, component: str | None) -> dict[str, nn.Module]:
@@ -57,6 +105,7 @@ def float_transformers(pipe: Any, component: str | None) -> dict[str, nn.Module]
             )
         if getattr(model, "is_quantized", False):
             raise UsageError("This pipeline is quantized already; load the 16-bit pipeline.")
+        check_plain(model, name)
         check_weights(model)
         models[name] = model
     return models
@@ -144,13 +193,9 @@ def check_quantize(
 
 
 def check_prompts(prompts: Sequence[str] | None) -> None:
-    """Refuses a single string, which would be read as a list of characters, and an open file."""
-    if hasattr(prompts, "readlines"):
-        raise UsageError(
-            "prompts must be a list of strings, got an open file: pass prompts=[line.strip() for line in file]."
-        )
-    if isinstance(prompts, str):
-        raise UsageError(f"prompts must be a list of strings, got the string {prompts!r}: pass prompts=[{prompts!r}].")
+    """Refuses a single string and an open file, see :func:`ditq.sampling.sample.check_conditions`."""
+    if prompts is not None:
+        check_conditions(prompts)
 
 
 def check_export(engine: str, shapes: str, attention: str, prompts: Sequence[str] | None, seed: int | None) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -41,3 +45,44 @@ def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DitqError, match="Cannot write the storage .* No space left on device.*run the search again"):
         journal.append_logs([{"op_code": 1}])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nothing counts as gone there")
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path: Path) -> None:
+    storage = tmp_path / "search"
+    code = f"""
+import os, signal
+from ditq.allocation.journal import Journal
+Journal({str(storage)!r})._lock.acquire()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert os.path.lexists(f"{storage}.lock")
+    begin = time.monotonic()
+    Journal(str(storage)).append_logs([{"op_code": 1}])
+    assert time.monotonic() - begin < 1
+    assert [path.name for path in tmp_path.iterdir()] == ["search"]
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_lock_of_an_unknown_owner_is_waited_for_with_a_word(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditq.allocation.journal.PATIENCE", 1.2)
+    lock = tmp_path / "search.lock"
+    lock.symlink_to(tmp_path / "search") if kind == "link" else lock.touch()
+    with pytest.warns(UserWarning, match=r"Waiting for another process to release .*search\.lock"):
+        Journal(str(tmp_path / "search")).append_logs([{"op_code": 1}])
+    assert not os.path.lexists(lock)
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    one, other = (Journal(str(tmp_path / "search"))._lock for _ in range(2))
+    one.acquire()
+    thread = threading.Thread(target=other.acquire)
+    thread.start()
+    thread.join(0.1)
+    assert thread.is_alive()
+    one.release()
+    thread.join(5)
+    assert not thread.is_alive()

@@ -26,7 +26,7 @@ def search(storage: Path | None = None, trials: int = 24, **options: object) -> 
 
 
 def start(storage: Path, log: Path, trials: int, seconds: float, patience: float = 1.0) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     arguments = [str(HERE / "toy.py"), str(storage), str(log), str(trials), str(seconds), str(patience)]
     return subprocess.Popen([sys.executable, *arguments], env={**os.environ, "PYTHONPATH": path})
 
@@ -80,7 +80,7 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path: Path) -> None:
     worker.send_signal(signal.SIGKILL)
     worker.wait(10)
     before = len(lines(log))
-    result = search(storage)
+    result = search(storage, patience=1e9)  # a process of this machine is known to have ended
     assert result.scored == search().scored
     assert 24 - before <= result.evaluated <= 24 - before + 1  # the interrupted trial is evaluated again
 
@@ -109,9 +109,21 @@ def test_others_take_over_from_a_process_that_died(tmp_path: Path) -> None:
     wait_for(log, 1)
     slow.kill()
     slow.wait(10)
-    result = search(storage, trials=8)
+    result = search(storage, trials=8, patience=1e9)
     assert result.evaluated == 8
     assert result.scored == search(trials=8).scored
+
+
+def test_others_take_over_from_a_process_of_another_machine_that_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, log = tmp_path / "search", tmp_path / "log"
+    slow = start(storage, log, 8, 1000)
+    wait_for(log, 1)
+    slow.kill()
+    slow.wait(10)
+    monkeypatch.setattr("ditq.owner._machine", lambda: "another")
+    assert search(storage, trials=8, patience=0.3).evaluated == 8
 
 
 def test_a_slow_process_that_is_alive_keeps_its_trial(tmp_path: Path) -> None:
@@ -119,7 +131,8 @@ def test_a_slow_process_that_is_alive_keeps_its_trial(tmp_path: Path) -> None:
     slow = start(storage, log, 8, 4.0)  # four times the patience
     wait_for(log, 1)
     begin = time.monotonic()
-    result = search(storage, trials=8)
+    with pytest.warns(UserWarning, match="Waiting for other processes of this search"):
+        result = search(storage, trials=8)
     assert time.monotonic() - begin > 1.5
     assert result.evaluated == 7
     assert slow.wait(30) == 0

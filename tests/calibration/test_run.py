@@ -546,3 +546,16 @@ def test_empty_prompts_and_single_strings_are_refused(prompts: Any, words: str, 
         calibrate(PIPELINES[name](), architectures.load(name), prompts, SETTINGS)
     with pytest.raises(UsageError, match=words):
         sample(PIPELINES[name](), architectures.load(name), prompts, Sampling(steps=2))
+
+
+def test_statistics_that_cannot_be_written_say_how_to_choose_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "/somewhere")
+
+    monkeypatch.setattr("ditq.calibration.statistics.save_file", full)
+    statistics = tiny_statistics(tiny_model("pixart"), "pixart")
+    with pytest.raises(DitqError, match=r"Cannot write .*: No space left on device\. .*--cache PATH"):
+        statistics.save(tmp_path / "s.safetensors")
+    assert list(tmp_path.iterdir()) == []

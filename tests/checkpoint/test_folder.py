@@ -113,3 +113,18 @@ def test_plan_file_that_is_not_a_small_plan_is_refused(text: str, folder: Path, 
     error = " ".join(capsys.readouterr().err.split())
     assert "is not a plan file" in error
     assert len(error) < 900
+
+
+@pytest.mark.parametrize("verb", ["inspect", "export"])
+def test_a_missing_folder_that_looks_like_a_hub_id(verb: str, tmp_path: Path, capsys: Any) -> None:
+    assert run([verb, "my/checkpoint", *(["--out", str(tmp_path / "out")] if verb == "export" else [])]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"{verb} reads folders only, and 'my/checkpoint' is none here; if it is a hub id" in error
+
+
+def test_a_text_encoder_in_pickles_only_is_one_error(folder: Path) -> None:
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    (folder / "text_encoder" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(CheckpointError, match="cannot be loaded as a diffusers pipeline") as error:
+        ditq.load(folder)
+    assert len(str(error.value)) < 900

@@ -162,3 +162,28 @@ def test_two_experts_get_a_plan_file_each(
     for data, expected in ((shown, plans["transformer"]), (shown["transformer_2"], plans["transformer_2"])):
         assert [layer["name"] for layer in data["layers"]] == [layer.name for layer in expected]
         assert data["transformer_bytes"] > 0
+
+
+def test_a_plan_that_cannot_be_written_is_refused_before_the_search(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditq.cli.search.open_pipeline", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").write_text("x")
+    storage = ["--storage", tmp_path / "storage"]
+    status, _, err = ditq(capsys, "search", pipeline, "--out", tmp_path / "file" / "plan.json", *storage)
+    assert (status, "Cannot write" in err) == (1, True)
+
+
+def test_a_plan_that_keeps_every_layer_is_one_error(
+    pipeline: Path, plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(plan.read_text())
+    kept = {"weight", "activation", "smooth", "rotate", "timesteps", "rounding", "clip", "sequential"}
+    content["layers"] = [{k: v for k, v in layer.items() if k not in kept} for layer in content["layers"]]
+    for recipe in (content["recipe"], "mine"):
+        (tmp_path / "plan.json").write_text(json.dumps({**content, "recipe": recipe}))
+        status, _, err = ditq(
+            capsys, "quantize", pipeline, "--plan", tmp_path / "plan.json", "--out", tmp_path / "out"
+        )
+        assert "The plan keeps every layer in 16 bit" in " ".join(err.split())
+        assert status in (1, 2)

@@ -162,7 +162,9 @@ def test_size_limit_must_be_a_number(text: str, tmp_path: Path, monkeypatch: pyt
 
 def test_cache_that_cannot_be_written_does_not_stop_drawing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    samples, _ = draw(tiny_dit(), PictureCache(tmp_path / "file" / "pictures"))
+    with pytest.warns(UserWarning, match="image cache .* cannot be written .*--no-cache") as said:
+        samples, _ = draw(tiny_dit(), PictureCache(tmp_path / "file" / "pictures"))
+    assert len([x for x in said if "image cache" in str(x.message)]) == 1
     assert len(samples.images) == len(CLASSES)
 
 

@@ -6,7 +6,8 @@ its work from its slots, nothing is evaluated twice, and the result depends neit
 when they were killed.
 
 A process increments a counter on its trials to show that it is alive. If a counter does not change for ``patience``
-seconds, other processes take over the slot. Each process measures that time with its own clock.
+seconds, other processes take over the slot. Each process measures that time with its own clock. Processes of the same
+machine see at once that another has ended.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ditq.allocation.evolution import Scored
 from ditq.allocation.space import Genome, Space
-from ditq.errors import DitqError, UsageError
+from ditq.errors import DitqError, UsageError, warn
+from ditq.owner import is_gone, owner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,8 +37,9 @@ NAME = "ditq-search"
 PATIENCE = 30.0  # seconds without a change of the counter until a process counts as dead
 POLL = 0.2  # seconds between reads of the storage while there is nothing to do
 
-# Keys of user attributes: the identity of the study; the slot that a trial repeats; the counter of a trial.
-IDENTITY, REPEATS, ALIVE = "identity", "repeats", "alive"
+# Keys of user attributes: the identity of the study; the slot that a trial repeats; the counter and the process of a
+# trial.
+IDENTITY, REPEATS, ALIVE, OWNER = "identity", "repeats", "alive", "owner"
 
 
 class Strategy(Protocol):
@@ -163,11 +166,11 @@ def run(
                 watch.held.remove(trial)
                 done += 1
             elif watch.can_take(schedule, slots, values, trials):
-                watch.held.append(study.ask())
+                watch.take()
             elif _finished(schedule, values, trials):
                 break
             else:
-                time.sleep(POLL)
+                watch.wait()
     individuals = ((schedule.genome(slot, values), slot) for slot in range(trials))
     return Trials(tuple((genome, values[slot]) for genome, slot in individuals if genome is not None), done)
 
@@ -230,6 +233,7 @@ class _Watch:
     def __init__(self, study: optuna.Study, patience: float) -> None:
         self.study, self.patience = study, patience
         self.held: list[optuna.Trial] = []
+        self._waited = 0.0
         self._counters: dict[int, tuple[Any, float]] = {}  # by trial: its counter, and when that changed last
 
     @contextmanager
@@ -307,6 +311,22 @@ class _Watch:
             return True
         return not self.held and self.fresh < trials and _exists(schedule, self.fresh, values)
 
+    def take(self) -> None:
+        """Takes a trial, or a new one."""
+        trial = self.study.ask()
+        self.held.append(trial)
+        trial.set_user_attr(OWNER, owner())
+
+    def wait(self) -> None:
+        """Waits for the results of other processes, and says so once if that takes longer."""
+        self._waited += POLL
+        if self._waited - POLL <= 1 < self._waited:
+            warn(
+                "Waiting for other processes of this search to finish their individuals. A process that does not "
+                f"answer for {self.patience:.0f} seconds counts as dead, and its individuals are evaluated here."
+            )
+        time.sleep(POLL)
+
     def _repeat(self, slot: int) -> None:
         import optuna
 
@@ -315,7 +335,9 @@ class _Watch:
         self.study.add_trial(optuna.create_trial(state=waiting, user_attrs={REPEATS: slot}))
 
     def _is_dead(self, trial: Any) -> bool:
-        """Whether the counter of a trial did not change for ``patience`` seconds."""
+        """Whether the process of a trial has ended, or its counter did not change for ``patience`` seconds."""
+        if is_gone(str(trial.user_attrs.get(OWNER))):
+            return True
         count, now = trial.user_attrs.get(ALIVE), time.monotonic()
         previous, since = self._counters.setdefault(trial.number, (count, now))
         if previous != count:

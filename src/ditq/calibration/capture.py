@@ -120,7 +120,7 @@ class Capture:
         key = (len(self.timesteps) - 1, condition)
         previous = self._absmax[name].get(key)
         self._absmax[name][key] = largest if previous is None else torch.maximum(previous, largest)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.calls)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.calls) % 2**63)
         chosen = torch.randperm(len(rows), generator=generator)[: self.rows]
         self._rows[name].append(rows[chosen.to(rows.device)].cpu())
         self._times[name] += [self.timesteps[-1]] * len(chosen)

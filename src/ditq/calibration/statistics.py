@@ -113,7 +113,11 @@ class Statistics:
             with atomic(path) as temporary:
                 save_file(content, temporary, metadata={"ditq": json.dumps(info)})
         except (OSError, SafetensorError) as error:
-            raise DitqError(f"Cannot write {path}: {error}. Free some space, or choose another folder.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise DitqError(
+                f"Cannot write {path}: {reason}. Free some space, or choose another folder with cache=PATH "
+                "(--cache PATH), or set DITQ_CACHE."
+            ) from error
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

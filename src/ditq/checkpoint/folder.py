@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditq.checkpoint.header import sort_metadata
+from ditq.checkpoint.variants import check_variant, weight_files
 from ditq.components import NAMES, transformer_names
 from ditq.errors import CheckpointError, DitqError, UsageError
 from ditq.files import make_writable, new_folder
@@ -46,8 +47,26 @@ def resolve(path: str | Path) -> Path | str:
     return text
 
 
-def read_plan(folder: Path, component: str = "transformer") -> Plan | None:
+def local(path: str | Path, verb: str) -> Path:
+    """The folder of a pipeline argument, see :func:`resolve`; for verbs that do not download.
+
+    Raises:
+        UsageError: as :func:`resolve`, or it is no folder here, though it may be a hub id.
+    """
+    folder = resolve(path)
+    if not isinstance(folder, Path):
+        raise UsageError(
+            f"{verb} reads folders only, and {str(path)!r} is none here; if it is a hub id, download it first with "
+            f"`hf download {path} --local-dir DIR`, then {verb} DIR."
+        )
+    return folder
+
+
+def read_plan(folder: Path, component: str = "transformer", variant: str | None = None) -> Plan | None:
     """The plan of a transformer in a pipeline's folder, or None if it is not quantized by ditq.
+
+    Args:
+        variant: of the weights that will be loaded.
 
     Raises:
         UsageError: the folder has no such component.
@@ -63,20 +82,20 @@ def read_plan(folder: Path, component: str = "transformer") -> Plan | None:
     if fields.pop("quant_method", None) != "ditq":
         from ditq.checkpoint.verify import refuse_unplanned
 
-        refuse_unplanned(sorted(path.parent.glob("*.safetensors")))
+        refuse_unplanned(weight_files(path.parent, variant))
         return None
     fields.pop("engine", None)  # not a field of the plan
     return Plan.from_dict(fields)
 
 
-def read_plans(folder: Path) -> dict[str, Plan]:
+def read_plans(folder: Path, variant: str | None = None) -> dict[str, Plan]:
     """The plans of all quantized transformers in a pipeline's folder, by component.
 
     Raises:
         UsageError, CheckpointError: see :func:`read_plan`. A second transformer is optional.
     """
     present = [name for name in NAMES if name == NAMES[0] or (folder / name / "config.json").is_file()]
-    plans = {name: read_plan(folder, name) for name in present}
+    plans = {name: read_plan(folder, name, variant) for name in present}
     return {name: plan for name, plan in plans.items() if plan is not None}
 
 
@@ -96,19 +115,24 @@ def load_pipeline(folder: Path | str, dtype: torch.dtype | None = None, **kwargs
 
     register()
     kind = DiffusionPipeline
+    variant = kwargs.get("variant")
     with once():
         if isinstance(folder, Path):
-            for component, plan in read_plans(folder).items():
-                verify(sorted((folder / component).glob("*.safetensors")), plan)
             index = _bounded_configs(folder)
             if isinstance(index, dict):  # else diffusers raises a clear error below
                 kind = pipeline_class(str(index.get("_class_name")))
+                check_variant(folder, index, variant, kwargs)
+            for component, plan in read_plans(folder, variant).items():
+                if component not in kwargs:
+                    verify(weight_files(folder / component, variant), plan)
         try:
             return kind.from_pretrained(folder, **({"dtype": dtype} if dtype else {}), **kwargs)
         except DitqError:
             raise
         except Exception as error:  # every library raises its own for files that do not fit together
             reason = cut(f"{type(error).__name__}: {error}", 600)
+            if isinstance(folder, str) and variant is None and "no file named" in reason:
+                reason += " If it has weights of a variant only, pass e.g. variant='fp16' (--variant fp16)."
             raise CheckpointError(f"{folder} cannot be loaded as a diffusers pipeline: {reason}") from error
 
 
@@ -135,7 +159,8 @@ def save_pipeline(pipe: Any, out: str | Path, source: str | Path | None = None, 
     Args:
         pipe: the pipeline.
         out: the folder to create.
-        source: the original pipeline. If it is a folder, all components but the transformers are copied from it.
+        source: the original pipeline. If it is a folder, all components but the transformers are copied from it, save
+            those whose weights it has as a variant only: they would be found by ``variant=`` alone.
         overwrite: whether an existing ``out`` is replaced.
 
     Raises:
@@ -149,7 +174,12 @@ def save_pipeline(pipe: Any, out: str | Path, source: str | Path | None = None, 
                 sort_metadata(file)
         for component in sorted(origin.iterdir()) if isinstance(origin, Path) else ():
             copy = folder / component.name
-            if component.is_dir() and component.name not in transformer_names(pipe) and copy.is_dir():
+            if (
+                component.is_dir()
+                and component.name not in transformer_names(pipe)
+                and copy.is_dir()
+                and (weight_files(component, None) or not weight_files(copy, None))
+            ):
                 shutil.rmtree(copy)
                 shutil.copytree(component, copy)
                 make_writable(copy)

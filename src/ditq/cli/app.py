@@ -11,11 +11,11 @@ import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ditq.errors import DitqError, UsageError
+from ditq.errors import DitqError, DitqWarning, UsageError
 from ditq.report.terminal import ERRORS, printable
 
 DESCRIPTION = "Post-training quantization for diffusion transformers. --debug on any verb shows tracebacks."
@@ -54,10 +54,16 @@ def _options(
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit status."""
     debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not debug:
-        warnings.filterwarnings("ignore")
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", DitqWarning)
+            warnings.showwarning = _print_warning
+        return _run([a for a in arguments if a != "--debug"], debug)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=ERRORS)  # replaces characters that the terminal cannot print
@@ -80,6 +86,10 @@ def run(arguments: list[str]) -> int:
             raise
         return _fail(error, debug, 1, hint=" This is unexpected; --debug shows where.")
     return 0
+
+
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {printable(str(message))}", file=sys.stderr)
 
 
 def _fail(error: BaseException, debug: bool, status: int, hint: str = "") -> int:

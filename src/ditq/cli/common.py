@@ -37,6 +37,9 @@ Frames = Annotated[
 ]
 Height = Annotated[int | None, typer.Option(help="Pixels; default: that of the model or the pipeline.", min=1)]
 Width = Annotated[int | None, typer.Option(help="Pixels; default: that of the model or the pipeline.", min=1)]
+Variant = Annotated[
+    str | None, typer.Option("--variant", help="Variant of the weight files, e.g. fp16; default: the plain files.")
+]
 FramesPerSecond = Annotated[float | None, typer.Option("--fps", help="Frame rate of videos; default: 8.", min=0.1)]
 BatchSize = Annotated[int, typer.Option(help="Images generated at once.", min=1)]
 PromptFile = Annotated[
@@ -88,7 +91,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return known[dtype]
 
 
-def open_pipeline(path: str, device: str = "auto", dtype: str = "auto") -> Any:
+def open_pipeline(path: str, device: str = "auto", dtype: str = "auto", variant: str | None = None) -> Any:
     """Loads a pipeline and puts it on the device, without the libraries' own progress bars."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -100,7 +103,7 @@ def open_pipeline(path: str, device: str = "auto", dtype: str = "auto") -> Any:
         if library.get_verbosity() == logging.WARNING:  # the default; a level that the user set is kept
             library.set_verbosity_error()
     chosen = pick_device(device)
-    return api.load(path, dtype=pick_dtype(dtype, chosen)).to(chosen)
+    return api.load(path, dtype=pick_dtype(dtype, chosen), variant=variant).to(chosen)
 
 
 def pick_architecture(pipe: Any, name: str | None) -> Architecture:

@@ -23,6 +23,7 @@ from ditq.cli.common import (
     Quiet,
     Seed,
     Steps,
+    Variant,
     Width,
     comparison_table,
     open_pipeline,
@@ -75,6 +76,7 @@ def compare(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    variant: Variant = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -96,7 +98,7 @@ def compare(
         check_output(out_dir)
     for path in (reference, *quantized):
         resolve(path)
-    base = open_pipeline(reference, device, dtype)
+    base = open_pipeline(reference, device, dtype, variant)
     arch = pick_architecture(base, architecture)
     size, rate = size_arguments(base, frames=frames, height=height, width=width), pick_fps(fps, base)
     chosen = pick_prompts(reference, base, arch, prompts, "evaluation", count)
@@ -110,7 +112,7 @@ def compare(
             reference, quantized, chosen, seed=seed, steps=steps, guidance_scale=guidance, batch_size=batch_size,
             arguments=size, architecture=arch, metrics=chosen_metrics, network=network, real=real,
             cache=PictureCache() if cached else None, explain=explain, device=chosen_device,
-            dtype=pick_dtype(dtype, chosen_device), progress=progress,
+            dtype=pick_dtype(dtype, chosen_device), variant=variant, progress=progress,
         )  # fmt: skip
     data = {
         "reference": reference,
@@ -123,7 +125,7 @@ def compare(
                  "--frames": frames, "--height": height, "--width": width, "--fps": fps,
                  "--architecture": architecture, "--batch-size": batch_size, "--metrics": metrics,
                  "--network": network, "--explain": explain, "--seed": seed, "--device": device, "--dtype": dtype,
-                 "--out": out_dir}  # fmt: skip
+                 "--variant": variant, "--out": out_dir}  # fmt: skip
         options = [text for name, value in passed.items() if value is not None for text in (name, str(value))]
         command = shlex.join(["ditq", "compare", reference, *quantized, *options])
         report, images = result.report(command=command), result.pictures()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ditq.cli.common import ArchitectureOption, PromptFile, Quiet, out, progress_bars, read_prompts
+from ditq.cli.common import ArchitectureOption, PromptFile, Quiet, Variant, out, progress_bars, read_prompts
 
 
 def export(
@@ -39,6 +39,7 @@ def export(
         int | None, typer.Option(help="Seed of the calibration noise, for --attention int8; default: 0.")
     ] = None,
     architecture: ArchitectureOption = None,
+    variant: Variant = None,
     quiet: Quiet = False,
 ) -> None:
     """Compile the blocks of a quantized pipeline for a faster runtime; the result loads like any pipeline.
@@ -58,7 +59,7 @@ def export(
         text = api.export(
             pipeline, out_dir, engine=engine, shapes=shapes, attention=attention, options=settings,
             prompts=None if prompts is None else read_prompts(prompts), seed=seed, progress=progress,
-            architecture=architecture, allow_float=allow_float, whole_pipeline=whole_pipeline,
+            architecture=architecture, allow_float=allow_float, whole_pipeline=whole_pipeline, variant=variant,
         )  # fmt: skip
     if not quiet:
         out.print(text)

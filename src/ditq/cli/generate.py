@@ -21,6 +21,7 @@ from ditq.cli.common import (
     Quiet,
     Seed,
     Steps,
+    Variant,
     Width,
     open_pipeline,
     out,
@@ -57,6 +58,7 @@ def generate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    variant: Variant = None,
     quiet: Quiet = False,
 ) -> None:
     """Generate an image or a video for each prompt; number i starts from the noise of seed + i.
@@ -67,7 +69,7 @@ def generate(
     from ditq.report.wording import counted
     from ditq.sampling import Sampling, draws_videos, sample, size_arguments
 
-    pipe = open_pipeline(pipeline, device, dtype)
+    pipe = open_pipeline(pipeline, device, dtype, variant)
     arch = pick_architecture(pipe, architecture)
     video = draws_videos(pipe)
     formats = pick_formats(file_format, video, type(pipe).__name__)
@@ -89,7 +91,7 @@ def generate(
                 _save(image, folder / f"{i:04d}.{suffix}", rate)
         if video:
             _sheet_of_frames(samples.images, chosen, folder / "sheet.png")
-        (folder / "prompts.txt").write_text("\n".join(map(str, chosen)) + "\n")
+        (folder / "prompts.txt").write_text("\n".join(map(str, chosen)) + "\n", "utf-8")
     if not quiet:
         number = counted(len(chosen), "video" if video else "image")
         length = f" of {counted(len(samples.images[0]), 'frame')}" if video else ""

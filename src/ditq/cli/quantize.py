@@ -15,6 +15,7 @@ from ditq.cli.common import (
     Pipeline,
     PromptFile,
     Quiet,
+    Variant,
     err,
     open_pipeline,
     out,
@@ -52,6 +53,7 @@ def quantize(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    variant: Variant = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -73,7 +75,7 @@ def quantize(
     settings = None if isinstance(job, Recipe) else _recipe_of(job, overrides or []).calibration
     requests.seed_of(job, seed)
     check_output(out_dir)  # before the slow part
-    pipe = open_pipeline(pipeline, device, dtype)
+    pipe = open_pipeline(pipeline, device, dtype, variant)
     arch = pick_architecture(pipe, architecture)
     options: dict[str, Any] = {}
     if job.needs_calibration:
@@ -91,7 +93,8 @@ def quantize(
             results[component] = api.quantize(
                 pipe, job, seed=seed, architecture=arch, component=component, progress=progress, **options
             )
-    api.save(pipe, out_dir, source=pipeline)
+    # The other components are copied as they are, but the files of a variant would need --variant again.
+    api.save(pipe, out_dir, source=pipeline if variant is None else None)
     sizes = {c: sum(f.stat().st_size for f in (out_dir / c).glob("*.safetensors")) for c in results}
     if as_json:
         first, *more = ({"seconds": r.seconds, **plan_json(r.plan, sizes[c])} for c, r in results.items())
@@ -128,6 +131,8 @@ def _recipe_of(plan: Plan, overrides: list[str]) -> Recipe:
             raise UsageError(f"A plan is explicit: with --plan, --set changes calibration only, got {assignment!r}.")
     if plan.recipe in names():
         return load(plan.recipe).override(overrides)
+    if not plan.quantized:
+        raise UsageError("The plan keeps every layer in 16 bit: there is nothing to quantize. Choose another plan.")
     return Recipe.model_validate(
         {"method": plan.method, "weights": plan.quantized[0].weight, "activations": plan.quantized[0].activation}
     ).override(overrides)

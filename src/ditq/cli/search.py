@@ -20,6 +20,7 @@ from ditq.cli.common import (
     PromptFile,
     Quiet,
     Seed,
+    Variant,
     Width,
     open_pipeline,
     out,
@@ -97,6 +98,7 @@ def search(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    variant: Variant = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -110,6 +112,7 @@ def search(
     from ditq import api
     from ditq.allocation import Evolution
     from ditq.errors import UsageError
+    from ditq.files import check_file
     from ditq.sampling import size_arguments
 
     if out_file.is_dir():
@@ -119,7 +122,8 @@ def search(
     except ValueError:
         raise UsageError(f"--sizes must be comma-separated numbers, e.g. 32,64,128; got {sizes!r}.") from None
     evolution = Evolution(population, top_k, crossover, mutation, mutation_probability)
-    pipe = open_pipeline(pipeline, device, dtype)
+    check_file(out_file)  # before the slow part
+    pipe = open_pipeline(pipeline, device, dtype, variant)
     arch = pick_architecture(pipe, architecture)
     calibration = pick_prompts(pipeline, pipe, arch, prompts, "calibration")
     size = size_arguments(pipe, frames=frames, height=height, width=width)

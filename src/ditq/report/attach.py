@@ -28,7 +28,7 @@ def attach(report: Report, model: ModelReport, page: Path) -> str:
         (folder / FOLDER).mkdir(exist_ok=True)
         write_bytes(folder / FOLDER / "report.html", page.read_bytes())
         write_bytes(folder / FOLDER / "report.json", report.model_dump_json(indent=1).encode())
-        if readme.exists() and MARK not in readme.read_text(errors="replace"):
+        if readme.exists() and MARK not in readme.read_text("utf-8", errors="replace"):
             return f"{model.name}: {readme} was not written by ditq and was kept; the report is in {folder / FOLDER}."
         write_bytes(readme, card(report, model).encode())
     except OSError as error:

@@ -50,6 +50,7 @@ class PictureCache:
 
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
         self.folder = folder or cache_root() / "pictures"
+        self._warned = False
         self.limit = limit if limit is not None else _limit()
 
     @staticmethod
@@ -87,7 +88,7 @@ class PictureCache:
         return sample
 
     def put(self, key: str, sample: Sample) -> None:
-        """Adds a sample. A cache that cannot be written (full disk, read-only) does not stop the sampling."""
+        """Adds a sample. A cache that cannot be written (full disk, read-only) is a warning; the sampling goes on."""
         video = not isinstance(sample.image, Image.Image)
         images = sample.image if isinstance(sample.image, list) else [sample.image]
         frames = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
@@ -95,14 +96,25 @@ class PictureCache:
         info = {"video": video, "timesteps": sample.timesteps, "seconds": sample.seconds}
         info["checksum"] = _checksum(key, info, frames, trajectory)
         path = self._path(key)
-        with suppress(OSError, SafetensorError):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as temporary:
                 save_file({"frames": frames, "trajectory": trajectory}, temporary, {"sample": json.dumps(info)})
+        except (OSError, SafetensorError) as error:
+            if not self._warned:
+                self._warned = True
+                warn(
+                    f"The image cache {self.folder} cannot be written ({getattr(error, 'strerror', None) or error}): "
+                    "images are not kept. Free some space, set DITQ_CACHE to another folder, or leave the cache out "
+                    "(--no-cache)."
+                )
 
     def prune(self) -> None:
         """Deletes the least recently used samples until the cache is within its limit."""
-        files = [(path.stat(), path) for path in self.folder.rglob("*.safetensors")]
+        files = []
+        for path in self.folder.rglob("*.safetensors"):
+            with suppress(OSError):  # another process has deleted it
+                files.append((path.stat(), path))
         total = sum(stat.st_size for stat, _ in files)
         for stat, path in sorted(files, key=lambda entry: entry[0].st_mtime):
             if total <= self.limit:

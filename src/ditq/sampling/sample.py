@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,22 +54,44 @@ class Samples:
         return not isinstance(self.images[0], Image.Image)
 
 
+def check_conditions(conditions: Any) -> None:
+    r"""Refuses what would be read as a list of other things than prompts.
+
+    Raises:
+        UsageError: a single string, whose letters would be the prompts, or an open file, whose lines end in ``\n``.
+    """
+    if hasattr(conditions, "readlines"):
+        raise UsageError(
+            "prompts must be a list of strings, got an open file: pass prompts=[line.strip() for line in file]."
+        )
+    if isinstance(conditions, str | bytes):
+        raise UsageError(
+            f"prompts must be a list of strings, got the string {conditions!r}: pass prompts=[{conditions!r}]."
+        )
+    if not isinstance(conditions, Iterable):
+        raise UsageError(f"prompts must be a list of strings, got {conditions!r}.")
+
+
 def condition_list(conditions: Sequence[str]) -> list[str]:
     """Prompts or classes as a list, checked.
 
     Raises:
-        UsageError: the argument is a single string, the list is empty, or one prompt is blank.
+        UsageError: see :func:`check_conditions`; the list is empty, or one prompt is blank.
     """
-    if isinstance(conditions, str):
-        raise UsageError(
-            f"prompts must be a list of strings, got the string {conditions!r}: pass prompts=[{conditions!r}]."
-        )
+    check_conditions(conditions)
     chosen = list(conditions)
     if not chosen:
         raise UsageError("There are no prompts. Pass at least one, or a file with one prompt per line.")
     for i, condition in enumerate(chosen):
         if not str(condition).strip():
             raise UsageError(f"Prompt {i + 1} of {len(chosen)} is empty: {condition!r}. Remove it or fill it in.")
+        try:
+            str(condition).encode()
+        except UnicodeEncodeError as error:  # bytes of a command line that the terminal's encoding does not know
+            raise UsageError(
+                f"Prompt {i + 1} of {len(chosen)} is not Unicode text: {condition!r}. Write it into a file in UTF-8 "
+                "(--prompts FILE), or set the terminal to UTF-8 (LC_ALL=C.UTF-8)."
+            ) from error
     return chosen
 
 

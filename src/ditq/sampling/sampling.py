@@ -9,15 +9,16 @@ from typing import Any
 from ditq.errors import UsageError
 
 LARGEST_SEED = 2**62  # torch takes seeds below 2^64; ditq adds the number of the prompt and offsets
+_LARGEST_SUM = 2**63
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, largest: int = LARGEST_SEED) -> None:
     """Refuses a seed that torch does not take, or takes as another number.
 
     Raises:
         UsageError: it is negative or too large.
     """
-    if not 0 <= seed <= LARGEST_SEED:
+    if not 0 <= seed <= largest:
         raise UsageError(f"seed must be 0 to 2^62 ({LARGEST_SEED}), got {seed}.")
 
 
@@ -43,7 +44,7 @@ class Sampling:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        check_seed(self.seed, _LARGEST_SUM)  # it may have offsets
         for name in ("steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
