@@ -125,6 +125,5 @@ def test_a_missing_folder_that_looks_like_a_hub_id(verb: str, tmp_path: Path, ca
 def test_a_text_encoder_in_pickles_only_is_one_error(folder: Path) -> None:
     (folder / "text_encoder" / "model.safetensors").unlink()
     (folder / "text_encoder" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(CheckpointError, match="cannot be loaded as a diffusers pipeline") as error:
+    with pytest.raises(CheckpointError, match=r"a pickle \(\.bin\).* Get the weights as safetensors"):
         ditq.load(folder)
-    assert len(str(error.value)) < 900

@@ -130,6 +130,11 @@ def load_pipeline(folder: Path | str, dtype: torch.dtype | None = None, **kwargs
         except DitqError:
             raise
         except Exception as error:  # every library raises its own for files that do not fit together
+            if type(error).__name__ == "UnpicklingError":  # torch's text advises to run the code in the file
+                raise CheckpointError(
+                    f"{folder} has weights in a pickle (.bin), which is damaged or holds more than tensors. It is not "
+                    "loaded, because a pickle can run any code. Get the weights as safetensors."
+                ) from error
             reason = cut(f"{type(error).__name__}: {error}", 600)
             if isinstance(folder, str) and variant is None and "no file named" in reason:
                 reason += " If it has weights of a variant only, pass e.g. variant='fp16' (--variant fp16)."
