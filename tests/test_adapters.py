@@ -338,7 +338,7 @@ def test_adapters_are_swapped_weighted_disabled_and_deleted(tmp_path: Path) -> N
 def test_an_adapter_trained_on_the_quantized_model_acts_alike_on_the_float_one(tmp_path: Path) -> None:
     model, twin = quantized("wan", "viditq-w8a8")
     floats, own = run(model, "wan"), run(twin, "wan")
-    twin.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS))
+    twin.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
     trained = [p for name, p in twin.named_parameters() if "lora_" in name]
     optimizer = torch.optim.Adam(trained, lr=0.002)
     target = own + 0.2 * own.roll(1, -1)
