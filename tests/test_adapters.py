@@ -7,9 +7,10 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from helpers import layer_plan, run, tiny_model, tiny_statistics
+from helpers import example_inputs, layer_plan, run, tiny_model, tiny_statistics
 from torch import Tensor, nn
 
 import ditq
@@ -187,8 +188,6 @@ def test_plans_without_a_branch_are_written_as_before() -> None:
 
 def test_an_adapter_on_an_old_folded_checkpoint_warns() -> None:
     folder = Path(__file__).parent / "data" / "v0.1" / "pixart-folded"
-    import diffusers
-
     model: Any = diffusers.PixArtTransformer2DModel.from_pretrained(folder)
     assert isinstance(model.hf_quantizer.plan, Plan)
     with pytest.warns(UserWarning, match="folded smoothing scales"):
@@ -211,11 +210,12 @@ def test_a_model_that_was_fused_and_unfused_is_quantized(tmp_path: Path) -> None
     assert torch.equal(run(type(model).from_pretrained(tmp_path), "pixart"), run(model, "pixart"))
 
 
-@pytest.mark.parametrize("family", ["wan", "ltx", "cogvideox"])
+@pytest.mark.parametrize("family", ["wan", "ltx", "cogvideox", "mochi", "hunyuanvideo"])
 def test_a_file_loads_through_the_pipeline_and_fuses(family: str, tmp_path: Path) -> None:
     import videos
 
     pipe = videos.PIPELINES[family][0]()
+    pipe.register_modules(transformer=tiny_model(family))  # of the sizes of the example inputs
     model = pipe.transformer
     add(model, size=0.1)
     weights = peft.get_peft_model_state_dict(model)
@@ -289,3 +289,165 @@ def test_a_model_with_a_branch_is_pickled_and_not_quantized_from_its_plan_nor_ex
     name, layer = next((n, m) for n, m in twin.named_modules() if isinstance(m, QuantizedLinear) and m.plan.branch)
     with pytest.raises(UsageError, match="OpenVINO"):
         linear_spec(name, layer)
+
+
+def lora_file(pipe: Any, family: str, folder: Path, seed: int) -> Path:
+    """A LoRA file of random numbers for the pipeline, whose transformer is left without it."""
+    model = pipe.transformer
+    add(model, seed=seed, size=0.1)
+    pipe.save_lora_weights(folder, transformer_lora_layers=peft.get_peft_model_state_dict(model))
+    model.unload_lora()
+    return folder
+
+
+def test_adapters_are_swapped_weighted_disabled_and_deleted(tmp_path: Path) -> None:
+    import videos
+
+    pipe = videos.wan()
+    model = pipe.transformer
+    files = [lora_file(pipe, "wan", tmp_path / str(seed), seed) for seed in (0, 1)]
+    attach(model, quantize_model(model, architectures.load("wan"), load_recipe("quarot-w8a8"), None))
+    plain = run(model, "wan")
+    pipe.load_lora_weights(files[0], adapter_name="one")
+    first = run(model, "wan")
+    pipe.load_lora_weights(files[1], adapter_name="one", hotswap=True)
+    second = run(model, "wan")
+    assert relative(second, first) > 0.01
+    pipe.load_lora_weights(files[0], adapter_name="two")
+    pipe.set_adapters(["one", "two"], [0.0, 1.0])
+    assert relative(run(model, "wan"), first) < 1e-4
+    pipe.set_adapters(["one", "two"], [1.0, 0.0])
+    assert relative(run(model, "wan"), second) < 1e-4
+    pipe.disable_lora()
+    assert torch.equal(run(model, "wan"), plain)
+    pipe.enable_lora()
+    assert relative(run(model, "wan"), second) < 1e-4
+    pipe.delete_adapters("two")
+    assert relative(run(model, "wan"), second) < 1e-4
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=TARGETS), "three")  # starts without effect
+    assert torch.equal(run(model, "wan"), plain)
+    pipe.set_adapters("one", 0.5)
+    half = run(model, "wan")
+    ditq.fuse_lora(pipe)  # with its present weight; "three" stays loaded
+    assert pipe.get_list_adapters()["transformer"] == ["three"]
+    assert relative(run(model, "wan"), half) < 0.02
+    pipe.unload_lora_weights()
+    assert relative(run(model, "wan"), half) < 0.02
+
+
+def test_an_adapter_trained_on_the_quantized_model_acts_alike_on_the_float_one(tmp_path: Path) -> None:
+    model, twin = quantized("wan", "viditq-w8a8")
+    floats, own = run(model, "wan"), run(twin, "wan")
+    twin.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
+    trained = [p for name, p in twin.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.Adam(trained, lr=0.002)
+    target = own + 0.2 * own.roll(1, -1)
+    losses = []
+    for _ in range(6):
+        output = twin(**example_inputs("wan"), return_dict=False)[0]
+        loss = (output - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    # Not save_lora_adapter(), which casts the model: diffusers refuses that of every quantized model.
+    diffusers.WanPipeline.save_lora_weights(tmp_path, peft.get_peft_model_state_dict(twin))
+    model.load_lora_adapter(tmp_path, use_safetensors=True)
+    wanted, got = run(twin, "wan") - own, run(model, "wan") - floats
+    assert wanted.norm() > 0.01 * own.norm()
+    assert relative(got, wanted) < 0.2
+
+
+def test_adapters_on_unquantized_linears_are_merged(tmp_path: Path) -> None:
+    _, twin = quantized("pixart", "rtn-w8a8")
+    kept = next(x.name for x in twin.hf_quantizer.plan.kept)
+    add(twin, targets=[kept, "to_q"], size=0.1)
+    wanted = run(twin, "pixart")
+    ditq.fuse_lora(twin)
+    assert type(twin.get_submodule(kept)) is nn.Linear
+    fused = run(twin, "pixart")
+    assert relative(fused, wanted) < 0.02
+    twin.save_pretrained(tmp_path)  # in 16 bit
+    assert relative(run(type(twin).from_pretrained(tmp_path), "pixart"), fused) < 0.02
+
+
+def test_a_peft_model_is_fused(tmp_path: Path) -> None:
+    _, twin = quantized("wan", "rtn-w8a8")
+    wrapped = peft.get_peft_model(twin, peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    wanted = run(twin, "wan")
+    ditq.fuse_lora(wrapped)
+    assert relative(run(twin, "wan"), wanted) < 0.02
+    twin.save_pretrained(tmp_path)
+
+
+def test_both_experts_are_fused() -> None:
+    import videos
+
+    pipe = videos.wan_of_two_experts()
+    file = {}
+    for name in ("transformer", "transformer_2"):
+        model = getattr(pipe, name)
+        add(model, size=0.1, seed=len(file))
+        file[name] = {f"transformer.{k}": t for k, t in peft.get_peft_model_state_dict(model).items()}
+        model.unload_lora()
+        attach(model, quantize_model(model, architectures.load("wan"), load_recipe("rtn-w8a8"), None))
+    pipe.load_lora_weights(file["transformer"], adapter_name="style")
+    pipe.load_lora_weights(file["transformer_2"], adapter_name="style", load_into_transformer_2=True)
+    wanted = [run(model, "wan") for model in (pipe.transformer, pipe.transformer_2)]
+    with pytest.raises(UsageError, match="ditq.fuse_lora"):
+        pipe.fuse_lora(components=["transformer_2"])
+    ditq.fuse_lora(pipe)
+    for model, output in zip((pipe.transformer, pipe.transformer_2), wanted, strict=True):
+        assert relative(run(model, "wan"), output) < 0.02
+        assert any(layer.branch for layer in model.hf_quantizer.plan.quantized)
+
+
+OTHERS = {
+    "LoHa": lambda: peft.LoHaConfig(r=2, target_modules=["to_q"], init_weights=False),
+    "LoKr": lambda: peft.LoKrConfig(r=2, target_modules=["to_q"], init_weights=False),
+    "IA3": lambda: peft.IA3Config(target_modules=["to_q"], feedforward_modules=[], init_ia3_weights=False),
+    "bias": lambda: peft.LoraConfig(r=2, target_modules=["to_q"], lora_bias=True, init_lora_weights=False),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_adapters_are_not_fused_and_nothing_changes(kind: str) -> None:
+    _, twin = quantized("pixart", "rtn-w8a8")
+    peft.inject_adapter_in_model(OTHERS[kind](), twin)
+    before, plan = run(twin, "pixart"), twin.hf_quantizer.plan
+    names = twin.state_dict().keys()
+    with pytest.raises(UsageError, match="not a plain low-rank product"):
+        ditq.fuse_lora(twin)
+    assert twin.state_dict().keys() == names
+    assert twin.hf_quantizer.plan == plan
+    assert torch.equal(run(twin, "pixart"), before)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_with_adapters_is_not_saved(way: Any, tmp_path: Path) -> None:
+    _, twin = quantized("pixart", "rtn-w8a8")
+    add(twin)
+    copied = way(twin)
+    del twin
+    with pytest.raises(UsageError, match="ditq.fuse_lora"):
+        copied.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_with_adapters_leaves_no_folder_that_loads(tmp_path: Path) -> None:
+    import videos
+
+    pipe = videos.wan()
+    attach(
+        pipe.transformer, quantize_model(pipe.transformer, architectures.load("wan"), load_recipe("rtn-w8a8"), None)
+    )
+    add(pipe.transformer)
+    with pytest.raises(UsageError, match="ditq.fuse_lora"):
+        ditq.save(pipe, tmp_path / "ours")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UsageError, match="ditq.fuse_lora"):
+        pipe.save_pretrained(tmp_path / "stock")
+    # diffusers has written the components before the transformer, but not the index, which comes last.
+    assert not (tmp_path / "stock" / "model_index.json").exists()
+    assert not (tmp_path / "stock" / "transformer").exists()

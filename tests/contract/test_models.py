@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import ditq
 from ditq import architectures
+from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear
 
 RECIPES = {
@@ -329,6 +330,34 @@ class ModelContract:
         assert extra.grad is not None
         assert extra.grad.isfinite().all()
         assert extra.grad.abs().max() > 0
+
+    # ------------------------------------------------------------------------------------- adapters
+
+    def test_adapter_acts_as_on_the_float_model_and_leaves_no_trace(self) -> None:
+        peft = pytest.importorskip("peft")
+        model, plain = self.model(), self.float_model()
+        names = [n for n, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+        config = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False)
+        own, floats = self.expected(), self.run(plain)
+        outputs = []
+        for one in (model, plain):
+            torch.manual_seed(0)
+            peft.inject_adapter_in_model(config, one)
+            outputs.append(self.run(one))
+        error = (own - floats).norm() / floats.norm()
+        assert (outputs[1] - floats).norm() > 1e-2 * floats.norm()
+        if self.recipe != "folded":  # whose layers get other inputs
+            assert (outputs[0] - outputs[1]).norm() < (1.5 * error + 0.02) * outputs[1].norm()
+        tuned = [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_A")]
+        assert len(tuned) == len(names)
+        with pytest.raises(UsageError, match="ditq.fuse_lora"):
+            tuned[0][1].merge()
+        assert torch.equal(self.run(model), outputs[0])
+        for name, layer in tuned:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        assert tensors_equal(model, self.model())
+        assert torch.equal(self.run(model), own)
 
 
 @pytest.fixture(scope="module")
