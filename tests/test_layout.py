@@ -18,6 +18,7 @@ WHOLE = {
     "checkpoint/test_old_versions",
     "contract/test_models",
     "contract/test_pipelines",
+    "fuzz/test_campaign",
     "cli/test_processes",
     "cli/test_verbs",
     "cli/test_video_verbs",

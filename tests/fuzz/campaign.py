@@ -64,7 +64,7 @@ class Report:
             self.failures.append(f"input {number} ({kind}): {result}: {note}")
 
     def table(self) -> str:
-        columns = [c for c in (REFUSED, kinds.EQUAL, kinds.VALID, kinds.RECOMPUTED, *FAILURES)]
+        columns = [REFUSED, kinds.EQUAL, kinds.VALID, kinds.RECOMPUTED, *FAILURES]
         rows = sorted({kind for kind, _ in self.counts})
         lines = [f"{'':22}" + "".join(f"{c:>20}" for c in columns)]
         for row in rows:

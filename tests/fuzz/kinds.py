@@ -16,10 +16,10 @@ import diffusers
 import mutations
 import torch
 import yaml
-from helpers import SCHEDULER, example_inputs, run, tiny_model, tiny_statistics, tiny_vae
+from helpers import SCHEDULER, run, tiny_model, tiny_statistics, tiny_vae
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from toy import EVOLUTION, IDENTITY, toy_fitness, toy_space
 
 import ditq
@@ -28,7 +28,7 @@ from ditq.architectures import Architecture
 from ditq.calibration import Statistics
 from ditq.calibration import statistics as statistics_module
 from ditq.checkpoint.folder import read_plan
-from ditq.checkpoint.verify import CONFIG, DIGESTS, FORMAT, metadata
+from ditq.checkpoint.verify import metadata
 from ditq.conversion import draft, quantize_model
 from ditq.errors import DitqError
 from ditq.openvino import manifest
@@ -119,7 +119,12 @@ def search(storage: Path) -> Any:
 def state(folder: Path) -> tuple[Any, ...]:
     """All of a loaded pipeline that its pictures depend on."""
     pipe = ditq.load(folder)
-    return (type(pipe).__name__, type(pipe.scheduler).__name__, str(dict(pipe.scheduler.config)), *_of(pipe.transformer))
+    return (
+        type(pipe).__name__,
+        type(pipe.scheduler).__name__,
+        str(dict(pipe.scheduler.config)),
+        *_of(pipe.transformer),
+    )
 
 
 def old_state(folder: Path) -> tuple[Any, ...]:
