@@ -205,3 +205,14 @@ def test_missing_optuna_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
 
 def _journal(path: Path) -> optuna.storages.JournalStorage:
     return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+
+
+def test_an_error_of_optuna_without_words_is_still_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(optuna, "get_all_study_names", fail)
+    with pytest.raises(UsageError, match="not a storage of a search .AssertionError"):
+        search(tmp_path / "search")

@@ -485,3 +485,15 @@ def test_pickle_is_never_written(folder: Path, tmp_path: Path) -> None:
     model = by_diffusers(folder)
     with pytest.raises((DitqError, ValueError), match="safe"):
         model.save_pretrained(tmp_path / "out", safe_serialization=False)
+
+
+def test_the_message_for_a_damaged_header_does_not_print_all_of_it(folder: Path) -> None:
+    path = folder / FILE
+    data = path.read_bytes()
+    header = json.loads(data[8 : header_size(data)])
+    header["__metadata__"] = "x" * 50_000
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[header_size(data) :])
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        by_ditq(folder)
+    assert len(str(caught.value)) < 1000

@@ -134,7 +134,7 @@ def old_state(folder: Path) -> tuple[Any, ...]:
 def _of(transformer: Any) -> tuple[Any, ...]:
     torch.manual_seed(0)
     output = run(transformer, "dit")
-    tensors = {name: (x.dtype, x.shape, x.tolist()) for name, x in transformer.state_dict().items()}
+    tensors = {name: digests.of_tensor(x) for name, x in transformer.state_dict().items()}
     quantizer = getattr(transformer, "hf_quantizer", None)
     return (quantizer and quantizer.plan.binding(), digests.of_tensor(output), digests.of_json(tensors))
 

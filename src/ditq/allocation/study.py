@@ -27,6 +27,7 @@ from ditq.allocation.evolution import Scored
 from ditq.allocation.space import Genome, Space
 from ditq.errors import DitqError, UsageError, warn
 from ditq.owner import is_gone, owner
+from ditq.reading import cut
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -206,7 +207,7 @@ def open_study(storage: str | Path | None, identity: dict[str, Any], name: str =
         raise UsageError(f"The storage {storage} cannot be opened: {error}.") from error
     except Exception as error:  # a file that is not a journal fails in many ways, a database in those of its driver
         raise UsageError(
-            f"{storage} is not a storage of a search ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"{storage} is not a storage of a search ({cut(f'{type(error).__name__}: {error}')}). "
             "Choose another --storage."
         ) from error
     if study is None:

@@ -131,7 +131,9 @@ def _verify(files: list[Path], plan: Plan) -> None:
         except (SafetensorError, OSError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{file} cannot be read ({error}): truncated or damaged. Copy it again.") from error
+            raise CheckpointError(
+                f"{file} cannot be read ({cut(str(error))}): truncated or damaged. Copy it again."
+            ) from error
     missing = sorted(set(expected) - read)
     if missing:
         raise CheckpointError(
