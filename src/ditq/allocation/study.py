@@ -215,6 +215,8 @@ def open_study(storage: str | Path | None, identity: dict[str, Any], name: str =
     if IDENTITY not in study.user_attrs:
         study.set_user_attr(IDENTITY, identity)
     stored = study.user_attrs[IDENTITY]  # another process may have written it first
+    if not isinstance(stored, dict):
+        raise UsageError(f"{storage} is not a storage of a search: its identity is damaged. Choose another --storage.")
     differing = "; ".join(
         f"{key} is {_short(stored.get(key))} there, {_short(identity.get(key))} here"
         for key in {**stored, **identity}

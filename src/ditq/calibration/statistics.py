@@ -19,6 +19,7 @@ from ditq.digests import tensor_bytes
 from ditq.errors import CheckpointError, DitqError
 from ditq.files import atomic
 from ditq.plan import Timesteps
+from ditq.reading import cut
 from ditq.trace.calls import Call, from_plain, to_plain
 
 # Version of the file format; other versions are refused.
@@ -141,7 +142,7 @@ class Statistics:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"The calibration file {path} is damaged, or was not written by this version of ditq "
-                f"({type(error).__name__}: {error}). Delete it and run again."
+                f"({type(error).__name__}: {cut(str(error))}). Delete it and run again."
             ) from error
         return cls(timesteps, groups, calls)
 

@@ -197,7 +197,8 @@ def _check(name: str, tensor: Tensor, expected: StoredTensor) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tuple(tensor.shape) != expected.shape or dtype != expected.dtype:
         raise CheckpointError(
-            f"Tensor {name!r} is {dtype} {tuple(tensor.shape)}; the plan expects {expected.dtype} {expected.shape}."
+            f"Tensor {name!r} is {dtype} {cut(str(tuple(tensor.shape)))}; the plan expects {expected.dtype} "
+            f"{expected.shape}."
         )
     if tensor.is_floating_point() and expected.signed and not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"Tensor {name!r} holds numbers that are not finite.")

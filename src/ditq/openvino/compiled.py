@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ditq.errors import UsageError
 from ditq.openvino.manifest import Input, Segment
 from ditq.openvino.program import Program
+from ditq.reading import cut
 from ditq.trace.arguments import leaves
 
 _TORCH = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
@@ -94,7 +95,7 @@ class CompiledStack(nn.Module):
         if not fits or (value.is_floating_point() and spec.dtype != "float32"):
             shape = ", ".join("any" if size is None else str(size) for size in spec.shape)
             raise UsageError(
-                f"{self.segment.place} was exported for {spec.name} of shape [{shape}] and dtype {spec.dtype}, "
+                f"{self.segment.place} was exported for {spec.name} of shape [{cut(shape)}] and dtype {spec.dtype}, "
                 f"got {list(value.shape)} and {str(value.dtype).removeprefix('torch.')}."
             )
         return _contiguous(value.detach()).to(_TORCH[spec.dtype])

@@ -30,6 +30,7 @@ from ditq.openvino.segment import parts, write_segment
 from ditq.openvino.settings import PRECISION, compile_config, group_size, why_float
 from ditq.openvino.summary import Report, examine, some
 from ditq.openvino.threads import one_thread
+from ditq.reading import cut
 from ditq.trace.arguments import parameters
 from ditq.trace.stacks import capture
 from ditq.trace.variations import variations
@@ -213,8 +214,8 @@ def _check_place(model: nn.Module, segment: Segment) -> None:
         ) from error
     if parameters(block) != segment.parameters:
         raise CheckpointError(
-            f"Blocks of {type(model).__name__} at {segment.place!r} take ({', '.join(parameters(block))}), "
-            f"the exported ones ({', '.join(segment.parameters)}): another version of diffusers?"
+            f"Blocks of {type(model).__name__} at {segment.place!r} take ({cut(', '.join(parameters(block)))}), "
+            f"the exported ones ({cut(', '.join(segment.parameters))}): another version of diffusers?"
         )
 
 
