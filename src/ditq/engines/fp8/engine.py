@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from ditq.engines.base import QuantizedWeight, too_old
+from ditq.engines.base import Engine, QuantizedWeight, too_old
 from ditq.engines.torch.engine import TorchEngine
 from ditq.engines.torch.fused import weight_codes
 from ditq.numerics import Grid, Quantized
@@ -50,6 +50,8 @@ class Fp8Engine(TorchEngine):
 
     def prove(self, device: torch.device) -> str | None:
         return None if device.type == "cpu" else difference(device)
+
+    quantize_input = Engine.quantize_input  # not that of the torch engine, which makes integers
 
     def quantize_activations(self, x: Tensor, format: Grid, scale: Tensor | None) -> Quantized:
         """Floats e4m3 [M, K] and their scales [M, 1]; always symmetric, and per token unless static.

@@ -46,8 +46,7 @@ class TorchEngine(Engine):
     def quantize_input(
         self, x: Tensor, smooth: Tensor | None, rotation: Rotation | None, format: Grid, scale: Tensor | None
     ) -> Quantized:
-        own = type(self).quantize_activations is not TorchEngine.quantize_activations  # another engine's codes
-        if own or rotation is not None or scale is not None or format.granularity == "tensor":
+        if rotation is not None or scale is not None or format.granularity == "tensor":
             return self.quantize_activations(balance(x, smooth, rotation), format, scale)
         return quantize_rows(x, format, smooth)  # smoothing is one more pass over what is in the cache
 
