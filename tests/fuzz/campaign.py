@@ -252,7 +252,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first one")
     parser.add_argument("--input", type=int, help="only the input of this number, with all that it prints")
     parser.add_argument("--kills", type=int, default=0, help="number of killed processes")
+    parser.add_argument("--without", action="append", default=[], help="a kind of file to leave out")
     options = parser.parse_args(arguments)
+    for name in options.without:
+        del kinds.KINDS[name]
     torch.set_num_threads(1)
     begin = time.monotonic()
     failures: list[str] = []

@@ -338,16 +338,7 @@ class CalibrationCache(Kind):
     def damage(self, random: Random, work: Path) -> None:
         path = work / self.files[0]
         damage_safetensors(random, path)
-        self.forged = False
-        if random.random() < 0.3:
-            try:
-                tensors, texts = read(path)
-                info = json.loads(texts["ditq"])
-                info["sha256"] = statistics_module._checksum(tensors, info["calls"])
-            except (SafetensorError, LookupError, ValueError, TypeError):
-                return
-            save_file(tensors, path, {"ditq": json.dumps(info)})
-            self.forged = True
+        self.forged = random.random() < 0.3 and forge_cache(path, "ditq", "sha256", _statistics_sum)
 
     def read(self, work: Path) -> Any:
         loaded = Statistics.load(work / self.files[0])
@@ -361,17 +352,7 @@ class Pictures(Kind):
     def damage(self, random: Random, work: Path) -> None:
         path = PictureCache(work / "pictures")._path(PICTURE)
         damage_safetensors(random, path)
-        self.forged = False
-        if random.random() < 0.3:
-            try:
-                tensors, texts = read(path)
-                info = json.loads(texts["sample"])
-                info.pop("checksum", None)
-                info["checksum"] = cache_module._checksum(PICTURE, info, tensors["frames"], tensors["trajectory"])
-            except (SafetensorError, LookupError, ValueError, TypeError, AttributeError):
-                return
-            save_file(tensors, path, {"sample": json.dumps(info)})
-            self.forged = True
+        self.forged = random.random() < 0.3 and forge_cache(path, "sample", "checksum", _picture_sum)
 
     def read(self, work: Path) -> Any:
         with warnings.catch_warnings(record=True) as caught:
@@ -428,6 +409,27 @@ class Exported(Kind):
     def read(self, work: Path) -> Any:
         pipe = ditq.load(work / "exported")
         return tuple(run(pipe.transformer, "dit").flatten().tolist())
+
+
+def _statistics_sum(tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> str:
+    return statistics_module._checksum(tensors, info["calls"])
+
+
+def _picture_sum(tensors: dict[str, torch.Tensor], info: dict[str, Any]) -> str:
+    return cache_module._checksum(PICTURE, info, tensors["frames"], tensors["trajectory"])
+
+
+def forge_cache(path: Path, key: str, field: str, checksum: Callable[..., str]) -> bool:
+    """Recomputes the checksum of a cache file, which is a field of a JSON object in its metadata."""
+    try:
+        tensors, texts = read(path)
+        info = json.loads(texts[key])
+        info.pop(field, None)
+        info[field] = checksum(tensors, info)
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError):
+        return False
+    save_file(tensors, path, {key: json.dumps(info)})
+    return True
 
 
 def damage_yaml(random: Random, source: Path, out: Path) -> None:
