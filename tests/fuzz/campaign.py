@@ -253,8 +253,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--input", type=int, help="only the input of this number, with all that it prints")
     parser.add_argument("--kills", type=int, default=0, help="number of killed processes")
     parser.add_argument("--without", action="append", default=[], help="a kind of file to leave out")
+    parser.add_argument("--only", help="the one kind of file to damage")
     options = parser.parse_args(arguments)
-    for name in options.without:
+    for name in options.without if options.only is None else kinds.KINDS.keys() - {options.only}:
         del kinds.KINDS[name]
     torch.set_num_threads(1)
     begin = time.monotonic()

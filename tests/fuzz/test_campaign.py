@@ -19,10 +19,7 @@ def run(*arguments: str) -> str:
 
 
 def test_damaged_inputs_are_refused_or_read_as_they_were() -> None:
-    # Known findings of the long campaign: numbers in a search storage have no checksum yet, and an edited shard map
-    # can leave tensors on the meta device.
-    open_findings = ("--without", "search storage", "--without", "shard map")
-    assert " 0 failures" in run("--seed", "1", "--inputs", "120", *open_findings)
+    assert " 0 failures" in run("--seed", "1", "--inputs", "120")
 
 
 @pytest.mark.fuzz

@@ -17,15 +17,16 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ditq import digests
 from ditq.allocation.evolution import Scored
 from ditq.allocation.space import Genome, Space
-from ditq.errors import DitqError, UsageError, warn
+from ditq.errors import CheckpointError, DitqError, UsageError, warn
 from ditq.owner import is_gone, owner
 from ditq.reading import cut
 
@@ -39,8 +40,8 @@ PATIENCE = 30.0  # seconds without a change of the counter until a process count
 POLL = 0.2  # seconds between reads of the storage while there is nothing to do
 
 # Keys of user attributes: the identity of the study; the slot that a trial repeats; the counter and the process of a
-# trial.
-IDENTITY, REPEATS, ALIVE, OWNER = "identity", "repeats", "alive", "owner"
+# trial; what its result must agree with.
+IDENTITY, REPEATS, ALIVE, OWNER, CHECKSUM = "identity", "repeats", "alive", "owner", "checksum"
 
 
 class Strategy(Protocol):
@@ -142,28 +143,28 @@ def run(
 
     Raises:
         UsageError: Optuna is not installed; the storage belongs to another search, or is not a storage.
+        CheckpointError: a stored result was edited or is damaged.
     """
     study = open_study(storage, json.loads(json.dumps(identity or {})), name)
     schedule = Schedule(strategy, space, seed)
-    watch = _Watch(study, patience)
+    watch = _Watch(study, patience, str(storage))
     done, reported = 0, -1
     with watch.beating():
         while True:
             slots = watch.slots()
-            values = {
-                slot: t.value for slot, attempts in slots.items() for t in attempts if t.state.name == "COMPLETE"
-            }
+            values = watch.values(slots)
             finished = [value for slot, value in values.items() if slot < trials]
             if on_trial and finished and len(finished) != reported:
                 reported = len(finished)
                 on_trial(reported, trials, min(finished))
             job = watch.ready(schedule, values, trials)
             if job is not None:
-                trial, genome = job
+                trial, slot, genome = job
                 _record(trial, space, genome)
-                value = evaluate(genome)
+                value = float(evaluate(genome))
                 # Optuna would count NaN as a failed trial, and the slot would be repeated forever.
-                study.tell(trial, math.inf if math.isnan(value) else value, skip_if_finished=True)
+                value = math.inf if math.isnan(value) else value
+                _finish(study, trial, slot, value)
                 watch.held.remove(trial)
                 done += 1
             elif watch.can_take(schedule, slots, values, trials):
@@ -233,8 +234,8 @@ def open_study(storage: str | Path | None, identity: dict[str, Any], name: str =
 class _Watch:
     """One process's view of a study: the trials it holds, and the counters of other processes."""
 
-    def __init__(self, study: optuna.Study, patience: float) -> None:
-        self.study, self.patience = study, patience
+    def __init__(self, study: optuna.Study, patience: float, storage: str) -> None:
+        self.study, self.patience, self.storage = study, patience, storage
         self.held: list[optuna.Trial] = []
         self._waited = 0.0
         self._counters: dict[int, tuple[Any, float]] = {}  # by trial: its counter, and when that changed last
@@ -274,16 +275,38 @@ class _Watch:
             slot = trial.user_attrs.get(REPEATS)
             if slot is None:
                 slot, fresh = fresh, fresh + 1
+            elif not isinstance(slot, int):
+                raise CheckpointError(f"{self.storage} is damaged: the slot of trial {trial.number} is no number.")
             slots.setdefault(slot, []).append(trial)
             if trial.state.name == "RUNNING" and trial.number not in held and self._is_dead(trial):
                 self._fail(trial.number)
         self.fresh = fresh
         return slots
 
+    def values(self, slots: Mapping[int, Sequence[Any]]) -> dict[int, float]:
+        """Fitness by slot, of all evaluated slots.
+
+        Raises:
+            CheckpointError: a result is not the one that was stored.
+        """
+        values: dict[int, float] = {}
+        for slot, attempts in slots.items():
+            for trial in attempts:
+                if trial.state.name != "COMPLETE":
+                    continue
+                result = trial.values
+                if len(result) != 1 or trial.user_attrs.get(CHECKSUM) != _checksum(trial.number, slot, result[0]):
+                    raise CheckpointError(
+                        f"{self.storage}: the result of trial {trial.number} does not match its checksum: the storage "
+                        "is damaged, or was edited. Choose another --storage."
+                    )
+                values[slot] = result[0]
+        return values
+
     def ready(
         self, schedule: Schedule, values: Mapping[int, float], trials: int
-    ) -> tuple[optuna.Trial, Genome] | None:
-        """A held trial that can be evaluated now. Held trials that are not needed are returned as failed."""
+    ) -> tuple[optuna.Trial, int, Genome] | None:
+        """A held trial that can be evaluated now, with its slot and its individual. Held trials that are not needed are returned as failed."""
         slots = self.slots() if self.held else {}
         slot_of = {trial.number: slot for slot, attempts in slots.items() for trial in attempts}
         for trial in list(self.held):
@@ -297,7 +320,7 @@ class _Watch:
             except NotYet:
                 continue
             if genome is not None:
-                return trial, genome
+                return trial, slot, genome
             self.held.remove(trial)
             self._fail(trial.number)
         return None
@@ -352,6 +375,20 @@ class _Watch:
         import optuna
 
         self.study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+
+
+def _finish(study: optuna.Study, trial: optuna.Trial, slot: int, value: float) -> None:
+    """Stores the result of a trial, unless another process took this one for dead meanwhile."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    with suppress(UpdateFinishedTrialError):
+        trial.set_user_attr(CHECKSUM, _checksum(trial.number, slot, value))
+        study.tell(trial, value, skip_if_finished=True)
+
+
+def _checksum(number: int, slot: int, value: float) -> str:
+    """What ties a result to its trial and slot: the individual of a slot follows from the results of earlier ones."""
+    return digests.of_json([number, slot, float(value).hex()])
 
 
 def _exists(schedule: Schedule, slot: int, values: Mapping[int, float]) -> bool:

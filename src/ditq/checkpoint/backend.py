@@ -82,11 +82,14 @@ class DitqQuantizer(DiffusersQuantizer):
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._folder = Path(checkpoint_files[0]).parent
+        self._stored = frozenset(loaded_keys)
         if self.quantization_config.is_plain:
             refuse_unplanned(checkpoint_files)
         elif self.pre_quantized:
-            verify(checkpoint_files, self.plan)
-        self._stored = frozenset(loaded_keys)
+            self._stored = verify(checkpoint_files, self.plan)
+            unstored = sorted(set(loaded_keys) - self._stored)  # the index of the files names them
+            if unstored:
+                raise CheckpointError(f"No file of the checkpoint holds tensor {unstored[0]!r}, which its index names.")
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -107,6 +110,9 @@ class DitqQuantizer(DiffusersQuantizer):
                 raise CheckpointError(
                     f"The checkpoint holds tensor {unexpected[0]!r}, which the plan does not account for."
                 )
+            missing = sorted(name for name, x in model.state_dict().items() if x.is_meta and name not in self._stored)
+            if missing:
+                raise CheckpointError(f"The checkpoint lacks tensor {missing[0]!r}. Copy it again.")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config

@@ -63,8 +63,9 @@ def _model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# The verifications that passed inside `once`: the hash of the plan, and the state of every file.
-_passed: ContextVar[set[tuple[object, ...]] | None] = ContextVar("ditq_passed", default=None)
+# The verifications that passed inside `once`, and the names of their tensors: by the hash of the plan and the state of
+# every file.
+_passed: ContextVar[dict[tuple[object, ...], frozenset[str]] | None] = ContextVar("ditq_passed", default=None)
 
 
 @contextmanager
@@ -73,15 +74,18 @@ def once() -> Iterator[None]:
 
     ``ditq.load`` verifies all transformers before it loads anything, and loading a transformer verifies it again.
     """
-    token = _passed.set(set())
+    token = _passed.set({})
     try:
         yield
     finally:
         _passed.reset(token)
 
 
-def verify(files: Iterable[str | Path], plan: Plan) -> None:
+def verify(files: Iterable[str | Path], plan: Plan) -> frozenset[str]:
     """Compares the names, shapes, dtypes, ranges and checksums of all tensors with the plan, and the config with both.
+
+    Returns:
+        The names of all tensors in the files, also of those that the plan does not mention.
 
     Raises:
         CheckpointError: a file or a tensor is missing, damaged, or does not match the plan; the message names it.
@@ -89,10 +93,10 @@ def verify(files: Iterable[str | Path], plan: Plan) -> None:
     paths = sorted(map(Path, files))
     passed = _passed.get()
     if passed is None:
-        _verify(paths, plan)
-    elif (key := (plan.hash(), *map(_state, paths))) not in passed:
-        _verify(paths, plan)
-        passed.add(key)
+        return _verify(paths, plan)
+    if (key := (plan.hash(), *map(_state, paths))) not in passed:
+        passed[key] = _verify(paths, plan)
+    return passed[key]
 
 
 def _state(file: Path) -> tuple[object, ...]:
@@ -104,7 +108,7 @@ def _state(file: Path) -> tuple[object, ...]:
     return (str(file.resolve()), status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _verify(files: list[Path], plan: Plan) -> None:
+def _verify(files: list[Path], plan: Plan) -> frozenset[str]:
     if not files:
         raise CheckpointError("There is no safetensors file of the transformer; ditq reads no other format.")
     expected = plan.tensors()
@@ -141,6 +145,7 @@ def _verify(files: list[Path], plan: Plan) -> None:
         )
     for file, texts in bindings:  # last, because the errors above name the tensor
         _check_binding(texts, file, plan)
+    return frozenset(read)
 
 
 def _digests(texts: Mapping[str, str], file: Path) -> dict[str, str]:

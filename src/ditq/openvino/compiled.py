@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditq.errors import UsageError
+from ditq.errors import CheckpointError, UsageError
 from ditq.openvino.manifest import Input, Segment
 from ditq.openvino.program import Program
 from ditq.reading import cut
 from ditq.trace.arguments import leaves
 
 _TORCH = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
+
+
+class _NotExported(CheckpointError, AttributeError):
+    """A module of a block that the graph replaced; an AttributeError, because ``hasattr`` must stay false."""
 
 
 class CompiledStack(nn.Module):
@@ -34,6 +38,15 @@ class CompiledStack(nn.Module):
         self._inputs = {spec.name: spec for spec in segment.inputs}
         for name, module in kept.items():
             _place(self, name, module)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise _NotExported(
+                f"{type(self).__name__} has no attribute {name!r}: the blocks are one graph. If the model itself uses "
+                f"{name!r}, its export is damaged: run ditq export again."
+            ) from error
 
     @property
     def digests(self) -> dict[str, str]:
