@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -15,7 +18,7 @@ from toy import EVOLUTION, IDENTITY, toy_fitness, toy_space
 
 from ditq.allocation import Evolution, Fixed, Trials, run
 from ditq.allocation.study import NAME
-from ditq.errors import UsageError
+from ditq.errors import DitqError, UsageError
 
 HERE = Path(__file__).parent
 
@@ -168,6 +171,36 @@ def test_the_storage_of_another_study_is_refused(tmp_path: Path) -> None:
         search(storage, identity={**IDENTITY, "model": "other"})
     assert "--storage" in str(error.value)
     assert "seed" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("values", lambda values: [values[0] + 1e-9]),
+        ("values", lambda values: []),
+        ("user_attr", lambda attribute: {"checksum": "0" * 16} if "checksum" in attribute else attribute),
+    ],
+)
+def test_an_edited_result_is_refused(key: str, change: Callable[[Any], Any], tmp_path: Path) -> None:
+    storage = tmp_path / "search"
+    search(storage, trials=12)
+    lines = [json.loads(line) for line in storage.read_text().splitlines()]
+    edited = next(line for line in reversed(lines) if key in line and line[key] != change(line[key]))
+    edited[key] = change(edited[key])
+    storage.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DitqError, match="does not match its checksum|is not a storage of a search"):
+        search(storage, trials=24)
+
+
+def test_exchanged_results_are_refused(tmp_path: Path) -> None:
+    storage = tmp_path / "search"
+    search(storage, trials=12)
+    lines = [json.loads(line) for line in storage.read_text().splitlines()]
+    first, *_, last = (line for line in lines if line.get("values"))
+    first["values"], last["values"] = last["values"], first["values"]
+    storage.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DitqError, match="does not match its checksum"):
+        search(storage, trials=12)
 
 
 def test_a_storage_of_somebody_elses_study_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -177,6 +177,22 @@ def test_missing_file_is_found(load: Callable[[Path], Any], folder: Path) -> Non
         load(folder)
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+def test_missing_16_bit_tensor_is_found(sharded: bool, folder: Path) -> None:
+    transformer = ditq.load(folder).transformer
+    shutil.rmtree(folder / "transformer")
+    transformer.save_pretrained(folder / "transformer", max_shard_size="50KB" if sharded else "1GB")
+    for file in (folder / "transformer").glob("*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata()
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        tensors.pop("proj_out.weight", None)
+        save_file(tensors, file, metadata)
+    for load in LOADERS:
+        with pytest.raises(CheckpointError, match="tensor 'proj_out.weight'"):
+            load(folder)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"quantization_config": 3}'], ids=["empty", "cut", "list", "number"])
 def test_damaged_config_is_found(text: str, load: Callable[[Path], Any], folder: Path) -> None:
     (folder / "transformer" / "config.json").write_text(text)

@@ -306,7 +306,10 @@ class _Watch:
     def ready(
         self, schedule: Schedule, values: Mapping[int, float], trials: int
     ) -> tuple[optuna.Trial, int, Genome] | None:
-        """A held trial that can be evaluated now, with its slot and its individual. Held trials that are not needed are returned as failed."""
+        """A held trial that can be evaluated now, with its slot and its individual.
+
+        Held trials that are not needed are returned as failed.
+        """
         slots = self.slots() if self.held else {}
         slot_of = {trial.number: slot for slot, attempts in slots.items() for trial in attempts}
         for trial in list(self.held):

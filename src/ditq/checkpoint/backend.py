@@ -89,7 +89,9 @@ class DitqQuantizer(DiffusersQuantizer):
             self._stored = verify(checkpoint_files, self.plan)
             unstored = sorted(set(loaded_keys) - self._stored)  # the index of the files names them
             if unstored:
-                raise CheckpointError(f"No file of the checkpoint holds tensor {unstored[0]!r}, which its index names.")
+                raise CheckpointError(
+                    f"No file of the checkpoint holds tensor {unstored[0]!r}, which its index names."
+                )
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:

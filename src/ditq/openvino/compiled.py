@@ -17,7 +17,7 @@ from ditq.trace.arguments import leaves
 _TORCH = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
 
 
-class _NotExported(CheckpointError, AttributeError):
+class _NotExportedError(CheckpointError, AttributeError):
     """A module of a block that the graph replaced; an AttributeError, because ``hasattr`` must stay false."""
 
 
@@ -43,7 +43,7 @@ class CompiledStack(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            raise _NotExported(
+            raise _NotExportedError(
                 f"{type(self).__name__} has no attribute {name!r}: the blocks are one graph. If the model itself uses "
                 f"{name!r}, its export is damaged: run ditq export again."
             ) from error
