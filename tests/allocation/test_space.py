@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy import SIZES, toy_space
 
 from ditq.allocation import Space
-from ditq.allocation.budget import bit_operations, grouped, scale_overhead_bits
+from ditq.allocation.costs import bit_operations, grouped, scale_overhead_bits
 from ditq.errors import UsageError
 
 
@@ -21,12 +21,12 @@ def test_bit_operations_count_products_and_rescaled_partial_sums() -> None:
             for k in range(128):
                 products += 4 * 8
                 rescales += 32 * (k % 32 == 0)
-    assert bit_operations(grouped(layer, 32), 32, rows=3) == products + rescales
+    assert bit_operations(grouped(layer, 32), rows=3) == products + rescales
 
 
 def test_bit_operations_of_16_bit_activations() -> None:
     layer = layer_plan(k=64, n=2, activation=None)
-    assert bit_operations(grouped(layer, 64), 64, rows=1) == 2 * 64 * 4 * 16 + 2 * 32
+    assert bit_operations(grouped(layer, 64), rows=1) == 2 * 64 * 4 * 16 + 2 * 32
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

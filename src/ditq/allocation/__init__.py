@@ -1,14 +1,16 @@
-"""Group size allocation: the search space, its cost, the search strategies, and the study they run in."""
+"""Allocation: the search space, its costs, the strategies that choose, and the study they run in."""
 
 from ditq.allocation.candidates import Candidates
+from ditq.allocation.choices import SIZES, Choices, Gene, Segment
 from ditq.allocation.evolution import Evolution
 from ditq.allocation.fitness import LATENT, PREDICTION, Fitness, latent_error_db, prediction_error_db
-from ditq.allocation.rivals import Fixed, integer_program, layer_errors, uniform_genomes
+from ditq.allocation.program import Fixed, integer_program, layer_errors, uniform_genomes
 from ditq.allocation.search import SearchResult, search
-from ditq.allocation.space import SIZES, Space
-from ditq.allocation.study import Trials, run
+from ditq.allocation.space import Space
+from ditq.allocation.study import Measured, Trials, run
 
 __all__ = [
-    "LATENT", "PREDICTION", "SIZES", "Candidates", "Evolution", "Fitness", "Fixed", "SearchResult", "Space", "Trials",
-    "integer_program", "latent_error_db", "layer_errors", "prediction_error_db", "run", "search", "uniform_genomes",
+    "LATENT", "PREDICTION", "SIZES", "Candidates", "Choices", "Evolution", "Fitness", "Fixed", "Gene", "Measured",
+    "SearchResult", "Segment", "Space", "Trials", "integer_program", "latent_error_db", "layer_errors",
+    "prediction_error_db", "run", "search", "uniform_genomes",
 ]  # fmt: skip

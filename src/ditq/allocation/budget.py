@@ -1,58 +1,94 @@
-"""The cost of a group size: bit operations of integer products and their rescaling, and the bits of the scales."""
+"""Budgets as users write them: ``5GB``, ``weights:3.5``, ``activations:6``, ``uniform:128``, or BitOps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping, Sequence
 
-from ditq.numerics import Grid
-from ditq.plan import LayerPlan
+from ditq.allocation.costs import Cost, averaged, bit_operations, grouped
+from ditq.errors import UsageError
+from ditq.plan import MIN_GROUP_SIZE, LayerPlan
 
-# Bit operations to rescale one partial sum: a 32-bit number times 1.
-RESCALE = 32
+Budget = float | str
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+FORMS = (
+    "a size of the transformer's file (5GB, 800MB, 1.5GiB), weights:BITS or activations:BITS (averages, e.g. "
+    f"weights:3.5), a number of BitOps per image, or uniform:G for group size G (at least {MIN_GROUP_SIZE}) everywhere"
+)
+
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]?i?B)\s*", re.IGNORECASE)
 
 
-def grouped(layer: LayerPlan, size: int) -> LayerPlan:
-    """The plan of ``layer`` with groups of ``size`` input channels in its weight and in its dynamic activations.
+def kind_of(budget: Budget) -> Cost:
+    """Which cost a budget limits.
 
     Raises:
-        ValueError: ``size`` does not divide the layer's input channels.
+        UsageError: it has none of the known forms.
     """
+    if not isinstance(budget, str):
+        return "bit_operations"
+    kind, colon, text = budget.partition(":")
+    if colon and kind in ("weights", "activations") and _number(text) is not None:
+        return "weights" if kind == "weights" else "activations"
+    if colon and kind == "uniform" and text.isdigit() and int(text) >= MIN_GROUP_SIZE:
+        return "bit_operations"
+    if _SIZE.fullmatch(budget):
+        return "bytes"
+    if _number(budget) is not None:
+        return "bit_operations"
+    raise UsageError(f"A budget must be {FORMS}; got {budget!r}.")
 
-    def with_groups(fmt: Grid | None) -> Grid | None:
-        return None if fmt is None else Grid(**{**dict(fmt), "granularity": "group", "group_size": size})
 
-    return LayerPlan(
-        **{**dict(layer), "weight": with_groups(layer.weight), "activation": with_groups(layer.activation)}
-    )
-
-
-def bit_operations(layer: LayerPlan, size: int, rows: float) -> float:
-    """BitOps of one linear y [M, N] = X [M, K] W^T [K, N] with groups of ``size`` g:
-
-        B = M N K b_w b_a + M N (K / g) 32
-
-    A product of a b_w-bit and a b_a-bit number counts b_w b_a. Each of the K / g partial sums of an output is rescaled
-    once by the product of two scales, which counts 32. The paper names BitOps as its constraint without a formula. Its
-    code bounds the mean group size instead, a proxy of the second term. Dynamic ranges and the sums over rows for zero
-    points are not counted, since they do not have a factor M N.
+def limits(
+    budgets: Budget | Sequence[Budget], layers: Sequence[LayerPlan], rows: Mapping[str, float]
+) -> dict[Cost, float]:
+    """The limits of a space's costs, in the units of :func:`ditq.allocation.costs.costs_of`, by cost.
 
     Args:
-        layer: of the plan.
-        size: g, the group size.
-        rows: M, the tokens of this layer per generated image (all steps, both halves of a guided batch).
+        budgets: one or several; at most one of a kind.
+        layers: the searched layers.
+        rows: tokens that each layer reads per image, by name.
+
+    Raises:
+        UsageError: a budget has none of the known forms, two limit the same cost, or it is not positive.
     """
-    return rows * layer.parameters * (layer.weight_bits * layer.activation_bits + RESCALE / size)
+    out: dict[Cost, float] = {}
+    units = averaged(layers, rows)
+    for budget in [budgets] if isinstance(budgets, str | int | float) else budgets:
+        kind = kind_of(budget)
+        if kind in out:
+            raise UsageError(f"Two budgets limit the same cost ({kind}): {budget!r} is the second. Keep one of them.")
+        value = _value(budget, layers, rows) * units[kind]
+        if not value > 0:
+            raise UsageError(f"A budget must be more than 0, got {budget!r}.")
+        out[kind] = value
+    return out
 
 
-def scale_overhead_bits(layers: Iterable[LayerPlan]) -> float:
-    """Average number of bits that scales and zero points add to a quantized weight.
+def _value(budget: Budget, layers: Sequence[LayerPlan], rows: Mapping[str, float]) -> float:
+    if not isinstance(budget, str):
+        return float(budget)
+    kind, _, text = budget.partition(":")
+    if kind == "uniform":
+        size = int(text)
+        for layer in layers:
+            if layer.in_features % size:
+                raise UsageError(
+                    f"The budget {budget!r} means group size {size} in every layer, but it does not divide the "
+                    f"{layer.in_features} input channels of layer {layer.name!r}; pass another size, or a number."
+                )
+        return sum(bit_operations(grouped(layer, size), rows[layer.name]) for layer in layers)
+    if kind in ("weights", "activations"):
+        return float(text)
+    if (match := _SIZE.fullmatch(budget)) is not None:
+        return float(match[1]) * UNITS[match[2].upper()]
+    return float(budget)
 
-    A scale has 32 bits, a zero point 8: (32 + 8) / g bits per weight for asymmetric groups of g.
-    """
-    bits = parameters = 0
-    for layer in layers:
-        if layer.weight is not None:
-            rows = 1 if layer.weight.granularity == "tensor" else layer.out_features
-            bits += rows * layer.weight.groups(layer.in_features) * (32 if layer.weight.symmetric else 40)
-            parameters += layer.parameters
-    return bits / max(1, parameters)
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,15 +13,17 @@ from torch import nn
 
 from ditq import digests
 from ditq.allocation import study
-from ditq.allocation.budget import scale_overhead_bits
+from ditq.allocation.budget import Budget
 from ditq.allocation.candidates import Candidates
+from ditq.allocation.choices import Choices
+from ditq.allocation.costs import Cost, scale_overhead_bits
 from ditq.allocation.evolution import Evolution, Scored
 from ditq.allocation.fitness import PREDICTION, Fitness, kept_moments, outputs_of
-from ditq.allocation.rivals import Fixed, integer_program, layer_errors, uniform_genomes
+from ditq.allocation.program import Fixed, integer_program, layer_errors, uniform_genomes
 from ditq.allocation.space import Genome, Space
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate
-from ditq.conversion import draft, plan_layers
+from ditq.conversion import draft, estimate, plan_layers
 from ditq.errors import DitqError, UsageError, unknown
 from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
@@ -50,12 +52,14 @@ class SearchResult:
     Attributes:
         plan: the best allocation, with the recipe's rounding; apply it to a fresh pipeline.
         candidate: the plan of the best candidate that the model now has, with the candidates' rounding.
-        genome: group sizes of the best candidate.
+        genome: choices of the best candidate.
         fitness: of the best candidate; smaller is better.
         fitness_name: name of the fitness.
         strategy: name of the strategy.
         bit_operations: BitOps of the plan per image.
-        budget: largest allowed BitOps per image.
+        budget: limit of the first budget.
+        costs: of the plan, in the units of budgets: bytes of the transformer, BitOps per image, average bits of the
+            searched weights and of their inputs.
         scale_overhead_bits: bits of scales and zero points per quantized weight.
         scored: all individuals with their fitness.
         evaluated: number of individuals that this process evaluated.
@@ -74,6 +78,7 @@ class SearchResult:
     scale_overhead_bits: float
     scored: tuple[Scored, ...]
     evaluated: int
+    costs: dict[Cost, float] = field(default_factory=dict)
     component: str = "transformer"
     others: tuple[SearchResult, ...] = ()
 
@@ -89,14 +94,23 @@ class SearchResult:
         return "\n".join(f"{result.component}:\n{result._lines()}" for result in (self, *self.others))
 
     def _lines(self) -> str:
-        sizes = {size: self.genome.count(size) for size in sorted(set(self.genome))}
-        groups = ", ".join(f"{count} of {size}" for size, count in sizes.items())
+        counts = {choice: self.genome.count(choice) for choice in sorted(set(self.genome), key=str)}
+        if isinstance(self.genome[0], int):
+            counts = {size: self.genome.count(size) for size in sorted(set(self.genome))}
+            chosen = "group sizes: " + ", ".join(f"{count} of {size}" for size, count in counts.items()) + " layers"
+        else:
+            chosen = "chosen: " + ", ".join(f"{count} x {choice}" for choice, count in counts.items())
+        costs = (
+            f"{self.bit_operations:.4g} BitOps per image, budget {self.budget:.4g}"
+            if isinstance(self.genome[0], int)
+            else f"{self.costs['bytes'] / 1e6:.2f} MB, weights of {self.costs['weights']:.2f} bits, inputs of "
+            f"{self.costs['activations']:.2f} bits, {self.bit_operations:.4g} BitOps per image"
+        )
         return (
             f"{self.strategy}: {self.fitness_name} {self.fitness:.4g}, the best of {len(self.scored)} allocations "
             f"({self.evaluated} evaluated by this process)\n"
-            f"group sizes: {groups} layers\n"
-            f"{self.bit_operations:.4g} BitOps per image, budget {self.budget:.4g}; "
-            f"scales take {self.scale_overhead_bits:.3f} bits per weight"
+            f"{chosen}\n"
+            f"{costs}; scales take {self.scale_overhead_bits:.3f} bits per weight"
         )
 
 
@@ -111,7 +125,8 @@ def search(
     strategy: str | Evolution = "evolution",
     trials: int = 500,
     sizes: Sequence[int] | None = None,
-    budget: float | str = "uniform:128",
+    choices: Choices | None = None,
+    budget: Budget | Sequence[Budget] | None = None,
     fitness: Fitness = PREDICTION,
     moments: int = 1,
     rounding: Literal["nearest", "recipe"] = "recipe",
@@ -122,10 +137,11 @@ def search(
     progress: Progress | None = None,
     on_trial: Callable[[int, int, float], None] | None = None,
 ) -> SearchResult:
-    """Searches the group size of every linear that ``recipe`` quantizes (Q-DiT's automatic granularity allocation).
+    """Searches the layer plans of the linears that ``recipe`` quantizes: their group sizes (Q-DiT's automatic
+    granularity allocation), or the bits of their weights or activations.
 
-    The recipe sets the formats, the balance and the layers that stay in 16 bit; its granularities are replaced by
-    groups. The search changes the pipeline: its transformer becomes the best candidate.
+    The recipe sets the formats, the balance and the layers that stay in 16 bit; what is chosen replaces its part of
+    the formats. The search changes the pipeline: its transformer becomes the best candidate.
 
     Args:
         pipe: a 16-bit pipeline.
@@ -136,7 +152,8 @@ def search(
         component: name of the transformer to search. Other transformers of the pipeline run as they are.
         strategy: one of ``STRATEGIES``, or an :class:`Evolution` with settings other than the paper's.
         trials: largest number of candidates to evaluate; ``program`` and ``uniform`` have fewer.
-        sizes, budget: see :meth:`Space.of`.
+        sizes, choices: see :meth:`Space.of`.
+        budget: one or several, see :mod:`ditq.allocation.budget`; by default ``uniform:128`` for group sizes.
         fitness: score of a candidate.
         moments: random timesteps of each image that a fitness of outputs uses. At equal cost, many images with few
             moments generalize better than few images with all their moments.
@@ -171,7 +188,11 @@ def search(
     if progress:
         progress("reference", 1, 1)
     rows_per_image = {name: n / len(conditions) for name, n in rows.items()}
-    space = Space.of(searched, rows_per_image, sizes=sizes, budget=budget)
+    total = estimate(model, architecture, recipe).memory()[0]
+    space = Space.of(
+        searched, rows_per_image, sizes=sizes, choices=choices, budget=_budget(budget, choices),
+        other_bytes=total - sum(layer.stored_bytes() for layer in draft_of(searched, recipe_layers)),
+    )  # fmt: skip
     chosen_strategy = _strategy(strategy, space, model, architecture, statistics, progress)
     candidates = Candidates(model, architecture, layers, space, statistics, recipe, seed)
 
@@ -208,8 +229,8 @@ def search(
     candidates.put(genome)
     plan = _plan(candidates.plan, layers, space.planned(genome), recipe_layers)
     return SearchResult(
-        plan, candidates.plan, genome, value, fitness.name, name, space.cost(genome), space.budget,
-        scale_overhead_bits(plan), results.scored, results.evaluated, component,
+        plan, candidates.plan, genome, value, fitness.name, name, space.cost(genome, "bit_operations"), space.budget,
+        scale_overhead_bits(plan), results.scored, results.evaluated, space.averages(genome), component,
     )  # fmt: skip
 
 
@@ -249,13 +270,27 @@ def _settings(
 ) -> dict[str, str | int | float | list[int] | None]:
     """The search settings in a study's identity."""
     return {
-        "sizes": sorted({size for possible in space.choices for size in possible}),
-        "budget": space.budget,
+        "choices": digests.of_json([[gene.name, *map(str, gene.plans)] for gene in space.genes]),
+        "budget": digests.of_json(space.limits) if len(space.limits) > 1 else space.budget,
         "strategy": name,
         "settings": digests.of_json(asdict(strategy)) if is_dataclass(strategy) else "",
         "fitness": fitness.name,
         "moments": moments if fitness.sees == "outputs" else None,
     }
+
+
+def draft_of(searched: Sequence[LayerPlan], drafted: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The drafted plans of the searched layers."""
+    names = {layer.name for layer in searched}
+    return [layer for layer in drafted if layer.name in names]
+
+
+def _budget(budget: Budget | Sequence[Budget] | None, choices: Choices | None) -> Budget | Sequence[Budget]:
+    if budget is not None:
+        return budget
+    if choices is not None and not choices.of_sizes:
+        raise UsageError("A search of bits needs a budget, e.g. budget='weights:4' or budget='5GB'.")
+    return "uniform:128"
 
 
 def _check(strategy: str | Evolution, rounding: str, moments: int, trials: int) -> None:

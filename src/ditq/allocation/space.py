@@ -1,38 +1,40 @@
-"""The search space: one group size for each quantized linear, within a budget of bit operations."""
+"""The search space: for each gene (a layer, a block, a role) the layer plans to choose from, within budgets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
 
-from ditq.allocation.budget import bit_operations, grouped
+from ditq.allocation import budget as budgets
+from ditq.allocation.budget import Budget
+from ditq.allocation.choices import Choices, Gene, with_segments
+from ditq.allocation.costs import COSTS, Cost, averaged, costs_of
 from ditq.errors import UsageError
-from ditq.plan import MIN_GROUP_SIZE, LayerPlan
+from ditq.plan import LayerPlan
 
-# Q-DiT's set; all divide the 1152 and 4608 input channels of DiT-XL.
-SIZES = (32, 64, 128, 192, 288)
-
-Genome = tuple[int, ...]
-"""A group size for every layer of a space, in the order of its layers."""
+Genome = tuple[int | str, ...]
+"""The choice of every gene of a space, in the order of its genes: a group size, or a width such as ``"w4"``."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """All genomes whose cost is within the budget.
+    """All genomes whose costs are within the limits.
 
     Attributes:
-        layers: the quantized linears.
-        choices: possible group sizes of each layer, ascending.
-        costs: BitOps of each layer at each of its choices.
-        budget: largest allowed BitOps of a genome.
+        genes: each with its possible layer plans, the most costly first.
+        costs: of every gene, by choice: what its layers cost then, see :func:`ditq.allocation.costs.costs_of`.
+        limits: the largest allowed sum of each limited cost; a cost without a limit may take any value.
+        fixed: what a genome costs besides its genes: the bytes of the rest of the transformer.
+        units: what one unit of each cost is, see :func:`ditq.allocation.costs.averaged`.
     """
 
-    layers: tuple[LayerPlan, ...]
-    choices: tuple[tuple[int, ...], ...]
-    costs: tuple[dict[int, float], ...]
-    budget: float
+    genes: tuple[Gene, ...]
+    costs: tuple[dict[int | str, dict[Cost, float]], ...]
+    limits: dict[Cost, float]
+    fixed: dict[Cost, float]
+    units: dict[Cost, float]
 
     @classmethod
     def of(
@@ -41,81 +43,104 @@ class Space:
         rows: Mapping[str, float],
         *,
         sizes: Sequence[int] | None = None,
-        budget: float | str = "uniform:128",
+        budget: Budget | Sequence[Budget] = "uniform:128",
+        choices: Choices | None = None,
+        other_bytes: float = 0.0,
+        check: bool = True,
     ) -> Space:
         """The space of the quantized layers among ``layers``.
 
         Args:
             layers: plans of linears; those in 16 bit are left out.
             rows: tokens that each layer reads per generated image, by layer name.
-            sizes: S; each layer takes those that divide its input channels. None: those of ``SIZES`` that divide the
-                input channels of at least one layer.
-            budget: BitOps per image; or ``uniform:G``, the BitOps of group size G in every layer.
+            sizes: group sizes S; short for ``choices=Choices(sizes=S)``.
+            budget: one or several, see :mod:`ditq.allocation.budget`.
+            choices: what is chosen, by default a group size for every layer.
+            other_bytes: bytes of the transformer besides these layers, for a budget in bytes.
+            check: False accepts a space with one genome or none, for measuring it gene by gene.
 
         Raises:
             UsageError: a size divides no layer, or a layer has no size that divides it; activations are static; the
                 budget allows no genome, or only one.
         """
         quantized = tuple(layer for layer in layers if layer.weight is not None)
-        _check_formats(quantized)
-        widths = sorted({layer.in_features for layer in quantized})
-        ordered = sorted(set(sizes)) if sizes else [g for g in SIZES if any(width % g == 0 for width in widths)]
-        for size in ordered:
-            if size < MIN_GROUP_SIZE or all(width % size for width in widths):
-                raise UsageError(
-                    f"Group size {size} divides no layer: layers have {_listed(widths)} input channels, and a group "
-                    f"has at least {MIN_GROUP_SIZE}. Possible are {_listed(_divisors(widths))}."
-                )
-        choices = tuple(tuple(g for g in ordered if layer.in_features % g == 0) for layer in quantized)
-        for layer, possible in zip(quantized, choices, strict=True):
-            if not possible:
-                raise UsageError(
-                    f"None of the group sizes {_listed(ordered)} divides the {layer.in_features} input channels of "
-                    f"layer {layer.name!r}; add one of {_listed(_divisors([layer.in_features]))}."
-                )
+        chosen = choices or Choices(sizes=None if sizes is None else tuple(sizes))
+        genes = chosen.genes(quantized)
         costs = tuple(
-            {size: bit_operations(grouped(layer, size), size, rows[layer.name]) for size in possible}
-            for layer, possible in zip(quantized, choices, strict=True)
+            {
+                choice: _sum(costs_of(plan, rows[plan.name], gene.share) for plan in plans)
+                for choice, plans in gene.plans.items()
+            }
+            for gene in genes
         )
-        space = cls(quantized, choices, costs, _budget(budget, quantized, rows))
-        space._check_budget()
+        searched = {plan.name for gene in genes for plan in next(iter(gene.plans.values()))}
+        in_genes = [layer for layer in quantized if layer.name in searched]
+        limits = budgets.limits(budget, in_genes, rows)
+        constant = float(sum(layer.stored_bytes() for layer in quantized if layer.name not in searched))
+        if genes and genes[0].share is not None:  # activations only: the weights are fixed
+            constant += sum(layer.stored_bytes() for layer in in_genes)
+        fixed: dict[Cost, float] = {"bytes": other_bytes + constant}
+        space = cls(genes, costs, limits, fixed, averaged(in_genes, rows))
+        if check:
+            space._check_budget()
         return space
+
+    @cached_property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """The searched layers, each with the plan of its most costly choice."""
+        first = {plan.name: plan for gene in self.genes for plan in next(iter(gene.plans.values()))}
+        return tuple(first.values())
+
+    @cached_property
+    def choices(self) -> tuple[tuple[int | str, ...], ...]:
+        """The possible choices of each gene, the most costly first."""
+        return tuple(tuple(gene.plans) for gene in self.genes)
+
+    @property
+    def primary(self) -> Cost:
+        """The cost that the first budget limits."""
+        return next(iter(self.limits))
+
+    @property
+    def budget(self) -> float:
+        """The limit of the first budget."""
+        return self.limits[self.primary]
 
     @property
     def coarsest(self) -> Genome:
-        """The largest group size everywhere: the cheapest genome."""
+        """The last choice everywhere: the cheapest genome."""
         return tuple(possible[-1] for possible in self.choices)
 
     @property
     def uniforms(self) -> list[Genome]:
-        """Legal genomes with a single group size, the finest first."""
-        sizes = sorted(set.intersection(*map(set, self.choices)))
-        return [genome for size in sizes if self.legal(genome := (size,) * len(self.layers))]
+        """Legal genomes with a single choice, the most costly first."""
+        common = [c for c in self.choices[0] if all(c in possible for possible in self.choices)]
+        return [genome for c in common if self.legal(genome := (c,) * len(self.genes))]
 
-    def cost(self, genome: Genome) -> float:
-        """BitOps of a genome, for one image."""
-        return sum(costs[size] for costs, size in zip(self.costs, genome, strict=True))
+    def cost(self, genome: Genome, name: Cost | None = None) -> float:
+        """A cost of a genome (by default that of the first budget), for one image."""
+        name = name or self.primary
+        own = sum(costs[choice][name] for costs, choice in zip(self.costs, genome, strict=True))
+        return own + self.fixed.get(name, 0.0)
 
     def legal(self, genome: Genome) -> bool:
-        """Whether a genome is within the budget (up to rounding)."""
-        return self.cost(genome) <= self._limit
-
-    @cached_property
-    def _limit(self) -> float:
-        return self.budget * (1 + 1e-9)
+        """Whether a genome is within all budgets (up to rounding)."""
+        return all(self.cost(genome, name) <= limit * (1 + 1e-9) for name, limit in self.limits.items())
 
     def repaired(self, genome: Genome, random: Random) -> Genome:
-        """A legal genome: while ``genome`` is over the budget, a random layer gets its next larger group size.
+        """A legal genome: while ``genome`` is over a budget, a random gene gets its next cheaper choice.
 
         The paper's pseudo-code draws again until a genome is legal. That would hardly end: with the default sizes the
         mean cost of random genomes is above that of uniform 128, and over a hundred layers the cost varies little.
         """
-        genes, cost = list(genome), self.cost(genome)
-        while cost > self._limit:
-            i = random.choice([i for i, size in enumerate(genes) if size != self.choices[i][-1]])
-            larger = self.choices[i][self.choices[i].index(genes[i]) + 1]
-            cost += self.costs[i][larger] - self.costs[i][genes[i]]
-            genes[i] = larger
+        genes = list(genome)
+        for name, limit in self.limits.items():
+            cost = self.cost(tuple(genes), name)
+            while cost > limit * (1 + 1e-9):
+                i = random.choice([i for i, choice in enumerate(genes) if choice != self.choices[i][-1]])
+                cheaper = self.choices[i][self.choices[i].index(genes[i]) + 1]
+                cost += self.costs[i][cheaper][name] - self.costs[i][genes[i]][name]
+                genes[i] = cheaper
         return tuple(genes)
 
     def random(self, random: Random) -> Genome:
@@ -124,65 +149,63 @@ class Space:
 
     def planned(self, genome: Genome) -> list[LayerPlan]:
         """The layer plans of a genome."""
-        return [grouped(layer, size) for layer, size in zip(self.layers, genome, strict=True)]
+        whole: dict[str, LayerPlan] = {}
+        segments: dict[str, list[tuple[Gene, LayerPlan]]] = {}
+        for gene, choice in zip(self.genes, genome, strict=True):
+            for plan in gene.plans[choice]:
+                if gene.segment is None:
+                    whole[plan.name] = plan
+                else:
+                    segments.setdefault(plan.name, []).append((gene, plan))
+        return [*whole.values(), *(with_segments(parts) for parts in segments.values())]
+
+    def averages(self, genome: Genome) -> dict[Cost, float]:
+        """All costs in the units of budgets: bytes, BitOps, average bits of weights and of activations."""
+        return {name: self.cost(genome, name) / max(unit, 1e-30) for name, unit in self.units.items()}
 
     def _check_budget(self) -> None:
-        lowest = self.cost(self.coarsest)
-        if not self.legal(self.coarsest):
-            raise UsageError(
-                f"No allocation meets the budget of {self.budget:.6g} BitOps per image: the largest group sizes take "
-                f"{lowest:.6g}. Raise the budget, or add larger group sizes."
-            )
-        finer = [costs[possible[-2]] - costs[possible[-1]] for costs, possible in zip(self.costs, self.choices,
-                 strict=True) if len(possible) > 1]  # fmt: skip
-        if not finer or lowest + min(finer) > self._limit:
-            widths = sorted({layer.in_features for layer in self.layers})
-            raise UsageError(
-                f"There is nothing to search: the only allocation within the budget of {self.budget:.6g} BitOps per "
-                f"image has the largest group size in every layer. Raise the budget, or add larger group sizes: "
-                f"layers have {_listed(widths)} input channels."
-            )
-
-
-def _check_formats(layers: Sequence[LayerPlan]) -> None:
-    for layer in layers:
-        if layer.timesteps:
-            raise UsageError(
-                f"Layer {layer.name!r} has separate weights for each timestep range; search without timestep ranges."
-            )
-        if layer.activation is not None and not layer.activation.dynamic:
-            raise UsageError(
-                f"Layer {layer.name!r} has static activation scales; the search needs dynamic ones. Use "
-                "--set activations.granularity=token --set activations.dynamic=true."
-            )
-
-
-def _budget(budget: float | str, layers: Sequence[LayerPlan], rows: Mapping[str, float]) -> float:
-    if not isinstance(budget, str):
-        return float(budget)
-    kind, _, text = budget.partition(":")
-    if kind == "uniform" and text.isdigit() and int(text) >= MIN_GROUP_SIZE:
-        size = int(text)
-        for layer in layers:
-            if layer.in_features % size:
+        for name, limit in self.limits.items():
+            lowest, unit = self.cost(self.coarsest, name), self.units[name]
+            if lowest > limit * (1 + 1e-9):
                 raise UsageError(
-                    f"The budget {budget!r} means group size {size} in every layer, but it does not divide the "
-                    f"{layer.in_features} input channels of layer {layer.name!r}; pass another size, or a number."
+                    f"No allocation meets the budget of {number(limit / unit)} {COSTS[name]}: the cheapest choices "
+                    f"({_listed(sorted({str(possible[-1]) for possible in self.choices}))}) take "
+                    f"{number(lowest / unit)}, {number((lowest - limit) / unit)} more. Raise the budget, or add "
+                    f"{'larger group sizes' if isinstance(self.coarsest[0], int) else 'cheaper choices'}."
                 )
-        return sum(bit_operations(grouped(layer, size), size, rows[layer.name]) for layer in layers)
-    try:
-        return float(budget)
-    except ValueError:
-        raise UsageError(
-            f"A budget must be a number of BitOps per image, or uniform:G for group size G (at least "
-            f"{MIN_GROUP_SIZE}) in every layer; got {budget!r}."
-        ) from None
+        if not any(self.legal(self._with(i, possible[-2])) for i, possible in enumerate(self.choices) if possible[1:]):
+            widths = sorted({layer.in_features for layer in self.layers})
+            sizes = isinstance(self.coarsest[0], int)
+            raise UsageError(
+                f"There is nothing to search: the only allocation within the budget of "
+                f"{number(self.budget / self.units[self.primary])} {COSTS[self.primary]} has "
+                + (
+                    "the largest group size in every layer. Raise the budget, or add larger group sizes: layers have "
+                    f"{_listed(widths)} input channels."
+                    if sizes
+                    else "the cheapest choice everywhere. Raise the budget, or add cheaper choices."
+                )
+            )
+
+    def _with(self, gene: int, choice: int | str) -> Genome:
+        """The cheapest genome with another choice for one gene."""
+        genome = list(self.coarsest)
+        genome[gene] = choice
+        return tuple(genome)
 
 
-def _divisors(widths: Sequence[int]) -> list[int]:
-    """Multiples of 16 that divide at least one of the widths; kernels need multiples of 16."""
-    return sorted({g for width in widths for g in range(16, width + 1, 16) if width % g == 0})
+def number(value: float) -> str:
+    """A cost in a message."""
+    return f"{value:.6g}"
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _sum(parts: Iterable[dict[Cost, float]]) -> dict[Cost, float]:
+    total: dict[Cost, float] = dict.fromkeys(COSTS, 0.0)
+    for part in parts:
+        for name, value in part.items():
+            total[name] += value
+    return total
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))

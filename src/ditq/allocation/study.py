@@ -40,8 +40,8 @@ PATIENCE = 30.0  # seconds without a change of the counter until a process count
 POLL = 0.2  # seconds between reads of the storage while there is nothing to do
 
 # Keys of user attributes: the identity of the study; the slot that a trial repeats; the counter and the process of a
-# trial; what its result must agree with.
-IDENTITY, REPEATS, ALIVE, OWNER, CHECKSUM = "identity", "repeats", "alive", "owner", "checksum"
+# trial; what was measured besides the fitness; what both must agree with.
+IDENTITY, REPEATS, ALIVE, OWNER, DETAILS, CHECKSUM = "identity", "repeats", "alive", "owner", "details", "checksum"
 
 
 class Strategy(Protocol):
@@ -94,16 +94,26 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The fitness of an individual, and numbers that are stored with it: JSON values."""
+
+    fitness: float
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Trials:
     """Results of a search.
 
     Attributes:
         scored: every individual with its fitness, in the order of slots.
         evaluated: number of individuals that this process evaluated.
+        details: what was stored with each fitness, in the same order.
     """
 
     scored: tuple[Scored, ...]
     evaluated: int
+    details: tuple[dict[str, Any], ...] = ()
 
     @property
     def best(self) -> Scored:
@@ -114,7 +124,7 @@ class Trials:
 def run(
     space: Space,
     strategy: Strategy,
-    evaluate: Callable[[Genome], float],
+    evaluate: Callable[[Genome], float | Measured],
     *,
     trials: int,
     seed: int = 0,
@@ -131,7 +141,8 @@ def run(
     Args:
         space: the search space.
         strategy: chooses the individuals.
-        evaluate: fitness of a genome, smaller is better; must depend only on the genome and ``identity``.
+        evaluate: fitness of a genome, smaller is better, with details if it returns :class:`Measured`; must depend
+            only on the genome and ``identity``.
         trials: number of individuals to evaluate, over all processes.
         seed: of the strategy.
         storage: a file, created if it is missing, or the URL of a database. Machines can share a file through a
@@ -161,10 +172,11 @@ def run(
             if job is not None:
                 trial, slot, genome = job
                 _record(trial, space, genome)
-                value = float(evaluate(genome))
+                result = evaluate(genome)
+                measured = result if isinstance(result, Measured) else Measured(result, {})
                 # Optuna would count NaN as a failed trial, and the slot would be repeated forever.
-                value = math.inf if math.isnan(value) else value
-                _finish(study, trial, slot, value)
+                value = math.inf if math.isnan(measured.fitness) else float(measured.fitness)
+                _finish(study, trial, slot, value, json.loads(json.dumps(measured.details)))
                 watch.held.remove(trial)
                 done += 1
             elif watch.can_take(schedule, slots, values, trials):
@@ -173,8 +185,12 @@ def run(
                 break
             else:
                 watch.wait()
-    individuals = ((schedule.genome(slot, values), slot) for slot in range(trials))
-    return Trials(tuple((genome, values[slot]) for genome, slot in individuals if genome is not None), done)
+    individuals = [(schedule.genome(slot, values), slot) for slot in range(trials)]
+    return Trials(
+        tuple((genome, values[slot]) for genome, slot in individuals if genome is not None),
+        done,
+        tuple(watch.details[slot] for genome, slot in individuals if genome is not None),
+    )
 
 
 def open_study(storage: str | Path | None, identity: dict[str, Any], name: str = NAME) -> optuna.Study:
@@ -237,6 +253,7 @@ class _Watch:
     def __init__(self, study: optuna.Study, patience: float, storage: str) -> None:
         self.study, self.patience, self.storage = study, patience, storage
         self.held: list[optuna.Trial] = []
+        self.details: dict[int, dict[str, Any]] = {}  # by slot, of all evaluated slots
         self._waited = 0.0
         self._counters: dict[int, tuple[Any, float]] = {}  # by trial: its counter, and when that changed last
 
@@ -294,13 +311,15 @@ class _Watch:
             for trial in attempts:
                 if trial.state.name != "COMPLETE":
                     continue
-                result = trial.values
-                if len(result) != 1 or trial.user_attrs.get(CHECKSUM) != _checksum(trial.number, slot, result[0]):
+                result, details = trial.values, trial.user_attrs.get(DETAILS, {})
+                if len(result) != 1 or trial.user_attrs.get(CHECKSUM) != _checksum(
+                    trial.number, slot, result[0], details
+                ):
                     raise CheckpointError(
                         f"{self.storage}: the result of trial {trial.number} does not match its checksum: the storage "
                         "is damaged, or was edited. Choose another --storage."
                     )
-                values[slot] = result[0]
+                values[slot], self.details[slot] = result[0], details
         return values
 
     def ready(
@@ -380,18 +399,20 @@ class _Watch:
         self.study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
 
-def _finish(study: optuna.Study, trial: optuna.Trial, slot: int, value: float) -> None:
+def _finish(study: optuna.Study, trial: optuna.Trial, slot: int, value: float, details: dict[str, Any]) -> None:
     """Stores the result of a trial, unless another process took this one for dead meanwhile."""
     from optuna.exceptions import UpdateFinishedTrialError
 
     with suppress(UpdateFinishedTrialError):
-        trial.set_user_attr(CHECKSUM, _checksum(trial.number, slot, value))
+        if details:
+            trial.set_user_attr(DETAILS, details)
+        trial.set_user_attr(CHECKSUM, _checksum(trial.number, slot, value, details))
         study.tell(trial, value, skip_if_finished=True)
 
 
-def _checksum(number: int, slot: int, value: float) -> str:
+def _checksum(number: int, slot: int, value: float, details: Mapping[str, Any]) -> str:
     """What ties a result to its trial and slot: the individual of a slot follows from the results of earlier ones."""
-    return digests.of_json([number, slot, float(value).hex()])
+    return digests.of_json([number, slot, float(value).hex(), *([details] if details else [])])
 
 
 def _exists(schedule: Schedule, slot: int, values: Mapping[int, float]) -> bool:
@@ -407,12 +428,13 @@ def _finished(schedule: Schedule, values: Mapping[int, float], trials: int) -> b
 
 
 def _record(trial: optuna.Trial, space: Space, genome: Genome) -> None:
-    """Stores group sizes as Optuna parameters, so that Optuna's tools can show and plot a search."""
+    """Stores choices as Optuna parameters, so that Optuna's tools can show and plot a search."""
     sampler: Any = trial.study.sampler
-    for layer, possible, size in zip(space.layers, space.choices, genome, strict=True):
-        sampler.value = size
-        trial.suggest_categorical(layer.name, possible)
-    trial.set_user_attr("bit_operations", space.cost(genome))
+    for gene, possible, choice in zip(space.genes, space.choices, genome, strict=True):
+        sampler.value = choice
+        trial.suggest_categorical(gene.name, possible)
+    for name, value in space.averages(genome).items():
+        trial.set_user_attr(name, value)
 
 
 def _fixed_value_sampler() -> Any:

@@ -33,8 +33,10 @@ def test_program_finds_the_smallest_sum(budget: str, seed: int) -> None:
 
 def test_program_at_costs_of_a_large_model() -> None:
     small = toy_space()
-    space = Space(small.layers, small.choices, tuple({g: c * 1e9 for g, c in costs.items()} for costs in small.costs),
-                  small.budget * 1e9)  # fmt: skip
+    costs = tuple(
+        {g: {name: c * 1e9 for name, c in cost.items()} for g, cost in of_gene.items()} for of_gene in small.costs
+    )
+    space = Space(small.genes, costs, {"bit_operations": small.budget * 1e9}, {}, small.units)
     errors = [{g: g * (i + 1.0) for g in possible} for i, possible in enumerate(space.choices)]
     assert integer_program(space, errors) == integer_program(small, errors)
     assert space.legal(integer_program(space, errors))
