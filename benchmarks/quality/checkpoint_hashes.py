@@ -2,7 +2,7 @@
 
 ``python benchmarks/quality/checkpoint_hashes.py`` quantizes ``bundled:emoji-t2i`` by every measured recipe, and the
 two other bundled models by one recipe of each family, with few prompts and steps (seed 0, one thread). It compares
-each checkpoint with ``benchmarks/results/checkpoint_hashes.json``, which ditq 0.1 wrote, and exits with status 1 if
+each checkpoint with ``benchmarks/results/checkpoint_hashes.json`` and exits with status 1 if
 any differs. ``--write`` writes the file again. Floating-point sums depend on the processor: compare on the model that
 the file names.
 """

@@ -25,10 +25,11 @@ from ditq.trace.calls import Call
 class Candidates:
     """Puts the layers of one genome after another into a model, in place.
 
-    Each layer is quantized once for each of its weight formats and kept packed, at b bits per weight; plans that differ
-    in their activations share the integers. The model runs as it would from a checkpoint, integer products included.
-    If the layer plans use GPTQ, all layers are rounded first, block by block on inputs of the 16-bit model; inputs from
-    each candidate's quantized blocks would take minutes per candidate. The paper rounds candidates to nearest.
+    Each layer is quantized once for each of its weight formats and kept packed, at b bits per weight; plans that
+    differ in their activations share the integers. The model runs as it would from a checkpoint, integer products
+    included. If the layer plans use GPTQ, all layers are rounded first, block by block on inputs of the 16-bit model;
+    inputs from each candidate's quantized blocks would take minutes per candidate. The paper rounds candidates to
+    nearest.
 
     Args:
         model: the 16-bit transformer.
