@@ -78,7 +78,7 @@ class Candidates:
         for name, layer in start.items():
             if layer.weight is not None:
                 self._quantized[name, _weights_of(layer)] = cast(QuantizedLinear, model.get_submodule(name))
-        if any(layer.rounding == "gptq" for layer in space.layers):
+        if any(layer.rounding == "gptq" for gene in space.genes for of in gene.plans.values() for layer in of):
             assert statistics is not None
             self._round(architecture, group_scales, statistics.calls)
         self.put(space.coarsest)
@@ -114,6 +114,10 @@ class Candidates:
         chosen = {layer.name: self._put(layer) for layer in self.space.planned(genome)}
         self.plan = self.plan.model_copy(update={"layers": tuple(chosen.get(x.name, x) for x in self.plan)})
         self.genome = genome
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Puts a module into the model in place of a layer."""
+        replace(self.model, name, module)
 
     def _put(self, layer: LayerPlan) -> LayerPlan:
         """Puts one layer into the model and returns its completed plan."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from ditq.allocation.costs import Cost, scale_overhead_bits
 from ditq.allocation.evolution import Evolution, Scored
 from ditq.allocation.fitness import PREDICTION, Fitness, kept_moments, outputs_of
 from ditq.allocation.program import Fixed, integer_program, layer_errors, uniform_genomes
+from ditq.allocation.rows import counted_rows
 from ditq.allocation.space import Genome, Space
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate
@@ -29,7 +29,6 @@ from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
 from ditq.sampling import Samples, Sampling, batches, condition_list, fingerprint, sample
 from ditq.trace.calls import Call, merged
-from ditq.trace.hooks import Before, all_hooked, hooked
 
 STRATEGIES = ("evolution", "random", "program", "uniform")
 ROUNDINGS = ("nearest", "recipe")
@@ -321,7 +320,7 @@ def _scorer(
     """
     model: nn.Module = getattr(pipe, component)
     if fitness.sees == "outputs":
-        with _counted_rows(model, layers) as rows:
+        with counted_rows(model, layers) as rows:
             calls = _moments(pipe, component, architecture, conditions, moments, sampling)
         reference_outputs = outputs_of(model, calls)
         return rows, lambda: fitness.score(reference_outputs, outputs_of(model, calls))
@@ -329,7 +328,7 @@ def _scorer(
     def samples() -> Samples:
         return sample(pipe, architecture, conditions, sampling, decode=fitness.sees == "pictures")
 
-    with _counted_rows(model, layers) as rows:
+    with counted_rows(model, layers) as rows:
         reference = samples()
     return rows, lambda: fitness.score(reference, samples())
 
@@ -376,21 +375,6 @@ def _moments(
             sample(pipe, architecture, batch, noise.batch(len(batch)), decode=False)
         calls += recorder.calls()
     return merged(calls, architecture)
-
-
-@contextmanager
-def _counted_rows(model: nn.Module, layers: Sequence[LayerPlan]) -> Iterator[dict[str, int]]:
-    """Counts the rows (tokens) that each layer reads inside the ``with`` block."""
-    rows = {layer.name: 0 for layer in layers}
-
-    def count(name: str) -> Before:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            rows[name] += args[0].numel() // args[0].shape[-1]
-
-        return hook
-
-    with all_hooked(hooked(model.get_submodule(name), count(name)) for name in rows):
-        yield rows
 
 
 def _sums(statistics: Statistics) -> dict[str, list[float]]:

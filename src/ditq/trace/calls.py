@@ -32,6 +32,7 @@ class Recorder:
         self._count: dict[int, int] = {}  # by slot: number of moments so far
         self._current: dict[int, list[Call]] = {}  # by slot, of those that keep it: the current moment
         self._time, self._current_calls = float("nan"), 0
+        self.times: list[float] = []  # every timestep, in the order of its first call
 
     @property
     def slots(self) -> int:
@@ -40,6 +41,8 @@ class Recorder:
 
     def record(self, call: Mapping[str, Any], time: float) -> None:
         """Adds a call (arguments by name) at a timestep."""
+        if time not in self.times:
+            self.times.append(time)
         if not self.keep:
             return
         call = {name: value for name, value in call.items() if name != "return_dict"}
@@ -76,7 +79,11 @@ class Recorder:
 
     def calls(self) -> list[Call]:
         """The kept calls, sample by sample; tensors on the CPU."""
-        return [call for slot in sorted(self._kept) for moment in self._kept[slot] for call in moment]
+        return [call for _, calls in self.by_slot() for call in calls]
+
+    def by_slot(self) -> list[tuple[int, list[Call]]]:
+        """The kept calls of each slot."""
+        return [(slot, [call for moment in self._kept[slot] for call in moment]) for slot in sorted(self._kept)]
 
 
 def call_time(architecture: Architecture, call: Mapping[str, Any]) -> float:
