@@ -12,7 +12,8 @@ Verbs:
     save(pipe, out)             a pipeline to a new folder, all of it or nothing
     load(path)                  a pipeline from a folder, a hub id or bundled:NAME
     compare(reference, others)  the same prompts and noise, measured; gives a Comparison
-    search(pipe, recipe)        a group size for every layer, within a budget; gives a Plan
+    search(pipe, recipe)        bits or group sizes for every layer, within a budget; gives a Plan
+    sensitivity(pipe, recipe)   what quantizing each block alone does to the model; gives Scores
     export(source, out)         a quantized pipeline as graphs of OpenVINO, for CPUs
     fuse_lora(pipe)             loaded LoRA adapters into a quantized transformer, to save them with it
     use_engine(name)            inside, that engine computes: with ditq.use_engine("torch"): ...
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from ditq.api import quantize as quantize
     from ditq.api import save as save
     from ditq.api import search as search
+    from ditq.api import sensitivity as sensitivity
     from ditq.checkpoint.backend import DitqConfig as DitqConfig
     from ditq.comparison import Comparison as Comparison
     from ditq.comparison import compare as compare
@@ -63,6 +65,7 @@ _HOME = {
     "save": "ditq.api",
     "export": "ditq.api",
     "search": "ditq.api",
+    "sensitivity": "ditq.api",
     "fuse_lora": "ditq.adapters",
     "compare": "ditq.comparison",
     "Result": "ditq.api",

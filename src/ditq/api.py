@@ -1,4 +1,4 @@
-"""The verbs: quantize, load, save, export and search; compare is in ``comparison``. The subpackages implement them."""
+"""The verbs, which the subpackages implement; compare is in ``comparison``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ditq import allocation, architectures, engines, requests
-from ditq.allocation import SearchResult
+from ditq.allocation import Scores, SearchResult
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate, watch
 from ditq.checkpoint.backend import attach
@@ -322,6 +322,99 @@ def search(
             results.append(allocation.search(pipe, arch, loaded, prompts, sampling, component=name, **options))
             attach(model, results[-1].candidate)
     return replace(results[0], others=tuple(results[1:]))
+
+
+def sensitivity(
+    pipe: Any,
+    recipe: str | Path | Recipe = "rtn-w4a8",
+    prompts: Sequence[str] = (),
+    *,
+    weights: Sequence[int] = (8, 4, 3),
+    activations: Sequence[int] = (8, 6, 4),
+    unit: str = "block",
+    metrics: Sequence[str] = (),
+    network: str = "auto",
+    moments: int = 4,
+    overrides: str | Sequence[str] = (),
+    architecture: str | Path | Architecture | None = None,
+    component: str | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 16,
+    arguments: Mapping[str, Any] | None = None,
+    calibration: Sequence[str] | None = None,
+    storage: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[Scores]:
+    """Measures how much the model suffers if one layer, block or role alone is quantized, on paired seeds.
+
+    Weights and activations are measured apart, at every width. The same call again reads the results from ditq's
+    cache; several processes share the work; an interrupted run goes on. The pipeline is left as it was.
+
+    Args:
+        pipe: a 16-bit pipeline.
+        recipe, overrides: balance, rounding and formats; the widths replace its bits. See :func:`quantize`.
+        prompts: prompts, or class names or numbers, of all measurements.
+        weights, activations: bits to measure, of 2 to 8; an empty list leaves that part out.
+        unit: what is quantized alone: "layer", "block" or "role".
+        metrics: of generated images, besides the prediction error: names of ``ditq compare``'s metrics with a value
+            for each prompt. They need whole sampling runs and take most of the time.
+        network: the feature network, for metrics that need one.
+        moments: random timesteps of each prompt at which the prediction error is measured.
+        architecture: name or YAML file, if ditq does not support the transformer's class.
+        component: name of the transformer to measure; by default all, one after the other.
+        seed, steps, guidance_scale, batch_size, arguments: see :class:`ditq.sampling.Sampling`.
+        calibration: prompts to calibrate with, for recipes that need it; by default ``prompts``.
+        storage: file of the study; by default in ditq's cache, named by everything that the scores depend on.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The scores of every transformer and part.
+
+    Raises:
+        UsageError, DitqError: see :func:`ditq.allocation.measure_sensitivity`.
+
+    Example:
+        >>> import ditq
+        >>> pipe = ditq.load("bundled:emoji-class")
+        >>> scores = ditq.sensitivity(pipe, "rtn-w4a8", ["0", "1"], weights=[4], activations=[], steps=2, moments=1)
+        >>> scores[0].choices, len(scores[0].genes)
+        (('w4',), 12)
+    """
+    prompts = condition_list(prompts)
+    models = requests.float_transformers(pipe, component)
+    sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
+    loaded = load_recipe(recipe).override(overrides)
+    parts = requests.sensitivity_parts(weights, activations, unit)
+    if storage is not None and len(parts) * len(models) > 1:
+        raise UsageError(
+            "storage= is the file of one study, and this run has several (weights and activations of every "
+            "transformer). Leave it out, or measure one: activations=[] and component='transformer'."
+        )
+    images = _image_metrics(metrics, network)
+    scores = []
+    for name, model in models.items():
+        arch = architectures.load(architecture) if architecture else architectures.match(model)
+        with restored_on_error(model, always=True):
+            model.eval()
+            for part, choices in parts.items():
+                scores.append(
+                    allocation.measure_sensitivity(
+                        pipe, arch, loaded, prompts, sampling, part=part, choices=choices, component=name,
+                        moments=moments, images=images, calibration=calibration or prompts, storage=storage,
+                        progress=progress,
+                    )
+                )  # fmt: skip
+    return scores
+
+
+def _image_metrics(metrics: Sequence[str], network: str) -> allocation.ImageMetrics:
+    if not metrics:
+        return allocation.NO_IMAGES
+    from ditq.metrics.per_image import image_metrics
+
+    return image_metrics(metrics, network)
 
 
 transformers = transformer_names

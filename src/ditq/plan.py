@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -43,6 +43,9 @@ MOST_RANGES = 100  # of timesteps, of one layer
 MOST_PARTS = 50_000  # layers, each counted once per range
 MOST_FEATURES = 2**24
 MOST_PARAMETERS = 2**48
+
+ALWAYS = 1e9
+"""A timestep beyond all schedules: the open end of a range of timesteps."""
 
 Timesteps = Literal["all", "normal"]
 Float = Literal["bfloat16", "float16", "float32"]
@@ -129,11 +132,25 @@ class StoredTensor:
         return math.prod(self.shape) * {"float32": 4, "bfloat16": 2, "float16": 2}.get(self.dtype, 1)
 
 
+class StepFormat(_Frozen):
+    """The activation grid at the timesteps from ``begin`` to ``end``, both included; None: inputs in 16 bit."""
+
+    begin: Annotated[float, Field(ge=-ALWAYS, le=ALWAYS)]
+    end: Annotated[float, Field(ge=-ALWAYS, le=ALWAYS)]
+    activation: Grid | None = None
+
+
 class LayerPlan(_Frozen):
     """What is done to one linear layer. With ``weight`` None it stays in 16 bit, and ``reason`` says why.
 
     ``rounding_gain``: by how many decibels GPTQ lowered the output error on its calibration inputs, compared with
     rounding to nearest. A layer that GPTQ could not improve is rounded to nearest, and ``reason`` says so.
+
+    ``timesteps``: ranges with integers and scales of their own; ``range_weights``: the weight grid of each range, if
+    they differ (``weight`` is the most precise one). Every range is a copy of the weights, and is counted as one.
+
+    ``steps``: activation grids by timestep. The integers of the weights are the same at all of them, so they cost no
+    memory. Outside of all ranges ``activation`` applies, the most precise one.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -151,6 +168,8 @@ class LayerPlan(_Frozen):
     rounding_gain: float | None = None
     clip: Literal["minmax", "mse"] = "minmax"
     timesteps: Annotated[tuple[tuple[int, int], ...], Field(max_length=MOST_RANGES)] | None = None
+    range_weights: Annotated[tuple[Grid, ...], Field(max_length=MOST_RANGES)] | None = None
+    steps: Annotated[tuple[StepFormat, ...], Field(min_length=1, max_length=MOST_RANGES)] | None = None
     incoherence: Incoherence | None = None
     reason: str = ""
 
@@ -159,28 +178,16 @@ class LayerPlan(_Frozen):
         if self.weight is None:
             if self.rounding != "nearest":
                 raise ValueError(f"layer {self.name!r} keeps 16-bit weights, but its plan has a rounding")
-            if self.activation or self.smooth or self.rotate or self.timesteps:
+            if self.activation or self.smooth or self.rotate or self.timesteps or self.steps or self.range_weights:
                 raise ValueError(f"layer {self.name!r} keeps 16-bit weights, but its plan changes its inputs")
             if self.branch:
                 raise ValueError(f"layer {self.name!r} keeps 16-bit weights, but its plan has a branch")
             return self
-        if self.weight.granularity == "token" or self.weight.dynamic:
-            raise ValueError(f"layer {self.name!r}: weights are static, per tensor, channel or group")
-        for name, grid in (("weights", self.weight), ("activations", self.activation)):
-            if grid is not None and grid.group_size is not None and grid.group_size < MIN_GROUP_SIZE:
-                raise ValueError(
-                    f"layer {self.name!r}: groups of {name} must have at least {MIN_GROUP_SIZE} channels, got "
-                    f"{grid.group_size}"
-                )
-        self.weight.groups(self.in_features)
-        if self.activation is not None:
-            if self.activation.granularity == "channel":
-                raise ValueError(f"layer {self.name!r}: activations have no granularity 'channel' (input channels)")
-            if not self.activation.dynamic and self.activation.granularity == "token":
-                raise ValueError(f"layer {self.name!r}: static activation scales are per tensor or group")
-            if not self.activation.dynamic and not self.activation.symmetric:
-                raise ValueError(f"layer {self.name!r}: static activation scales are symmetric")
-            self.activation.groups(self.in_features)
+        for weight in (self.weight, *(self.range_weights or ())):
+            self._check_weight(weight)
+        for activation in (self.activation, *(step.activation for step in self.steps or ())):
+            if activation is not None:
+                self._check_activation(activation)
         if self.gptq is not None and self.rounding != "gptq":
             raise ValueError(f"layer {self.name!r} has GPTQ settings, but its rounding is {self.rounding!r}")
         if self.rounding == "gptq" and self.timesteps:
@@ -192,14 +199,68 @@ class LayerPlan(_Frozen):
         for begin, end in self.timesteps or ():
             if begin > end:
                 raise ValueError(f"layer {self.name!r}: timestep range [{begin}, {end}] is empty")
+        self._check_range_weights()
+        self._check_steps()
         return self
+
+    def _check_weight(self, grid: Grid) -> None:
+        if grid.granularity == "token" or grid.dynamic:
+            raise ValueError(f"layer {self.name!r}: weights are static, per tensor, channel or group")
+        self._check_groups("weights", grid)
+
+    def _check_activation(self, grid: Grid) -> None:
+        if grid.granularity == "channel":
+            raise ValueError(f"layer {self.name!r}: activations have no granularity 'channel' (input channels)")
+        if not grid.dynamic and grid.granularity == "token":
+            raise ValueError(f"layer {self.name!r}: static activation scales are per tensor or group")
+        if not grid.dynamic and not grid.symmetric:
+            raise ValueError(f"layer {self.name!r}: static activation scales are symmetric")
+        self._check_groups("activations", grid)
+
+    def _check_groups(self, name: str, grid: Grid) -> None:
+        if grid.group_size is not None and grid.group_size < MIN_GROUP_SIZE:
+            raise ValueError(
+                f"layer {self.name!r}: groups of {name} must have at least {MIN_GROUP_SIZE} channels, got "
+                f"{grid.group_size}"
+            )
+        grid.groups(self.in_features)
+
+    def _check_range_weights(self) -> None:
+        if self.range_weights is None:
+            return
+        if len(self.range_weights) != len(self.timesteps or ()):
+            raise ValueError(
+                f"layer {self.name!r} has {len(self.timesteps or ())} timestep ranges and {len(self.range_weights)} "
+                "weight grids for them"
+            )
+        if self.weight is not None and self.weight.bits != max(grid.bits for grid in self.range_weights):
+            raise ValueError(f"layer {self.name!r}: its weight grid must be the most precise one of its ranges")
+
+    def _check_steps(self) -> None:
+        if self.steps is None:
+            return
+        if self.timesteps:
+            raise ValueError(f"layer {self.name!r} has timestep ranges, whose activations cannot have steps too")
+        grids = [self.activation, *(step.activation for step in self.steps)]
+        if any(grid is not None and not grid.dynamic for grid in grids):
+            raise ValueError(f"layer {self.name!r}: static activation scales cannot change with the timestep")
+        if any((16 if grid is None else grid.bits) > self.activation_bits for grid in grids):
+            raise ValueError(f"layer {self.name!r}: its activation must be the most precise one of its steps")
+        ordered = sorted(self.steps, key=lambda step: step.begin)
+        for step in ordered:
+            if step.begin > step.end:
+                raise ValueError(f"layer {self.name!r}: the steps from {step.begin:g} to {step.end:g} are none")
+        for step, later in zip(ordered, ordered[1:], strict=False):
+            if step.end >= later.begin:
+                raise ValueError(f"layer {self.name!r}: two of its steps are at timestep {later.begin:g}")
 
     @model_serializer(mode="wrap")
     def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plans without a branch are written, and hashed, as before branches existed."""
+        """Plans without these fields are written, and hashed, as before the fields existed."""
         fields: dict[str, Any] = handler(self)
-        if self.branch is None:
-            fields.pop("branch", None)
+        for name in ("branch", "range_weights", "steps"):
+            if getattr(self, name) is None:
+                fields.pop(name, None)
         return fields
 
     @property
@@ -213,11 +274,43 @@ class LayerPlan(_Frozen):
 
     @property
     def weight_bits(self) -> int:
+        """Of its most precise timestep range, if they differ."""
         return 16 if self.weight is None else self.weight.bits
 
     @property
     def activation_bits(self) -> int:
+        """Of its most precise steps, if they differ."""
         return 16 if self.activation is None else self.activation.bits
+
+    def average_weight_bits(self, trajectory: Sequence[float] = ()) -> float:
+        """Bits of the weights averaged over the timesteps of a sampling run; without one, over the ranges."""
+        if self.range_weights is None or self.timesteps is None:
+            return float(self.weight_bits)
+        bits = [grid.bits for grid in self.range_weights]
+        if not trajectory:
+            return sum(bits) / len(bits)
+        return sum(bits[range_of(time, self.timesteps)] for time in trajectory) / len(trajectory)
+
+    def average_activation_bits(self, trajectory: Sequence[float] = ()) -> float:
+        """Bits of the inputs averaged over the timesteps of a sampling run; without one, over the steps."""
+        if self.steps is None:
+            return float(self.activation_bits)
+        widths = [16 if step.activation is None else step.activation.bits for step in self.steps]
+        if not trajectory:
+            return sum(widths) / len(widths)
+        grids = [self.activation_at(time) for time in trajectory]
+        return sum(16 if grid is None else grid.bits for grid in grids) / len(grids)
+
+    def activation_at(self, time: float) -> Grid | None:
+        """The grid of the inputs at a timestep; None: 16 bit."""
+        inside = (step for step in self.steps or () if step.begin <= time <= step.end)
+        step = next(inside, None)
+        return self.activation if step is None else step.activation
+
+    def in_range(self, number: int) -> LayerPlan:
+        """The plan of one of its timestep ranges alone."""
+        weight = self.weight if self.range_weights is None else self.range_weights[number]
+        return self.model_copy(update={"timesteps": None, "range_weights": None, "weight": weight})
 
     @property
     def balance(self) -> str:
@@ -240,9 +333,10 @@ class LayerPlan(_Frozen):
         return tuple(f"{self.name}.ranges.{i}." for i in range(len(self.timesteps)))
 
     def tensors(self) -> dict[str, StoredTensor]:
-        """The tensors of one quantized layer (of one timestep range) except its bias; none if it stays in 16 bit.
+        """The tensors of one quantized layer except its bias; none if it stays in 16 bit.
 
-        This is the only definition: memory, the loader's buffers and the check of a checkpoint follow from it.
+        This is the only definition: memory, the loader's buffers and the check of a checkpoint follow from it. A layer
+        with timestep ranges has them for each range, see :meth:`in_range`.
         """
         if self.weight is None:
             return {}
@@ -269,7 +363,17 @@ class LayerPlan(_Frozen):
         bias = 2 * self.out_features if self.bias else 0
         if self.weight is None:
             return 2 * self.parameters + bias
-        return len(self.prefixes) * (sum(tensor.bytes for tensor in self.tensors().values()) + bias)
+        return sum(tensor.bytes for tensor in self.stored().values()) + len(self.prefixes) * bias
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """The tensors of all its timestep ranges by full name, except biases."""
+        if self.timesteps is None:
+            return {f"{self.name}.{name}": tensor for name, tensor in self.tensors().items()}
+        return {
+            prefix + name: tensor
+            for i, prefix in enumerate(self.prefixes)
+            for name, tensor in self.in_range(i).tensors().items()
+        }
 
 
 class Fold(_Frozen):
@@ -291,7 +395,8 @@ class Fold(_Frozen):
 class Plan(_Frozen):
     """The explicit plan of one transformer, and the single source of truth about a checkpoint.
 
-    ``calibration_timesteps``: the timesteps of the calibration that the scales come from.
+    ``calibration_timesteps``: the timesteps of the calibration that the scales come from. ``trajectory``: the
+    timesteps of the sampling run that steps and time averages refer to, in its order.
     """
 
     format_version: Literal[1] = 1
@@ -307,6 +412,15 @@ class Plan(_Frozen):
     storage_dtype: Float = "bfloat16"
     time_argument: str | None = None
     calibration_timesteps: Timesteps = "all"
+    trajectory: Annotated[tuple[float, ...], Field(max_length=MOST_LAYERS)] | None = None
+
+    @model_serializer(mode="wrap")
+    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plan without a trajectory is written, and hashed, as before the field existed."""
+        fields: dict[str, Any] = handler(self)
+        if self.trajectory is None:
+            fields.pop("trajectory", None)
+        return fields
 
     @field_validator("layers")
     @classmethod
@@ -361,17 +475,22 @@ class Plan(_Frozen):
 
     @property
     def average_bits(self) -> float:
-        """Average bits per parameter of the float transformer; numbers kept in 16 bit, and branches, count as 16."""
+        """Average bits per parameter of the float transformer; numbers kept in 16 bit, and branches, count as 16.
+
+        Weights that change with the timestep count as the average over time.
+        """
         linear = sum(layer.parameters for layer in self.layers)
         in_16_bit = self.other_parameters + sum(layer.branch_parameters for layer in self.layers)
-        total = sum(layer.weight_bits * layer.parameters for layer in self.layers) + 16 * in_16_bit
+        times = self.trajectory or ()
+        total = sum(layer.average_weight_bits(times) * layer.parameters for layer in self.layers) + 16 * in_16_bit
         return total / max(1, linear + self.other_parameters)
 
     @property
     def average_activation_bits(self) -> float:
-        """Average bits of the linear layers' inputs, weighted by multiply-accumulates per token."""
-        linear = sum(layer.parameters for layer in self.layers)
-        return sum(layer.activation_bits * layer.parameters for layer in self.layers) / max(1, linear)
+        """Average bits of the linear layers' inputs over time, weighted by multiply-accumulates per token."""
+        linear, times = sum(layer.parameters for layer in self.layers), self.trajectory or ()
+        total = sum(layer.average_activation_bits(times) * layer.parameters for layer in self.layers)
+        return total / max(1, linear)
 
     def fold_tensors(self) -> dict[str, StoredTensor]:
         """The tensors of the folds by full name: one factor for the modulation of each block."""
@@ -385,8 +504,7 @@ class Plan(_Frozen):
         """All tensors that a checkpoint of this plan adds to the model's own parameters, by full name."""
         out = self.fold_tensors()
         for layer in self.quantized:
-            stored = layer.tensors()
-            out |= {prefix + name: tensor for prefix in layer.prefixes for name, tensor in stored.items()}
+            out |= layer.stored()
         return out
 
     def memory(self) -> tuple[int, int]:
@@ -443,6 +561,12 @@ class Plan(_Frozen):
             return cls.model_validate(data)
         except ValidationError as error:
             raise CheckpointError(f"The plan is not valid: {first_error(error)}.") from error
+
+
+def range_of(time: float, ranges: Sequence[tuple[int, int]]) -> int:
+    """The number of the range that a timestep is in; between two ranges, of the nearest one."""
+    distances = [max(begin - time, time - end, 0.0) for begin, end in ranges]
+    return distances.index(min(distances))
 
 
 def first_error(error: ValidationError) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from ditq.allocation import Choices, Part
+from ditq.allocation.choices import UNITS, Unit
 from ditq.calibration import Statistics
 from ditq.components import transformer_names
 from ditq.errors import DitqError, UsageError, unknown
@@ -109,6 +111,29 @@ def float_transformers(pipe: Any, component: str | None) -> dict[str, nn.Module]
         check_weights(model)
         models[name] = model
     return models
+
+
+def sensitivity_parts(weights: Sequence[int], activations: Sequence[int], unit: str) -> dict[Part, Choices]:
+    """What ``sensitivity`` measures: choices by part.
+
+    Raises:
+        UsageError: no widths at all, a width out of range, or an unknown unit.
+    """
+    if unit not in UNITS:
+        raise unknown("unit", unit, UNITS)
+    for name, bits in (("weights", weights), ("activations", activations)):
+        wrong = [b for b in bits if not 2 <= b <= 8]
+        if wrong:
+            raise UsageError(f"Bits of {name} to measure must be 2 to 8, got {wrong[0]}; 16 bit is the reference.")
+    chosen = cast(Unit, unit)
+    parts: dict[Part, Choices] = {}
+    if weights:
+        parts["weights"] = Choices(weights=tuple(weights), unit=chosen)
+    if activations:
+        parts["activations"] = Choices(activations=tuple(activations), unit=chosen)
+    if not parts:
+        raise UsageError("Nothing to measure: pass bits of weights or of activations, e.g. weights=[8, 4].")
+    return parts
 
 
 def job_of(recipe: str | Path | Recipe | Plan, overrides: str | Sequence[str]) -> Recipe | Plan:

@@ -5,12 +5,15 @@ from ditq.allocation.choices import SIZES, Choices, Gene, Segment
 from ditq.allocation.evolution import Evolution
 from ditq.allocation.fitness import LATENT, PREDICTION, Fitness, latent_error_db, prediction_error_db
 from ditq.allocation.program import Fixed, integer_program, layer_errors, uniform_genomes
+from ditq.allocation.scores import MetricKind, Scores
 from ditq.allocation.search import SearchResult, search
+from ditq.allocation.sensitivity import NO_IMAGES, ImageMetrics, Part, measure_sensitivity
 from ditq.allocation.space import Space
 from ditq.allocation.study import Measured, Trials, run
 
 __all__ = [
-    "LATENT", "PREDICTION", "SIZES", "Candidates", "Choices", "Evolution", "Fitness", "Fixed", "Gene", "Measured",
-    "SearchResult", "Segment", "Space", "Trials", "integer_program", "latent_error_db", "layer_errors",
-    "prediction_error_db", "run", "search", "uniform_genomes",
+    "LATENT", "NO_IMAGES", "PREDICTION", "SIZES", "Candidates", "Choices", "Evolution", "Fitness", "Fixed", "Gene",
+    "ImageMetrics", "Measured", "MetricKind", "Part", "Scores", "SearchResult", "Segment", "Space", "Trials",
+    "integer_program", "latent_error_db", "layer_errors", "measure_sensitivity", "prediction_error_db", "run",
+    "search", "uniform_genomes",
 ]  # fmt: skip

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from ditq.allocation.costs import grouped
 from ditq.errors import UsageError
-from ditq.plan import MIN_GROUP_SIZE, LayerPlan
+from ditq.plan import ALWAYS, MIN_GROUP_SIZE, LayerPlan, StepFormat
 
 # Q-DiT's set; all divide the 1152 and 4608 input channels of DiT-XL.
 SIZES = (32, 64, 128, 192, 288)
@@ -30,7 +32,36 @@ class Segment:
     share: float
 
     def __str__(self) -> str:
-        return f"t {self.end:g}-{self.begin:g}"
+        if self.end >= ALWAYS or self.begin <= -ALWAYS:
+            return f"t > {self.begin:.4g}" if self.begin > -ALWAYS else f"t < {self.end:.4g}"
+        return f"t {self.end:.4g}-{self.begin:.4g}"
+
+
+def segments_of(steps: Sequence[float], count: int) -> tuple[Segment, ...]:
+    """``count`` parts of a sampling run with as equal numbers of steps as possible, in its order.
+
+    Borders are half-way between the timesteps of neighbouring steps; the first and the last segment are open, so that
+    another number of steps falls into the same ranges.
+
+    Args:
+        steps: the timesteps of the run, as the transformer gets them, rising or falling.
+
+    Raises:
+        UsageError: more segments than steps, or fewer than one.
+    """
+    if not 1 <= count <= len(steps):
+        raise UsageError(f"A run of {len(steps)} steps has 1 to {len(steps)} segments, got {count}.")
+    cuts = [round(i * len(steps) / count) for i in range(count + 1)]
+    borders = [(steps[cut - 1] + steps[cut]) / 2 for cut in cuts[1:-1]]
+    falls = steps[0] > steps[-1]
+    ends = [ALWAYS, *borders, -ALWAYS] if falls else [-ALWAYS, *borders, ALWAYS]
+    out = []
+    for i, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
+        begin, end = (float(np.float32(x)) for x in sorted((a, b)))
+        if begin > -ALWAYS:  # ranges include both ends, and may not overlap
+            begin = float(np.nextafter(np.float32(begin), np.float32(np.inf)))
+        out.append(Segment(begin, end, (cuts[i + 1] - cuts[i]) / len(steps)))
+    return tuple(out)
 
 
 @dataclass(frozen=True)
@@ -162,8 +193,6 @@ def with_segments(parts: Sequence[tuple[Gene, LayerPlan]]) -> LayerPlan:
 
     The layer's own activation, for timesteps outside of all ranges, is the most precise one.
     """
-    from ditq.plan import StepFormat
-
     plans = [plan for _, plan in parts]
     best = max(plans, key=lambda plan: plan.activation_bits)
     steps: list[StepFormat] = []

@@ -316,8 +316,8 @@ def build(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
             )
         kind = torch.float32 if stays_float32(model, layer.name) else dtype
         if layer.timesteps:
-            inner = layer.model_copy(update={"timesteps": None})
-            ranges = [QuantizedLinear(inner, dtype=kind, device="meta") for _ in layer.timesteps]
+            plans = [layer.in_range(i) for i in range(len(layer.timesteps))]
+            ranges = [QuantizedLinear(inner, dtype=kind, device="meta") for inner in plans]
             replace(model, layer.name, TimestepLinear(layer, ranges, clock))
         else:
             replace(model, layer.name, QuantizedLinear(layer, dtype=kind, device="meta"))

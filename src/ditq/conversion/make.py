@@ -51,9 +51,9 @@ def _timestep_layer(
     plan: LayerPlan, linear: nn.Linear, group: InputGroup, statistics: Statistics, clock: Clock
 ) -> TimestepLinear:
     inputs = statistics.groups[group.name]
-    inner = plan.model_copy(update={"timesteps": None})
     ranges = []
-    for between in plan.timesteps or ():
+    for i, between in enumerate(plan.timesteps or ()):
+        inner = plan.in_range(i)
         scale = None
         if plan.smooth:
             scale = group_scale(plan.smooth, group, inputs, statistics.timesteps, between).to(linear.weight.device)
