@@ -19,15 +19,17 @@ from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate, watch
 from ditq.checkpoint.backend import attach
 from ditq.checkpoint.folder import keep_labels, load_pipeline, local, read_plans, resolve, save_pipeline
-from ditq.components import transformer_names
+from ditq.components import plan_of, transformer_names
+from ditq.components import transformers as transformers_of
 from ditq.conversion import draft, quantize_model
+from ditq.conversion.finest import drop_steps, without_steps
 from ditq.conversion.rollback import restored_on_error
 from ditq.errors import UsageError
 from ditq.files import make_writable, new_folder
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
-from ditq.sampling import Sampling, condition_list
+from ditq.sampling import Sampling, condition_list, example_condition, trajectory_timesteps
 
 Progress = Callable[[str, int, int], None]
 
@@ -134,11 +136,23 @@ def quantize(
                 )  # fmt: skip
             seconds["calibrate"] = time.perf_counter() - begin
         begin = time.perf_counter()
-        plan = quantize_model(model, arch, job, statistics, seed=seed, progress=progress)
+        trajectory = [] if pipe is model else _trajectory(pipe, arch, job, prompts)
+        plan = quantize_model(model, arch, job, statistics, seed=seed, trajectory=trajectory, progress=progress)
         seconds["quantize"] = time.perf_counter() - begin
         attach(model, plan)
     keep_labels(pipe)
     return Result(model, plan, seconds, engines.describe(plan, next(model.parameters()).device))
+
+
+def _trajectory(
+    pipe: Any, architecture: Architecture, job: Recipe | Plan, prompts: Sequence[str] | None
+) -> list[float]:
+    """The timesteps that a recipe's step policy counts; none without a policy."""
+    if not isinstance(job, Recipe) or job.diffusion_step_policy is None:
+        return []
+    settings = job.calibration
+    sampling = Sampling(0, settings.steps, settings.guidance_scale, 1, settings.arguments)
+    return trajectory_timesteps(pipe, architecture, (prompts or [example_condition(pipe, architecture)])[0], sampling)
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
@@ -198,6 +212,7 @@ def export(
     engine: str = "openvino",
     shapes: str = "dynamic",
     attention: str = "auto",
+    steps: str = "exact",
     options: Mapping[str, str | int] | None = None,
     condition: str | None = None,
     prompts: Sequence[str] | None = None,
@@ -222,6 +237,8 @@ def export(
         attention: precision of its two products. "f32" is float32. "bf16" is bf16 for long sequences, with
             shapes="static" only. "auto" is bf16 on CPUs with bf16 instructions. "int8" rounds queries and keys to
             8 bits with static scales, calibrated on ``prompts``, and is like "auto" otherwise.
+        steps: of a plan whose activation bits change with the timestep, which graphs do not have. "exact" refuses it;
+            "finest" exports the nearest plan, with the most precise bits of each layer at all timesteps.
         options: of the runtime by its own names, e.g. ``{"INFERENCE_NUM_THREADS": 4}``; kept in the config.
         condition: prompt or class of the example call; any will do.
         prompts, seed, progress: as in :func:`quantize`, for attention="int8" only. At most 16 prompts are used; by
@@ -250,7 +267,7 @@ def export(
     from ditq.openvino.pipeline import export_pipeline
     from ditq.openvino.properties import check_properties
 
-    requests.check_export(engine, shapes, attention, prompts, seed)
+    requests.check_export(engine, shapes, attention, steps, prompts, seed)
     folder = local(source, "export")
     plans = read_plans(folder, variant)
     if not plans:
@@ -263,10 +280,28 @@ def export(
         arch = architectures.load(architecture) if architecture else architectures.match(pipe.transformer)
         shutil.copytree(folder, temporary, dirs_exist_ok=True)
         make_writable(temporary)
+        if steps == "finest":
+            _drop_steps(pipe, temporary, variant)
         return export_pipeline(
             pipe, arch, temporary, settings, quantized=list(plans), condition=condition, prompts=prompts,
             whole_pipeline=whole_pipeline, allow_float=allow_float, seed=seed or 0, progress=progress,
         )  # fmt: skip
+
+
+def _drop_steps(pipe: Any, folder: Path, variant: str | None) -> None:
+    """Gives the transformers of a pipeline their most precise grids at all timesteps, and saves them into its copy.
+
+    Raises:
+        UsageError: no layer changes with the timestep.
+    """
+    changed = 0
+    for name, model in transformers_of(pipe).items():
+        if drop_steps(model):
+            changed += 1
+            attach(model, without_steps(plan_of(model)))
+            model.save_pretrained(folder / name, variant=variant)
+    if not changed:
+        raise UsageError("steps='finest' has no effect: no layer changes with the timestep. Leave it out.")
 
 
 def search(

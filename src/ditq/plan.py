@@ -48,6 +48,7 @@ ALWAYS = 1e9
 """A timestep beyond all schedules: the open end of a range of timesteps."""
 
 Timesteps = Literal["all", "normal"]
+Number = int | float
 Float = Literal["bfloat16", "float16", "float32"]
 
 
@@ -167,7 +168,7 @@ class LayerPlan(_Frozen):
     gptq: Gptq | None = None
     rounding_gain: float | None = None
     clip: Literal["minmax", "mse"] = "minmax"
-    timesteps: Annotated[tuple[tuple[int, int], ...], Field(max_length=MOST_RANGES)] | None = None
+    timesteps: Annotated[tuple[tuple[Number, Number], ...], Field(max_length=MOST_RANGES)] | None = None
     range_weights: Annotated[tuple[Grid, ...], Field(max_length=MOST_RANGES)] | None = None
     steps: Annotated[tuple[StepFormat, ...], Field(min_length=1, max_length=MOST_RANGES)] | None = None
     incoherence: Incoherence | None = None
@@ -300,6 +301,12 @@ class LayerPlan(_Frozen):
             return sum(widths) / len(widths)
         grids = [self.activation_at(time) for time in trajectory]
         return sum(16 if grid is None else grid.bits for grid in grids) / len(grids)
+
+    @property
+    def activations(self) -> tuple[Grid | None, ...]:
+        """All grids of its inputs, the most precise one first."""
+        grids = {self.activation: None} | dict.fromkeys(step.activation for step in self.steps or ())
+        return tuple(sorted(grids, key=lambda grid: -(16 if grid is None else grid.bits)))
 
     def activation_at(self, time: float) -> Grid | None:
         """The grid of the inputs at a timestep; None: 16 bit."""
@@ -474,6 +481,11 @@ class Plan(_Frozen):
         return any(layer.rounding == "gptq" for layer in self.quantized)
 
     @property
+    def follows_timesteps(self) -> bool:
+        """Whether layers change with the timestep."""
+        return any(layer.timesteps or layer.steps for layer in self.quantized)
+
+    @property
     def average_bits(self) -> float:
         """Average bits per parameter of the float transformer; numbers kept in 16 bit, and branches, count as 16.
 
@@ -563,7 +575,7 @@ class Plan(_Frozen):
             raise CheckpointError(f"The plan is not valid: {first_error(error)}.") from error
 
 
-def range_of(time: float, ranges: Sequence[tuple[int, int]]) -> int:
+def range_of(time: float, ranges: Sequence[tuple[float, float]]) -> int:
     """The number of the range that a timestep is in; between two ranges, of the nearest one."""
     distances = [max(begin - time, time - end, 0.0) for begin, end in ranges]
     return distances.index(min(distances))

@@ -189,6 +189,30 @@ class Calibration(_Strict):
     timesteps: Timesteps = "all"
 
 
+class StepPolicy(_Strict):
+    """The first and the last steps of a sampling run, which get higher precision.
+
+    The words are those of the ``diffusion_step_policy`` that serving engines read.
+
+    Attributes:
+        type: the first and the last N steps.
+        index_space: what is counted: iterations of the denoising loop.
+        first_steps, last_steps: how many; of a run with another number of steps, the same part of the trajectory.
+    """
+
+    schema_version: Literal[1] = 1
+    type: Literal["first_last_n"] = "first_last_n"
+    index_space: Literal["denoising_loop_iteration"] = "denoising_loop_iteration"
+    first_steps: Annotated[int, Field(ge=0)] = 0
+    last_steps: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _has_steps(self) -> StepPolicy:
+        if self.first_steps + self.last_steps == 0:
+            raise ValueError("a step policy needs first_steps or last_steps of at least 1")
+        return self
+
+
 class Recipe(_Strict):
     """A quantization recipe.
 
@@ -205,6 +229,11 @@ class Recipe(_Strict):
             ``gptq`` holds its settings). Can be combined with any balance.
         fit_groups: if ``group_size`` does not divide the inputs of a layer, use the largest divisor below it;
             without this it is an error.
+        diffusion_step_policy: the first and last steps of the sampling run (of ``calibration.steps`` steps) that get
+            more bits than the others.
+        step_activations: bits of the inputs at those steps, 2 to 8 or 16; 8 if ``step_weights`` is not set. Layers
+            that have as many already do not change.
+        step_weights: bits of the weights at those steps, 2 to 8: further copies of the weights, which count.
     """
 
     version: Literal[1] = 1
@@ -223,6 +252,27 @@ class Recipe(_Strict):
     rounding: Literal["nearest", "gptq"] = "nearest"
     gptq: Gptq = Gptq()
     fit_groups: bool = False
+    diffusion_step_policy: StepPolicy | None = None
+    step_activations: Annotated[int, Field(ge=2, le=16)] | None = None
+    step_weights: Annotated[int, Field(ge=2, le=8)] | None = None
+
+    @field_validator("step_activations")
+    @classmethod
+    def _width_exists(cls, bits: int | None) -> int | None:
+        if bits is not None and 8 < bits < 16:
+            raise ValueError(f"must be 2 to 8, or 16 (not quantized), got {bits}")
+        return bits
+
+    @model_validator(mode="after")
+    def _ranges_are_of_one_kind(self) -> Recipe:
+        if self.diffusion_step_policy is None or self.step_weights is None:
+            return self
+        if self.step_activations is not None:
+            raise ValueError("step_weights and step_activations cannot be combined: leave one of them out")
+        if self.balance.timesteps is not None or self.rounding == "gptq":
+            other = "balance.timesteps" if self.balance.timesteps is not None else "rounding=gptq"
+            raise ValueError(f"step_weights cannot be combined with {other}")
+        return self
 
     @field_validator("keep_layers")
     @classmethod
@@ -239,6 +289,12 @@ class Recipe(_Strict):
             or self.rounding == "gptq"
             or any(a is not None and not a.dynamic for a in static)
         )
+
+    @property
+    def at_steps(self) -> tuple[int | None, int | None]:
+        """Bits of the weights and of the inputs at the steps of the policy; None: as at the others."""
+        activations = self.step_activations
+        return self.step_weights, 8 if self.step_weights is None and activations is None else activations
 
     @property
     def needs_calls(self) -> bool:
@@ -331,8 +387,11 @@ class Recipe(_Strict):
         formats += [fmt for of_role in self.roles.values() for fmt in (of_role.weights, of_role.activations)]
         if not any(fmt is not None and fmt.group_size for fmt in formats):
             idle["fit_groups"] = "no format has groups"
-        if not self.needs_calibration:
+        if not self.needs_calibration and self.diffusion_step_policy is None:
             idle["calibration"] = "it needs no calibration"
+        if self.diffusion_step_policy is None:
+            remedy = "it needs diffusion_step_policy, e.g. diffusion_step_policy={first_steps: 2, last_steps: 1}"
+            idle |= dict.fromkeys(("step_activations", "step_weights"), remedy)
         labels = {"method": "a label that decides nothing; set balance.* or rounding instead", "name": "a label",
                   "paper": "a label", "description": "a label"}  # fmt: skip
         return idle | labels

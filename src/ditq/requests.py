@@ -14,7 +14,7 @@ from ditq.allocation.choices import UNITS, Unit
 from ditq.calibration import Statistics
 from ditq.components import transformer_names
 from ditq.errors import DitqError, UsageError, unknown
-from ditq.openvino.options import ATTENTIONS, SHAPES
+from ditq.openvino.options import ATTENTIONS, SHAPES, STEPS
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
 from ditq.recipe import load as load_recipe
@@ -223,7 +223,9 @@ def check_prompts(prompts: Sequence[str] | None) -> None:
         check_conditions(prompts)
 
 
-def check_export(engine: str, shapes: str, attention: str, prompts: Sequence[str] | None, seed: int | None) -> None:
+def check_export(
+    engine: str, shapes: str, attention: str, steps: str, prompts: Sequence[str] | None, seed: int | None
+) -> None:
     """Refuses unknown options of ``export``, and arguments without effect.
 
     Raises:
@@ -235,6 +237,8 @@ def check_export(engine: str, shapes: str, attention: str, prompts: Sequence[str
         raise unknown("kind of shapes", shapes, SHAPES)
     if attention not in ATTENTIONS:
         raise unknown("precision of attention", attention, ATTENTIONS)
+    if steps not in STEPS:
+        raise unknown("treatment of steps", steps, STEPS)
     if attention == "bf16" and shapes == "dynamic":
         raise UsageError("attention='bf16' needs shapes='static': dynamic graphs compute attention in float32.")
     check_prompts(prompts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import numpy as np
@@ -391,30 +390,3 @@ def test_is_no_engine_for_single_linears() -> None:
     assert engines.choose(weight_format(8), token_format(), CPU).name == "torch"
     with pytest.raises(UsageError, match="Unknown engine 'openvino'"), engines.use_engine("openvino"):
         pass
-
-
-def test_says_that_openvino_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openvino" else find(name, *a))
-    assert runtime.why_unavailable() == "OpenVINO is not installed: pip install 'ditq[openvino]'"
-
-
-def test_says_that_the_cpu_has_no_integer_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "execution", lambda *a: "float")
-    runtime._why_no_integers.cache_clear()
-    try:
-        assert "it needs AVX2-VNNI or AVX512-VNNI" in (runtime.why_unavailable() or "")
-    finally:
-        runtime._why_no_integers.cache_clear()
-
-
-def test_says_that_openvino_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> None:
-        raise RuntimeError("\nno CPU plugin\ndetails")
-
-    monkeypatch.setattr(probe, "execution", fail)
-    runtime._why_no_integers.cache_clear()
-    try:
-        assert "cannot run here: no CPU plugin" in (runtime.why_unavailable() or "")
-    finally:
-        runtime._why_no_integers.cache_clear()

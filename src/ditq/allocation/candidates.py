@@ -16,7 +16,7 @@ from ditq.conversion import convert, estimate, replace
 from ditq.conversion.hessians import walk_blocks
 from ditq.conversion.rounding import round_weight
 from ditq.conversion.scales import group_scale
-from ditq.layers import QuantizedLinear
+from ditq.layers import Clock, QuantizedLinear, SteppedLinear
 from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
 from ditq.trace.calls import Call
@@ -75,9 +75,13 @@ class Candidates:
         self._incoherence = {layer.name: layer.incoherence for layer in self.plan}
         self._quantized: dict[tuple[str, LayerPlan], QuantizedLinear] = {}
         self._kept: dict[str, nn.Linear] = {}
+        self._clock = Clock()
+        if any(gene.segment for gene in space.genes) or any(layer.steps for layer in layers):
+            self._clock.attach(model, architecture.forward.time)
         for name, layer in start.items():
             if layer.weight is not None:
-                self._quantized[name, _weights_of(layer)] = cast(QuantizedLinear, model.get_submodule(name))
+                module = cast(QuantizedLinear, model.get_submodule(name))
+                self._quantized[name, _weights_of(layer)] = module
         if any(layer.rounding == "gptq" for gene in space.genes for of in gene.plans.values() for layer in of):
             assert statistics is not None
             self._round(architecture, group_scales, statistics.calls)
@@ -133,12 +137,15 @@ class Candidates:
                 self.linears[layer.name], layer, smooth_scale=self.scales.get(layer.name) if layer.smooth else None
             )
         module = self._quantized[key]
-        inputs = {"activation": layer.activation, "incoherence": self._incoherence.get(layer.name)}
+        inputs = {
+            "activation": layer.activation, "steps": layer.steps, "incoherence": self._incoherence.get(layer.name)
+        }  # fmt: skip
         plan = module.plan.model_copy(update=inputs)
-        if module.plan.activation != layer.activation:
-            module = copy.copy(module)  # shares the integers
-            module._buffers = dict(module._buffers)
-            self._quantized[key] = module
+        if layer.steps is not None:
+            module = SteppedLinear.of(module, plan, self._clock)  # shares the integers
+        elif module.plan.activation != layer.activation or isinstance(module, SteppedLinear):
+            module = QuantizedLinear.like(module, plan)
+        self._quantized[key] = module
         module.plan = plan
         if current is not module:
             replace(self.model, layer.name, module)
@@ -147,7 +154,7 @@ class Candidates:
 
 def _weights_of(layer: LayerPlan) -> LayerPlan:
     """What the integers of a layer depend on."""
-    return layer.model_copy(update={"activation": None, "incoherence": None})
+    return layer.model_copy(update={"activation": None, "steps": None, "incoherence": None})
 
 
 def _stored(linear: nn.Linear, dtype: str) -> nn.Linear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from ditq.numerics import Grid
@@ -22,7 +22,9 @@ COSTS: dict[Cost, str] = {
 """The costs that a budget may limit, in words."""
 
 
-def costs_of(layer: LayerPlan, rows: float, share: float | None = None) -> dict[Cost, float]:
+def costs_of(
+    layer: LayerPlan, rows: float, share: float | None = None, trajectory: Sequence[float] = ()
+) -> dict[Cost, float]:
     """The costs of a layer as sums over layers: average bits are multiplied by their weights in the average.
 
     Args:
@@ -30,13 +32,16 @@ def costs_of(layer: LayerPlan, rows: float, share: float | None = None) -> dict[
         rows: M, the tokens of this layer per generated image (all steps, both halves of a guided batch).
         share: of the rows that are in the timestep segment whose activations are priced; the weights are not priced
             then. None: all timesteps, and the weights.
+        trajectory: timesteps of the sampling run, for layers whose bits change with the timestep.
     """
     part = 1.0 if share is None else share
+    inputs = layer.average_activation_bits(trajectory) if share is None else float(layer.activation_bits)
+    weights = layer.average_weight_bits(trajectory)
     return {
         "bytes": float(layer.stored_bytes()) if share is None else 0.0,
-        "bit_operations": bit_operations(layer, part * rows),
-        "weights": float(layer.weight_bits * layer.parameters) if share is None else 0.0,
-        "activations": layer.activation_bits * layer.parameters * part * rows,
+        "bit_operations": bit_operations(layer, part * rows, weights * inputs),
+        "weights": weights * layer.parameters if share is None else 0.0,
+        "activations": inputs * layer.parameters * part * rows,
     }
 
 
@@ -66,7 +71,7 @@ def grouped(layer: LayerPlan, size: int) -> LayerPlan:
     )
 
 
-def bit_operations(layer: LayerPlan, rows: float) -> float:
+def bit_operations(layer: LayerPlan, rows: float, per_product: float | None = None) -> float:
     """BitOps of one linear y [M, N] = X [M, K] W^T [K, N] with groups of g channels (g = K without groups):
 
         B = M N K b_w b_a + M N (K / g) 32
@@ -79,12 +84,13 @@ def bit_operations(layer: LayerPlan, rows: float) -> float:
     Args:
         layer: of the plan.
         rows: M, the tokens of this layer per generated image (all steps, both halves of a guided batch).
+        per_product: b_w b_a, if it is not that of the plan's formats: an average over timesteps.
     """
-    rescaled = 0.0
+    rescaled, product = 0.0, layer.weight_bits * layer.activation_bits if per_product is None else per_product
     if layer.weight is not None:
         rescaled = RESCALE / min(grid.group_size or layer.in_features for grid in (layer.weight, layer.activation or
                                  layer.weight))  # fmt: skip
-    return rows * layer.parameters * (layer.weight_bits * layer.activation_bits + rescaled)
+    return rows * layer.parameters * (product + rescaled)
 
 
 def scale_overhead_bits(layers: Iterable[LayerPlan]) -> float:

@@ -50,7 +50,7 @@ class InputProbes(Candidates):
     def _put(self, layer: LayerPlan) -> LayerPlan:
         kept = layer.model_copy(
             update={"weight": None, "activation": None, "smooth": None, "rotate": None, "rounding": "nearest",
-                    "gptq": None, "clip": "minmax"}
+                    "gptq": None, "clip": "minmax", "steps": None}
         )  # fmt: skip
         plan = super()._put(kept)
         if layer.activation is not None:

@@ -27,7 +27,15 @@ from ditq.conversion import draft, estimate, plan_layers
 from ditq.errors import DitqError, UsageError, unknown
 from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
-from ditq.sampling import Samples, Sampling, batches, condition_list, fingerprint, sample
+from ditq.sampling import (
+    Samples,
+    Sampling,
+    batches,
+    condition_list,
+    fingerprint,
+    sample,
+    trajectory_timesteps,
+)  # fmt: skip
 from ditq.trace.calls import Call, merged
 
 STRATEGIES = ("evolution", "random", "program", "uniform")
@@ -175,7 +183,10 @@ def search(
     candidate = recipe if rounding == "recipe" else recipe.model_copy(update={"rounding": "nearest"})
     if statistics is None and (candidate.needs_calibration or strategy == "program"):
         statistics = _calibrated(pipe, component, architecture, recipe, calibration, seed, progress)
-    layers = plan_layers(model, architecture, candidate, statistics, seed=seed, progress=progress)
+    trajectory = _trajectory(pipe, architecture, recipe, conditions, sampling, choices)
+    layers = plan_layers(
+        model, architecture, candidate, statistics, seed=seed, trajectory=trajectory, progress=progress
+    )
     in_stacks = {linear.name for group in architecture.groups(model) for linear in group.linears}
     searched = [layer for layer in layers if layer.weight is not None and layer.name in in_stacks]
     recipe_layers = draft(model, architecture, recipe)
@@ -191,6 +202,7 @@ def search(
     space = Space.of(
         searched, rows_per_image, sizes=sizes, choices=choices, budget=_budget(budget, choices),
         other_bytes=total - sum(layer.stored_bytes() for layer in draft_of(searched, recipe_layers)),
+        trajectory=trajectory,
     )  # fmt: skip
     chosen_strategy = _strategy(strategy, space, model, architecture, statistics, progress)
     candidates = Candidates(model, architecture, layers, space, statistics, recipe, seed)
@@ -226,11 +238,27 @@ def search(
             f"All {len(results.scored)} candidates generate NaN or Inf; choose more bits or another recipe."
         )
     candidates.put(genome)
+    followed = {"trajectory": tuple(trajectory) or None}
+    candidates.plan = candidates.plan.model_copy(update=followed)
     plan = _plan(candidates.plan, layers, space.planned(genome), recipe_layers)
     return SearchResult(
         plan, candidates.plan, genome, value, fitness.name, name, space.cost(genome, "bit_operations"), space.budget,
         scale_overhead_bits(plan), results.scored, results.evaluated, space.averages(genome), component,
     )  # fmt: skip
+
+
+def _trajectory(
+    pipe: Any,
+    architecture: Architecture,
+    recipe: Recipe,
+    conditions: Sequence[str],
+    sampling: Sampling,
+    choices: Choices | None,
+) -> list[float]:
+    """The timesteps of the sampling run, if the bits of a layer may change with them."""
+    if recipe.diffusion_step_policy is None and not (choices and choices.segments):
+        return []
+    return trajectory_timesteps(pipe, architecture, conditions[0], sampling)
 
 
 def _calibrated(

@@ -112,7 +112,7 @@ def measure_sensitivity(
     """
     conditions = condition_list(conditions)
     model: nn.Module = getattr(pipe, component)
-    _check(part, choices, moments)
+    _check(recipe, part, choices, moments)
     widths = sorted({16, *(choices.weights or choices.activations)}, reverse=True)
     choices = Choices(**{part: tuple(widths)}, unit=choices.unit)  # type: ignore[arg-type]
     drafted = _searched(draft(model, architecture, recipe), model, architecture)
@@ -158,12 +158,14 @@ def measure_sensitivity(
     return _scores(space, trials, part, choices, images, recipe, conditions, sampling, component)
 
 
-def _check(part: Part, choices: Choices, moments: int) -> None:
+def _check(recipe: Recipe, part: Part, choices: Choices, moments: int) -> None:
     widths = choices.weights if part == "weights" else choices.activations
     if part not in PARTS:
         raise UsageError(f"The part to quantize must be weights or activations, got {part!r}.")
     if not [b for b in widths if b < 16]:
         raise UsageError(f"Sensitivity of {part} needs widths below 16 bit, e.g. 8, 4, 3; got {list(widths)}.")
+    if recipe.diffusion_step_policy is not None:
+        raise UsageError("Sensitivity is measured at every timestep alone: leave diffusion_step_policy out.")
     if moments < 1:
         raise UsageError(f"Sensitivity needs at least 1 timestep of each prompt, got moments={moments}.")
 

@@ -46,6 +46,7 @@ class Space:
         budget: Budget | Sequence[Budget] = "uniform:128",
         choices: Choices | None = None,
         other_bytes: float = 0.0,
+        trajectory: Sequence[float] = (),
         check: bool = True,
     ) -> Space:
         """The space of the quantized layers among ``layers``.
@@ -57,6 +58,7 @@ class Space:
             budget: one or several, see :mod:`ditq.allocation.budget`.
             choices: what is chosen, by default a group size for every layer.
             other_bytes: bytes of the transformer besides these layers, for a budget in bytes.
+            trajectory: timesteps of the sampling run, for layers whose bits change with the timestep.
             check: False accepts a space with one genome or none, for measuring it gene by gene.
 
         Raises:
@@ -68,7 +70,7 @@ class Space:
         genes = chosen.genes(quantized)
         costs = tuple(
             {
-                choice: _sum(costs_of(plan, rows[plan.name], gene.share) for plan in plans)
+                choice: _sum(costs_of(plan, rows[plan.name], gene.share, trajectory) for plan in plans)
                 for choice, plans in gene.plans.items()
             }
             for gene in genes

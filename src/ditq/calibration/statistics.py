@@ -46,7 +46,7 @@ class GroupStatistics:
     sample: Tensor
     sample_time: Tensor
 
-    def timestep_absmax(self, timesteps: Tensor, between: tuple[int, int] | None = None) -> Tensor:
+    def timestep_absmax(self, timesteps: Tensor, between: tuple[float, float] | None = None) -> Tensor:
         """Largest |x| of each timestep and channel, float32 [T, K], over all conditions (``timesteps`` [T])."""
         chosen = self.absmax
         if between is not None:
@@ -54,11 +54,11 @@ class GroupStatistics:
             chosen = chosen[inside] if inside.any() else chosen
         return chosen.amax(1)
 
-    def channel_absmax(self, timesteps: Tensor, between: tuple[int, int] | None = None) -> Tensor:
+    def channel_absmax(self, timesteps: Tensor, between: tuple[float, float] | None = None) -> Tensor:
         """Largest |x| of each channel, float32 [K], over all conditions and timesteps (``timesteps`` [T])."""
         return self.timestep_absmax(timesteps, between).amax(0)
 
-    def rows(self, between: tuple[int, int] | None = None) -> Tensor:
+    def rows(self, between: tuple[float, float] | None = None) -> Tensor:
         """The sample [R, K] as float32, restricted to a range of timesteps if it has rows in that range."""
         if between is not None:
             inside = (self.sample_time >= between[0]) & (self.sample_time <= between[1])

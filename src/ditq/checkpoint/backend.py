@@ -27,7 +27,7 @@ from ditq.conversion.folding import BUFFER, prepare, unfold
 from ditq.conversion.storage import dtype_of, stays_float32
 from ditq.conversion.wiring import unwire, wire
 from ditq.errors import CheckpointError, DitqError, UsageError, warn
-from ditq.layers import Clock, QuantizedLinear, TimestepLinear
+from ditq.layers import Clock, QuantizedLinear, TimestepLinear, with_steps
 from ditq.plan import Plan
 
 _ALIGNMENT = 64
@@ -320,10 +320,11 @@ def build(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
             ranges = [QuantizedLinear(inner, dtype=kind, device="meta") for inner in plans]
             replace(model, layer.name, TimestepLinear(layer, ranges, clock))
         else:
-            replace(model, layer.name, QuantizedLinear(layer, dtype=kind, device="meta"))
-    if any(layer.timesteps for layer in plan.quantized):
+            quantized = QuantizedLinear(layer, dtype=kind, device="meta")
+            replace(model, layer.name, with_steps(quantized, layer, clock))
+    if plan.follows_timesteps:
         if plan.time_argument is None:
-            raise CheckpointError("The plan is timestep-aware but has no time_argument.")
+            raise CheckpointError("Layers of the plan change with the timestep, but it has no time_argument.")
         clock.attach(model, plan.time_argument)
 
 

@@ -24,6 +24,13 @@ def export(
             "int8: queries and keys in 8 bits (calibrated on --prompts)."
         ),
     ] = "auto",
+    steps: Annotated[
+        str,
+        typer.Option(
+            help="Of a plan whose activation bits change with the timestep: exact (refused), or finest (the most "
+            "precise bits at all timesteps)."
+        ),
+    ] = "exact",
     prompts: PromptFile = None,
     options: Annotated[
         list[str] | None,
@@ -57,7 +64,8 @@ def export(
         settings[name] = value
     with progress_bars(quiet) as progress:
         text = api.export(
-            pipeline, out_dir, engine=engine, shapes=shapes, attention=attention, options=settings,
+            pipeline, out_dir, engine=engine, shapes=shapes, attention=attention, steps=steps,
+            options=settings,
             prompts=None if prompts is None else read_prompts(prompts), seed=seed, progress=progress,
             architecture=architecture, allow_float=allow_float, whole_pipeline=whole_pipeline, variant=variant,
         )  # fmt: skip

@@ -32,7 +32,7 @@ class Conversion:
         plans: of every linear, by name.
         statistics: of the timesteps that the plan uses; None if it needs none.
         scales: smoothing scale [K] of every input group by the group's name; None for a group without smoothing.
-        clock: the timestep of the current call, for layers with integers per timestep range.
+        clock: the timestep of the current call, for layers that change with it.
     """
 
     model: nn.Module
@@ -69,7 +69,7 @@ def convert(
     work.scales = {group.name: _scale(work, group) for group in groups}
     del groups  # they hold the float weights of finished blocks
     storage = round_to_storage(model)
-    if any(layer.timesteps for layer in plan.quantized):
+    if plan.follows_timesteps:
         work.clock.attach(model, architecture.forward.time)
     names = [linear.name for linear in architecture.linears(model)]
     final = _replace_all(work, progress)

@@ -79,7 +79,7 @@ def walk_blocks(
 def _depends_on_call(plan: LayerPlan) -> bool:
     """Whether the output for one row depends on the timestep, or on the other rows of the call."""
     range_of_call = plan.activation is not None and plan.activation.dynamic and plan.activation.granularity == "tensor"
-    return bool(plan.timesteps) or range_of_call
+    return bool(plan.timesteps or plan.steps) or range_of_call
 
 
 def _hessians(

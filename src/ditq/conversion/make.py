@@ -9,7 +9,7 @@ from ditq.calibration import GroupStatistics, Statistics
 from ditq.conversion.hessians import InputHessian
 from ditq.conversion.rounding import round_weight
 from ditq.conversion.scales import balanced, group_scale, static_scale
-from ditq.layers import Clock, QuantizedLinear, TimestepLinear
+from ditq.layers import Clock, QuantizedLinear, TimestepLinear, with_steps
 from ditq.numerics import incoherence
 from ditq.plan import Incoherence, LayerPlan
 
@@ -29,7 +29,7 @@ def make_layer(
         group: of the linear's input; None for a linear outside of the stacks.
         scale: smoothing scale [K] of the group, or None.
         hessian: of the balanced input, if GPTQ rounds the weight.
-        clock: of the model, for layers with integers per timestep range.
+        clock: of the model, for layers that change with the timestep.
     """
     scale = scale if plan.smooth else None
     inputs = statistics.groups.get(group.name) if statistics and group else None
@@ -44,6 +44,7 @@ def make_layer(
         layer = QuantizedLinear.from_linear(
             linear, plan, smooth_scale=scale, input_scale=static_scale(plan, inputs, scale), quantized=quantized
         )
+        layer = with_steps(layer, plan, clock)
     return plan.model_copy(update={"incoherence": _incoherence(plan, linear, scale, inputs)}), layer
 
 

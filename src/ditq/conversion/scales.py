@@ -17,7 +17,7 @@ def group_scale(
     group: InputGroup,
     statistics: GroupStatistics,
     timesteps: Tensor,
-    between: tuple[int, int] | None = None,
+    between: tuple[float, float] | None = None,
 ) -> Tensor:
     """The smoothing scale s, float32 [K], that all linears of a group share."""
     per_linear = torch.stack([linear.module.weight.detach().float().abs().amax(0).cpu() for linear in group.linears])
@@ -41,7 +41,10 @@ def balanced(x: Tensor, scale: Tensor | None, rotate_plan: Rotate | None, *, wei
 
 
 def static_scale(
-    plan: LayerPlan, statistics: GroupStatistics | None, scale: Tensor | None, between: tuple[int, int] | None = None
+    plan: LayerPlan,
+    statistics: GroupStatistics | None,
+    scale: Tensor | None,
+    between: tuple[float, float] | None = None,
 ) -> Tensor | None:
     """Scales [1, G] of a static activation grid: the largest balanced calibration input over the largest code.
 

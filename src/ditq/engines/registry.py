@@ -167,6 +167,6 @@ def forget() -> None:
 
 def describe(plan: Plan, device: torch.device) -> str:
     """The engines that run the formats of a plan on a device, as text."""
-    pairs = dict.fromkeys((x.weight, x.activation) for x in plan.quantized if x.weight and x.activation)
-    chosen = {choose(w, a, device).name for w, a in pairs}
+    pairs = dict.fromkeys((x.weight, grid) for x in plan.quantized for grid in x.activations)
+    chosen = {choose(w, a, device).name for w, a in pairs if w and a}
     return f"{' and '.join(sorted(chosen)) or 'dequantized weights, 16-bit products'} on {device}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ditq.errors import warn
 from ditq.layers.deferred import Deferred, can_defer, offloaded, output
 from ditq.layers.read_only import ReadOnly
 from ditq.layers.shared import SharedInput
-from ditq.numerics import Quantized, Rotation, pack, quantize, rotate, search_clip_ratio, unrotate, warm
+from ditq.numerics import Grid, Quantized, Rotation, pack, quantize, rotate, search_clip_ratio, unrotate, warm
 from ditq.plan import Branch, LayerPlan
 
 
@@ -130,6 +130,15 @@ class QuantizedLinear(nn.Linear):
             layer.bias.copy_(linear.bias)
         return layer
 
+    @classmethod
+    def like(cls, layer: QuantizedLinear, plan: LayerPlan) -> Self:
+        """A layer with the integers of ``layer``, shared, whose plan differs in its inputs only."""
+        other = cls.__new__(cls)
+        other.__dict__.update(layer.__dict__)
+        other._buffers, other._parameters = dict(layer._buffers), dict(layer._parameters)
+        other.plan = plan
+        return other
+
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The packed weight in the form that engines take."""
@@ -165,6 +174,11 @@ class QuantizedLinear(nn.Linear):
             weight = weight / self.smooth_scale
         return weight.to(self.dtype)
 
+    @property
+    def activation(self) -> Grid | None:
+        """The grid of the inputs of the current call; None: 16 bit."""
+        return self.plan.activation
+
     def balance(self, x: Tensor) -> Tensor:
         """The input after online smoothing and rotation, float32 [..., K]."""
         return balance(x, self._buffers.get("smooth_scale"), self.rotation)
@@ -194,7 +208,7 @@ class QuantizedLinear(nn.Linear):
 
     def _rounded_forward(self, x: Tensor) -> Tensor:
         """The output without the branch."""
-        if self.plan.activation is None:
+        if self.activation is None:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self._rounded_weight().to(x.dtype), bias)
         if torch.is_grad_enabled() and x.requires_grad:
@@ -214,7 +228,7 @@ class QuantizedLinear(nn.Linear):
     @torch.no_grad()
     def _run(self, x: Tensor, gate: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """y, or residual + gate * y, [M, N]."""
-        fmt, activation = self.plan.weight, self.plan.activation
+        fmt, activation = self.plan.weight, self.activation
         assert fmt is not None and activation is not None
         engine = engines.choose(fmt, activation, x.device, self.engine)
         if self.shared is None or torch.compiler.is_compiling():
@@ -233,7 +247,7 @@ class QuantizedLinear(nn.Linear):
     def _quantized(self, engine: Engine, x: Tensor) -> Quantized:
         """The integers [M, K] of x [..., K]."""
         activation, smooth, scale = (
-            self.plan.activation,
+            self.activation,
             self._buffers.get("smooth_scale"),
             self._buffers.get("input_scale"),
         )

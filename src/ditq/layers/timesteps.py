@@ -2,64 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ditq.errors import UsageError
+from ditq.layers.clock import Clock
 from ditq.layers.quantized_linear import QuantizedLinear
 from ditq.plan import LayerPlan
 from ditq.reading import cut
-
-
-def timestep_of(value: Tensor | float) -> float:
-    """The timestep of a transformer call from its argument: a number, or the first element of a tensor."""
-    return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
-
-
-_of_thread = threading.local()
-"""The timesteps of each clock in this thread, see :class:`Clock`."""
-
-
-class Clock(nn.Module):
-    """Holds the timesteps of the current transformer call; one per model, set by a forward pre-hook.
-
-    Every thread has its own current call. A thread that never called the model (one of autograd's that computes a
-    checkpointed block again) reads the latest call of any thread.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.latest = torch.zeros(())
-        self.argument = ""
-
-    @property
-    def now(self) -> Tensor:
-        """The timesteps of the current call, float32 on the CPU: one for all samples, [], or one each, [B, ...]."""
-        calls: weakref.WeakKeyDictionary[Clock, Tensor] = getattr(_of_thread, "calls", weakref.WeakKeyDictionary())
-        return calls.get(self, self.latest)
-
-    def set(self, value: Tensor | float) -> None:
-        """Starts a call at these timesteps."""
-        if not hasattr(_of_thread, "calls"):
-            _of_thread.calls = weakref.WeakKeyDictionary()
-        times = torch.as_tensor(value).detach().to("cpu", torch.float32)
-        _of_thread.calls[self] = self.latest = times.reshape(()) if times.numel() == 1 else times
-
-    def attach(self, model: nn.Module, argument: str) -> None:
-        """Reads ``argument`` (a number, or a tensor of timesteps) before every forward of ``model``."""
-        self.argument = argument
-        # A bound method, so that a deep copy of the model sets its own copy of the clock.
-        model.register_forward_pre_hook(self._set, with_kwargs=True)
-
-    def _set(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = kwargs.get(self.argument)
-        if value is None:
-            raise ValueError(f"timestep-aware layers need the transformer's keyword argument {self.argument!r}")
-        self.set(value)
 
 
 class TimestepLinear(nn.Linear):

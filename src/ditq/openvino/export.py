@@ -13,8 +13,9 @@ from torch import nn
 
 from ditq.architectures import Architecture
 from ditq.components import plan_of
+from ditq.conversion.finest import without_steps
 from ditq.errors import CheckpointError, DitqError, UsageError
-from ditq.layers import QuantizedLinear, TimestepLinear
+from ditq.layers import QuantizedLinear, SteppedLinear, TimestepLinear
 from ditq.openvino import runtime
 from ditq.openvino import storage as files
 from ditq.openvino.attention_ranges import Largest
@@ -30,6 +31,7 @@ from ditq.openvino.segment import parts, write_segment
 from ditq.openvino.settings import PRECISION, compile_config, group_size, why_float
 from ditq.openvino.summary import Report, examine, some
 from ditq.openvino.threads import one_thread
+from ditq.plan import Plan
 from ditq.reading import cut
 from ditq.trace.arguments import parameters
 from ditq.trace.stacks import capture
@@ -171,6 +173,8 @@ def _specs(model: nn.Module, architecture: Architecture, allow_float: bool) -> d
                     f"Layer {name!r} has integers per timestep range, and an OpenVINO graph does not have the "
                     "timestep. Quantize with a recipe without balance.timesteps."
                 )
+            if isinstance(module, SteppedLinear):
+                raise UsageError(_with_steps(name, plan_of(model)))
             # Nested layers (adapters around a quantized linear) are listed by the name of the inner one.
             if isinstance(module, QuantizedLinear):
                 specs[name] = linear_spec(name, module)
@@ -187,6 +191,19 @@ def _specs(model: nn.Module, architecture: Architecture, allow_float: bool) -> d
             f"The blocks of this {type(model).__name__} have no quantized layers; quantize it first (ditq quantize)."
         )
     return specs
+
+
+def _with_steps(name: str, plan: Plan | None) -> str:
+    """Why a plan with activation grids by timestep is refused, with the nearest one that is not."""
+    cost = ""
+    if plan is not None:
+        nearest = without_steps(plan)
+        cost = f" ({nearest.average_activation_bits:.2f} bits an input instead of {plan.average_activation_bits:.2f})"
+    return (
+        f"Layer {name!r} changes its activation grid with the timestep, and an OpenVINO graph does not have the "
+        "timestep. The nearest plan that exports has the same weights, and the most precise activations of each layer "
+        f"at all timesteps{cost}: pass steps='finest' (--steps finest)."
+    )
 
 
 def _float_shapes(specs: Mapping[str, LinearSpec], width: int, allow_float: bool) -> dict[str, str]:

@@ -13,7 +13,7 @@ from ditq.components import transformer_names
 from ditq.errors import UsageError
 from ditq.openvino import attention_ranges, components
 from ditq.openvino.export import export
-from ditq.sampling import first_call
+from ditq.sampling import example_condition, first_call
 
 # The largest number of prompts for attention in 8 bits: maxima hardly grow after the first few.
 MOST_PROMPTS = 16
@@ -49,8 +49,7 @@ def export_pipeline(
         UsageError, DitqError: see :func:`ditq.export`.
     """
     labels = list(getattr(pipe, "labels", None) or {})
-    texts = architecture.pipeline.condition != "class_labels"
-    example = condition or ("an image" if texts else next(iter(labels), "0"))
+    example = condition or example_condition(pipe, architecture)
     # Experts of one pipeline are called with the same arguments, so the call of the first one is an example for all.
     call = first_call(pipe, architecture, [example])
     names, lines = transformer_names(pipe), []

@@ -41,6 +41,8 @@ def _why_no_integers() -> str | None:
         executed = execution(Kernel(64, 32, "i8"), 64)
     except RuntimeError as error:  # no CPU plugin for this machine, or one that cannot compile a product
         return f"OpenVINO {ov.__version__} cannot run here: {str(error).strip().splitlines()[0]}"
+    except DitqError as error:  # without VNNI, sums of two 8-bit products are clipped to 16 bits
+        return f"{error} It needs a CPU with AVX2-VNNI or AVX512-VNNI"
     if executed == "float":
         return f"OpenVINO {ov.__version__} has no 8-bit products for this CPU (it needs AVX2-VNNI or AVX512-VNNI)"
     return None

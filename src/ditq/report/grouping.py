@@ -106,4 +106,5 @@ def _split(labelled: list[tuple[str, LayerPlan]]) -> dict[tuple[str, Treatment],
 def _treatment(layer: LayerPlan) -> Treatment:
     smooth = layer.smooth and layer.smooth.model_copy(update={"alpha": 0.0})
     rotate = layer.rotate and layer.rotate.model_copy(update={"seed": 0})
-    return (layer.role, layer.weight, layer.activation, smooth, rotate, layer.rounding, layer.timesteps, layer.reason)
+    formats = (layer.weight, layer.activation, layer.timesteps, layer.range_weights, layer.steps)
+    return (layer.role, *formats, smooth, rotate, layer.rounding, layer.reason)

@@ -58,6 +58,9 @@ def layer_json(layer: LayerPlan) -> dict[str, Any]:
         "rounding_gain": layer.rounding_gain,
         "incoherence": layer.incoherence.model_dump() if layer.incoherence else None,
         "reason": layer.reason,
+        **({"steps": [step.model_dump(mode="json") for step in layer.steps]} if layer.steps else {}),
+        **({"timesteps": layer.timesteps} if layer.timesteps else {}),
+        **({"range_weight_bits": [grid.bits for grid in layer.range_weights]} if layer.range_weights else {}),
     }
 
 
@@ -135,7 +138,8 @@ def _cells(layers: Sequence[LayerPlan], by: By, notes: dict[str, str]) -> tuple[
         return "16 bit", "16 bit", reason
     methods = [
         words.balance(layers),
-        f"{len(first.timesteps)} timestep ranges" if first.timesteps else "",
+        words.ranges(first),
+        words.steps(first),
         "GPTQ" if first.rounding == "gptq" else "",
         _incoherence(first) if by == "layers" else "",
         reason,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ditq.metrics.interval import FEWEST
 from ditq.metrics.score import Interval, Verdict
-from ditq.plan import LayerPlan, TensorFormat
+from ditq.plan import ALWAYS, LayerPlan, TensorFormat
 from ditq.report.document import ModelReport
 
 NO_INTERVAL = "interval not available"
@@ -89,6 +89,33 @@ def inputs(fmt: TensorFormat | None) -> str:
         if fmt is None
         else " ".join(["A" + str(fmt.bits), *_granularity(fmt), "dyn" if fmt.dynamic else "static"])
     )
+
+
+def steps(layer: LayerPlan) -> str:
+    """Bits of the inputs by timestep: ``A8, A4 at t 120-870``; "" if they do not change."""
+    parts = [f"A{_bits(step.activation)} at t {_range(step.begin, step.end)}" for step in layer.steps or ()]
+    return "; ".join(parts)
+
+
+def ranges(layer: LayerPlan) -> str:
+    """The timestep ranges of a layer, with the bits of their weights if they differ."""
+    if layer.timesteps is None:
+        return ""
+    if layer.range_weights is None:
+        return f"{len(layer.timesteps)} timestep ranges"
+    pairs = zip(layer.range_weights, layer.timesteps, strict=True)
+    return "; ".join(f"W{grid.bits} at t {_range(*between)}" for grid, between in pairs)
+
+
+def _bits(fmt: TensorFormat | None) -> int:
+    return 16 if fmt is None else fmt.bits
+
+
+def _range(begin: float, end: float) -> str:
+    """``120-870``, or with an open end ``>870`` and ``<120``."""
+    if end >= ALWAYS:
+        return f">{begin:.4g}" if begin > -ALWAYS else "any"
+    return f"<{end:.4g}" if begin <= -ALWAYS else f"{begin:.4g}-{end:.4g}"
 
 
 def _granularity(fmt: TensorFormat) -> list[str]:

@@ -23,6 +23,13 @@ class _Recorded(Exception):  # noqa: N818 - stops a pipeline call early, not an 
     pass
 
 
+def example_condition(pipe: Any, architecture: Architecture) -> str:
+    """A prompt or class that the pipeline takes; any will do where only sizes or timesteps matter."""
+    if architecture.pipeline.condition != "class_labels":
+        return "an image"
+    return next(iter(getattr(pipe, "labels", None) or {}), "0")
+
+
 @torch.no_grad()
 def first_call(pipe: Any, architecture: Architecture, conditions: Sequence[str], sampling: Sampling = _SHORT) -> Call:
     """The keyword arguments of the first call of a pipeline's transformer. The call itself does not run.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ditq.architectures import Architecture
 from ditq.errors import DitqError
-from ditq.layers.timesteps import timestep_of
+from ditq.layers.clock import timestep_of
 from ditq.trace.arguments import filled, leaves
 
 Call = dict[str, Any]
