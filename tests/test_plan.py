@@ -13,7 +13,9 @@ from safetensors import safe_open
 import ditq
 from ditq.errors import CheckpointError, UsageError
 from ditq.numerics import Grid
-from ditq.plan import FORMAT_VERSION, Fold, LayerPlan, Plan, Rotate, Smooth
+from ditq.plan import FORMAT_VERSION, Fold, LayerPlan, Plan, Rotate, Smooth, StepFormat
+
+STEP = StepFormat(begin=0, end=9, activation=token_format(4))
 
 
 def small_plan(**fields: Any) -> Plan:
@@ -73,6 +75,17 @@ def test_group_size_that_does_not_divide_names_those_that_do() -> None:
         ({"activation": token_format(granularity="group", group=24)}, "group_size must divide the 32 columns"),
         ({"rotate": Rotate(block=64)}, "rotation block 64"),
         ({"timesteps": ((0, 10), (30, 20))}, r"timestep range \[30, 20\]"),
+        ({"steps": (STEP.model_copy(update={"end": -1}),)}, "the steps from 0 to -1 are none"),
+        ({"steps": (StepFormat(begin=0, end=5), StepFormat(begin=5, end=9))}, "must be the most precise one"),
+        ({"steps": (STEP, STEP.model_copy(update={"end": 20}))}, "two of its steps are at timestep 0"),
+        ({"steps": (STEP,), "timesteps": ((0, 10),)}, "cannot have steps too"),
+        ({"steps": (STEP,), "activation": Grid(bits=8, granularity="tensor")}, "static .* cannot change"),
+        ({"steps": (StepFormat(begin=0, end=9, activation=weight_format(4)),)}, "no granularity 'channel'"),
+        ({"steps": ()}, "steps"),
+        ({"steps": (STEP,), "weight": None, "activation": None}, "its plan changes its inputs"),
+        ({"range_weights": (weight_format(4),)}, "0 timestep ranges and 1 weight grids"),
+        ({"timesteps": ((0, 1),), "range_weights": (weight_format(8),)}, "must be the most precise one of its ranges"),
+        ({"timesteps": ((0, 1),), "range_weights": (token_format(4),)}, "weights are static"),
         ({"smooth": {"alpha": 1.5}}, r"smooth\.alpha"),
         ({"out_features": 0}, "out_features"),
         ({"rounding": "gptq!"}, "rounding"),
@@ -197,6 +210,8 @@ def test_hash_changes_with_every_field_of_a_plan(fields: dict[str, Any]) -> None
         {"rotate": Rotate(block=32, seed=1)},
         {"clip": "mse"},
         {"timesteps": ((0, 9),)},
+        {"timesteps": ((0, 9), (10, 20)), "range_weights": (weight_format(4), weight_format(3))},
+        {"steps": (STEP,)},
         {"reason": "because"},
     ],
     ids=str,

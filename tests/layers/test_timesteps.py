@@ -55,9 +55,13 @@ def test_weight_shown_is_that_of_the_current_range() -> None:
     assert torch.equal(model.layer.weight, model.layer.ranges[2].weight)
 
 
-def test_positional_timestep_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="keyword argument 'timestep'"):
-        Model()(torch.zeros(1, 32), 800)
+def test_timestep_may_be_positional() -> None:
+    assert bool((Model()(torch.zeros(1, 32), 800) == 1).all())
+
+
+def test_missing_timestep_is_named() -> None:
+    with pytest.raises(ValueError, match="Model was called without its argument 'timestep'"):
+        Model()(torch.zeros(1, 32), timestep=None)
 
 
 def test_copy_has_its_own_clock() -> None:

@@ -76,7 +76,7 @@ def _check_statistics(
     group_of = {linear.name: group for group in groups for linear in group.linears}
     for name, plan in plans.items():
         group = group_of.get(name)
-        reason = "smooths its input" if plan.smooth else "has integers per timestep range" if plan.timesteps else ""
+        reason = "smooths its input" if plan.smooth else ""
         if plan.activation is not None and not plan.activation.dynamic:
             reason = "has static activation scales"
         if plan.rounding == "gptq" and (statistics is None or not statistics.calls or group is None):

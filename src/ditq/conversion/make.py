@@ -34,8 +34,7 @@ def make_layer(
     scale = scale if plan.smooth else None
     inputs = statistics.groups.get(group.name) if statistics and group else None
     layer: nn.Module
-    if plan.timesteps and group is not None:
-        assert statistics is not None  # see checks.check
+    if plan.timesteps:
         layer = _timestep_layer(plan, linear, group, statistics, clock)
     else:
         quantized = None
@@ -49,14 +48,15 @@ def make_layer(
 
 
 def _timestep_layer(
-    plan: LayerPlan, linear: nn.Linear, group: InputGroup, statistics: Statistics, clock: Clock
+    plan: LayerPlan, linear: nn.Linear, group: InputGroup | None, statistics: Statistics | None, clock: Clock
 ) -> TimestepLinear:
-    inputs = statistics.groups[group.name]
+    inputs = statistics.groups.get(group.name) if statistics and group else None
     ranges = []
     for i, between in enumerate(plan.timesteps or ()):
         inner = plan.in_range(i)
         scale = None
         if plan.smooth:
+            assert statistics is not None and group is not None and inputs is not None  # see checks.check
             scale = group_scale(plan.smooth, group, inputs, statistics.timesteps, between).to(linear.weight.device)
         input_scale = static_scale(inner, inputs, scale, between)
         ranges.append(QuantizedLinear.from_linear(linear, inner, smooth_scale=scale, input_scale=input_scale))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Iterator
@@ -62,10 +63,13 @@ class Clock(nn.Module):
         # A bound method, so that a deep copy of the model sets its own copy of the clock.
         model.register_forward_pre_hook(self._set, with_kwargs=True)
 
-    def _set(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _set(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = kwargs.get(self.argument)
+        if value is None and args:
+            value = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)).get(self.argument)
         if value is None:
             raise ValueError(
-                f"layers that change with the timestep need the transformer's keyword argument {self.argument!r}"
+                f"Layers of this model change with the timestep, and {type(module).__name__} was called without its "
+                f"argument {self.argument!r}."
             )
         self.set(value)
