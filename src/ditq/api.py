@@ -309,6 +309,14 @@ def search(
     recipe: str | Path | Recipe = "qdit-w4a8",
     prompts: Sequence[str] = (),
     *,
+    weights: Sequence[int] = (),
+    activations: Sequence[int] = (),
+    unit: str = "layer",
+    segments: int = 1,
+    budget: float | str | Sequence[float | str] | None = None,
+    strategy: str | allocation.Evolution | None = None,
+    metrics: Mapping[str, str] | None = None,
+    network: str = "auto",
     overrides: str | Sequence[str] = (),
     architecture: str | Path | Architecture | None = None,
     component: str | None = None,
@@ -319,17 +327,33 @@ def search(
     arguments: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> SearchResult:
-    """Searches a group size for every linear layer; apply ``result.plan`` to a fresh pipeline with :func:`quantize`.
+    """Searches bits, or a group size, for every linear layer, within budgets.
+
+    Apply ``result.plan`` to a fresh pipeline with :func:`quantize`. Bits are searched if ``weights`` or
+    ``activations`` are passed, or a budget of bytes or bits: by default, the sensitivity of every layer is measured
+    and an integer program chooses (:func:`ditq.allocation.allocate_bits`). Otherwise group sizes are searched, by
+    evolution.
 
     Args:
         pipe: a 16-bit pipeline. The search changes it: its transformers become the best candidates.
         recipe, overrides: formats and balance of the layers, see :func:`quantize`.
         prompts: prompts, or class names or numbers, that every candidate samples.
+        weights, activations: bits to choose from, 2 to 8 or 16. With a budget in bytes or bits of weights alone,
+            weights default to :data:`ditq.allocation.WEIGHTS`; likewise activations.
+        unit: what shares its bits: "layer", "block" or "role".
+        segments: parts of the sampling trajectory with activation bits of their own.
+        budget: one or several, e.g. "5GB", "weights:3.5", ["weights:4", "activations:6"], see
+            :mod:`ditq.allocation.budget`. All transformers of the pipeline share them.
+        strategy: for bits: "error" (default), "greedy" or "decoupled"; or, one transformer at a time, those of
+            :func:`ditq.allocation.search`: "evolution" (default for group sizes), "random", "program", "uniform".
+        metrics: of "decoupled": a metric of ``ditq compare`` for groups of roles, e.g. ``{"content": "clip_score"}``.
+        network: the feature network, for metrics that need one.
         architecture: name or YAML file, if ditq does not support the transformer's class.
         component: name of the transformer to search; by default all, one after the other. The second is searched
             with the first as its best candidate. ``result.plans`` has the plan of each.
         seed, steps, guidance_scale, batch_size, arguments: see :class:`ditq.sampling.Sampling`.
-        options: of :func:`ditq.allocation.search`: strategy, trials, sizes, budget, fitness, storage ...
+        options: of :func:`ditq.allocation.search`: trials, sizes, fitness, storage ...; with a strategy by scores:
+            moments, fitness, rounding, calibration, progress.
 
     Raises:
         UsageError, DitqError: see :func:`ditq.allocation.search`.
@@ -340,6 +364,12 @@ def search(
         >>> result = ditq.search(pipe, "rtn-w4a8", ["0", "1"], sizes=[64, 128, 256], trials=2, steps=2)
         >>> result.strategy, len(result.scored)
         ('evolution', 2)
+        >>> pipe = ditq.load("bundled:emoji-class")
+        >>> result = ditq.search(
+        ...     pipe, "rtn-w4a8", ["0", "1"], weights=[8, 4, 3], unit="role", budget="weights:4", steps=2, moments=1
+        ... )
+        >>> result.strategy, round(result.costs["weights"], 1) <= 4.0
+        ('error', True)
     """
     prompts = condition_list(prompts)
     models = requests.float_transformers(pipe, component)
@@ -347,15 +377,28 @@ def search(
         raise UsageError("statistics= are those of one transformer: name it, e.g. component='transformer'.")
     sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
     loaded = load_recipe(recipe).override(overrides)
+    archs = {
+        name: architectures.load(architecture) if architecture else architectures.match(model)
+        for name, model in models.items()
+    }
+    job = requests.search_job(weights, activations, unit, segments, budget, strategy, metrics, options)
     results = []
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(restored_on_error(model))
-        for name, model in models.items():
             model.eval()
-            arch = architectures.load(architecture) if architecture else architectures.match(model)
-            results.append(allocation.search(pipe, arch, loaded, prompts, sampling, component=name, **options))
-            attach(model, results[-1].candidate)
+        if isinstance(job, allocation.Bits):
+            results = allocation.allocate_bits(
+                pipe, archs, loaded, prompts, sampling, job,
+                images=_image_metrics(sorted(set(job.metrics.values())), network), **options,
+            )  # fmt: skip
+            for result in results:
+                attach(models[result.component], result.candidate)
+        else:
+            for name, arch in archs.items():
+                result = allocation.search(pipe, arch, loaded, prompts, sampling, component=name, **job, **options)
+                attach(models[name], result.candidate)
+                results.append(result)
     return replace(results[0], others=tuple(results[1:]))
 
 

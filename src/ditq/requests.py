@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ditq.allocation import Choices, Part
+from ditq.allocation import ACTIVATIONS, BY_SCORES, WEIGHTS, Bits, Choices, Evolution, Part
+from ditq.allocation.budget import kind_of
 from ditq.allocation.choices import UNITS, Unit
 from ditq.calibration import Statistics
 from ditq.components import transformer_names
@@ -134,6 +135,56 @@ def sensitivity_parts(weights: Sequence[int], activations: Sequence[int], unit: 
     if not parts:
         raise UsageError("Nothing to measure: pass bits of weights or of activations, e.g. weights=[8, 4].")
     return parts
+
+
+def search_job(
+    weights: Sequence[int],
+    activations: Sequence[int],
+    unit: str,
+    segments: int,
+    budget: float | str | Sequence[float | str] | None,
+    strategy: str | Evolution | None,
+    metrics: Mapping[str, str] | None,
+    options: Mapping[str, Any],
+) -> Bits | dict[str, Any]:
+    """What ``search`` does: bits by scores, or keywords of :func:`ditq.allocation.search`.
+
+    Raises:
+        UsageError: a value that does not exist, or has no effect.
+    """
+    budgets = () if budget is None else (budget,) if isinstance(budget, str | float | int) else tuple(budget)
+    kinds = {kind_of(one) for one in budgets if not str(one).startswith("uniform:")}
+    given = bool(weights) or bool(activations)
+    of_sizes = options.get("sizes") is not None or options.get("choices") is not None
+    if not given and not of_sizes:
+        weights = WEIGHTS if kinds & {"bytes", "weights"} else ()
+        activations = ACTIVATIONS if "activations" in kinds else ()
+    by_scores = bool(weights or activations) and (strategy is None or strategy in BY_SCORES)
+    if isinstance(strategy, str) and strategy in BY_SCORES and not by_scores:
+        raise UsageError(
+            f"Strategy {strategy!r} chooses bits: pass weights=[8, 4, 3] or activations=[8, 6, 4], and a budget."
+        )
+    if by_scores:
+        chosen = cast(str, strategy or BY_SCORES[0])
+        return Bits(
+            budgets, tuple(weights), tuple(activations), unit, segments, chosen, dict(metrics or {})
+        )  # fmt: skip
+    for name, value, default in (("segments", segments, 1), ("metrics", metrics or None, None)):
+        if value != default:
+            raise UsageError(f"{name} has no effect with strategy {strategy or 'evolution'!r}: leave it out.")
+    job: dict[str, Any] = {"strategy": strategy or "evolution", "budget": budgets or None}
+    if weights or activations:
+        if weights and activations:
+            raise UsageError(
+                f"Strategy {strategy!r} chooses bits of weights or of activations, one at a time; "
+                f"{', '.join(BY_SCORES)} choose both."
+            )
+        if unit not in UNITS:
+            raise unknown("unit", unit, UNITS)
+        job["choices"] = Choices(weights=tuple(weights), activations=tuple(activations), unit=cast(Unit, unit))
+    elif unit != "layer":
+        raise UsageError("unit has no effect in a search of group sizes: leave it out.")
+    return job
 
 
 def job_of(recipe: str | Path | Recipe | Plan, overrides: str | Sequence[str]) -> Recipe | Plan:

@@ -67,6 +67,30 @@ def limits(
     return out
 
 
+def shared_limits(budgets: Budget | Sequence[Budget], units: Mapping[Cost, float]) -> dict[Cost, float]:
+    """The limits of several spaces together.
+
+    Args:
+        budgets: as for :func:`limits`, without ``uniform:G``.
+        units: what one unit of every cost is for all searched layers together.
+
+    Raises:
+        UsageError: see :func:`limits`.
+    """
+    out: dict[Cost, float] = {}
+    for budget in [budgets] if isinstance(budgets, str | int | float) else budgets:
+        kind = kind_of(budget)
+        if isinstance(budget, str) and budget.startswith("uniform:"):
+            raise UsageError(f"The budget {budget!r} is one of group sizes; for bits pass e.g. weights:4 or 5GB.")
+        if kind in out:
+            raise UsageError(f"Two budgets limit the same cost ({kind}): {budget!r} is the second. Keep one of them.")
+        value = _value(budget, (), {}) * units[kind]
+        if not value > 0:
+            raise UsageError(f"A budget must be more than 0, got {budget!r}.")
+        out[kind] = value
+    return out
+
+
 def _value(budget: Budget, layers: Sequence[LayerPlan], rows: Mapping[str, float]) -> float:
     if not isinstance(budget, str):
         return float(budget)

@@ -53,6 +53,27 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """What one gene got, and why.
+
+    Attributes:
+        gene: name of the layer, block or role, with the timestep segment if it has one.
+        roles: of its layers.
+        choice: e.g. ``w4``.
+        error: relative error of the transformer's output if only this gene is quantized so; shrunk by its noise.
+        cheapest: the error at the cheapest choice.
+        parameters: weights of its layers.
+    """
+
+    gene: str
+    roles: tuple[str, ...]
+    choice: str
+    error: float
+    cheapest: float
+    parameters: int
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """Result of a search.
 
@@ -72,6 +93,8 @@ class SearchResult:
         evaluated: number of individuals that this process evaluated.
         component: name of the transformer in the pipeline.
         others: results of the pipeline's other transformers, searched after this one.
+        chosen: what was chosen by scores, for each gene; empty for other strategies.
+        notes: what the user should know about the scores and budgets.
     """
 
     plan: Plan
@@ -88,6 +111,8 @@ class SearchResult:
     costs: dict[Cost, float] = field(default_factory=dict)
     component: str = "transformer"
     others: tuple[SearchResult, ...] = ()
+    chosen: tuple[Chosen, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -129,7 +154,7 @@ def search(
     sampling: Sampling = SAMPLING,
     *,
     component: str = "transformer",
-    strategy: str | Evolution = "evolution",
+    strategy: str | Evolution | Fixed = "evolution",
     trials: int = 500,
     sizes: Sequence[int] | None = None,
     choices: Choices | None = None,
@@ -139,6 +164,8 @@ def search(
     rounding: Literal["nearest", "recipe"] = "recipe",
     calibration: Sequence[str] | None = None,
     statistics: Statistics | None = None,
+    layers: Sequence[LayerPlan] | None = None,
+    trajectory: Sequence[float] = (),
     storage: str | Path | None = None,
     patience: float = study.PATIENCE,
     progress: Progress | None = None,
@@ -157,7 +184,8 @@ def search(
         conditions: prompts or class names that every candidate samples, with the same noise for each candidate.
         sampling: of the candidates; its seed also sets calibration and the individuals.
         component: name of the transformer to search. Other transformers of the pipeline run as they are.
-        strategy: one of ``STRATEGIES``, or an :class:`Evolution` with settings other than the paper's.
+        strategy: one of ``STRATEGIES``, an :class:`Evolution` with settings other than the paper's, or
+            :class:`Fixed` genomes, which no budget restricts.
         trials: largest number of candidates to evaluate; ``program`` and ``uniform`` have fewer.
         sizes, choices: see :meth:`Space.of`.
         budget: one or several, see :mod:`ditq.allocation.budget`; by default ``uniform:128`` for group sizes.
@@ -168,6 +196,8 @@ def search(
             at each size, on inputs of the 16-bit model. "nearest" is the paper's.
         calibration: conditions to calibrate with, if the recipe or ``program`` needs calibration.
         statistics: optional, if already computed; replaces the calibration.
+        layers: plans of all linears to start from, if already computed; by default those of the recipe.
+        trajectory: timesteps of the sampling run, for ``layers`` that change with them.
         storage, patience: see :func:`ditq.allocation.run`.
         progress: called with (stage, done, total) during the preparation.
         on_trial: see :func:`ditq.allocation.run`.
@@ -183,9 +213,10 @@ def search(
     candidate = recipe if rounding == "recipe" else recipe.model_copy(update={"rounding": "nearest"})
     if statistics is None and (candidate.needs_calibration or strategy == "program"):
         statistics = _calibrated(pipe, component, architecture, recipe, calibration, seed, progress)
-    trajectory = _trajectory(pipe, architecture, recipe, conditions, sampling, choices)
-    layers = plan_layers(
-        model, architecture, candidate, statistics, seed=seed, trajectory=trajectory, progress=progress
+    trajectory = trajectory or _trajectory(pipe, architecture, recipe, conditions, sampling, choices)
+    layers = list(
+        layers
+        or plan_layers(model, architecture, candidate, statistics, seed=seed, trajectory=trajectory, progress=progress)
     )
     in_stacks = {linear.name for group in architecture.groups(model) for linear in group.linears}
     searched = [layer for layer in layers if layer.weight is not None and layer.name in in_stacks]
@@ -198,11 +229,12 @@ def search(
     if progress:
         progress("reference", 1, 1)
     rows_per_image = {name: n / len(conditions) for name, n in rows.items()}
-    total = estimate(model, architecture, recipe).memory()[0]
+    whole = estimate(model, architecture, recipe).model_copy(update={"layers": tuple(layers)})
     space = Space.of(
-        searched, rows_per_image, sizes=sizes, choices=choices, budget=_budget(budget, choices),
-        other_bytes=total - sum(layer.stored_bytes() for layer in draft_of(searched, recipe_layers)),
-        trajectory=trajectory,
+        searched, rows_per_image, sizes=sizes, choices=choices,
+        budget=float("inf") if isinstance(strategy, Fixed) else _budget(budget, choices),
+        other_bytes=other_bytes(whole, searched),
+        trajectory=trajectory, check=not isinstance(strategy, Fixed),
     )  # fmt: skip
     chosen_strategy = _strategy(strategy, space, model, architecture, statistics, progress)
     candidates = Candidates(model, architecture, layers, space, statistics, recipe, seed)
@@ -211,7 +243,7 @@ def search(
         candidates.put(genome)
         return score()
 
-    name = strategy if isinstance(strategy, str) else "evolution"
+    name = strategy if isinstance(strategy, str) else "fixed" if isinstance(strategy, Fixed) else "evolution"
     identity = {
         "model and code": pipeline_hash,
         "component": component,
@@ -283,12 +315,14 @@ def _plan(
 ) -> Plan:
     """The best candidate with the recipe's rounding, ready for a fresh pipeline."""
     best, roundings = {layer.name: layer for layer in chosen}, {layer.name: layer for layer in recipe_layers}
-    final = [
-        best.get(layer.name, layer).model_copy(
-            update={"rounding": roundings[layer.name].rounding, "gptq": roundings[layer.name].gptq}
-        )
-        for layer in layers
-    ]
+
+    def rounded(layer: LayerPlan) -> LayerPlan:
+        if layer.weight is None:
+            return layer
+        wanted = roundings[layer.name]
+        return layer.model_copy(update={"rounding": wanted.rounding, "gptq": wanted.gptq})
+
+    final = (rounded(best.get(layer.name, layer)) for layer in layers)
     return candidate.model_copy(update={"layers": tuple(final)})
 
 
@@ -306,10 +340,9 @@ def _settings(
     }
 
 
-def draft_of(searched: Sequence[LayerPlan], drafted: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """The drafted plans of the searched layers."""
-    names = {layer.name for layer in searched}
-    return [layer for layer in drafted if layer.name in names]
+def other_bytes(plan: Plan, searched: Sequence[LayerPlan]) -> int:
+    """Bytes of a transformer besides the searched layers."""
+    return plan.memory()[0] - sum(layer.stored_bytes() for layer in searched)
 
 
 def _budget(budget: Budget | Sequence[Budget] | None, choices: Choices | None) -> Budget | Sequence[Budget]:
@@ -320,7 +353,7 @@ def _budget(budget: Budget | Sequence[Budget] | None, choices: Choices | None) -
     return "uniform:128"
 
 
-def _check(strategy: str | Evolution, rounding: str, moments: int, trials: int) -> None:
+def _check(strategy: str | Evolution | Fixed, rounding: str, moments: int, trials: int) -> None:
     if isinstance(strategy, str) and strategy not in STRATEGIES:
         raise unknown("strategy", strategy, STRATEGIES)
     if rounding not in ROUNDINGS:
@@ -362,14 +395,14 @@ def _scorer(
 
 
 def _strategy(
-    strategy: str | Evolution,
+    strategy: str | Evolution | Fixed,
     space: Space,
     model: nn.Module,
     architecture: Architecture,
     statistics: Statistics | None,
     progress: Progress | None,
 ) -> Evolution | Fixed:
-    if isinstance(strategy, Evolution):
+    if isinstance(strategy, Evolution | Fixed):
         return strategy
     if strategy == "evolution":
         return Evolution()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
 
@@ -11,6 +11,7 @@ from ditq.allocation import budget as budgets
 from ditq.allocation.budget import Budget
 from ditq.allocation.choices import Choices, Gene, with_segments
 from ditq.allocation.costs import COSTS, Cost, averaged, costs_of
+from ditq.components import prefixed
 from ditq.errors import UsageError
 from ditq.plan import LayerPlan
 
@@ -84,8 +85,32 @@ class Space:
         fixed: dict[Cost, float] = {"bytes": other_bytes + constant}
         space = cls(genes, costs, limits, fixed, averaged(in_genes, rows))
         if check:
-            space._check_budget()
+            space.check_budget()
         return space
+
+    @classmethod
+    def joined(cls, spaces: Mapping[str, Space], budget: Budget | Sequence[Budget]) -> Space:
+        """The spaces of several transformers of one pipeline, within budgets that they share.
+
+        Args:
+            spaces: by component, with any budgets; these are not used.
+            budget: of all together.
+
+        Raises:
+            UsageError: see :meth:`of`.
+        """
+        total: dict[Cost, float] = {}
+        for space in spaces.values():
+            for name, unit in space.units.items():
+                total[name] = 1.0 if name in ("bytes", "bit_operations") else total.get(name, 0.0) + unit
+        fixed: dict[Cost, float] = {"bytes": sum(space.fixed.get("bytes", 0.0) for space in spaces.values())}
+        genes = tuple(
+            replace(gene, name=prefixed(component, gene.name))
+            for component, space in spaces.items()
+            for gene in space.genes
+        )
+        costs = tuple(costs for space in spaces.values() for costs in space.costs)
+        return cls(genes, costs, budgets.shared_limits(budget, total), fixed, total)
 
     @cached_property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -165,7 +190,8 @@ class Space:
         """All costs in the units of budgets: bytes, BitOps, average bits of weights and of activations."""
         return {name: self.cost(genome, name) / max(unit, 1e-30) for name, unit in self.units.items()}
 
-    def _check_budget(self) -> None:
+    def check_budget(self) -> None:
+        """Raises if the budgets allow no genome, or only one; see :meth:`of`."""
         for name, limit in self.limits.items():
             lowest, unit = self.cost(self.coarsest, name), self.units[name]
             if lowest > limit * (1 + 1e-9):
