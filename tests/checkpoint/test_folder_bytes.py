@@ -124,6 +124,12 @@ def test_parameters_that_the_class_keeps_in_float32(
     check(model, plan, tmp_path)
 
 
+def test_a_plan_that_does_not_say_what_stays_in_float32_is_completed(tmp_path: Path) -> None:
+    model = tiny_model("wan")
+    old = by_hand(model).model_copy(update={"float32_parameters": 0})
+    check(model, ditq.quantize(model, old).plan, tmp_path)
+
+
 @pytest.mark.parametrize("architecture", ["dit", "pixart", "wan"])
 def test_mixed_bits_of_tiny_models(architecture: str, tmp_path: Path) -> None:
     model = tiny_model(architecture)
