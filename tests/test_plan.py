@@ -178,6 +178,8 @@ def test_something_else_than_a_plan_is_refused(data: object) -> None:
         {"nominal_weight_bits": 5},
         {"nominal_activation_bits": 6},
         {"other_parameters": 1001},
+        {"float32_parameters": 1},
+        {"trajectory": (1.0, 0.0)},
         {"storage_dtype": "float16"},
         {"time_argument": "t"},
         {"calibration_timesteps": "normal"},
@@ -248,6 +250,16 @@ def test_memory_by_hand() -> None:
     head = 2 * (32 * 16 + 16)
     others = 2 * (1000 - 32 - 16)  # biases are counted with their layers
     assert small_plan().memory() == (up + down + head + others, 2 * (4608 + 1000))
+
+
+def test_parameters_in_float32_have_two_bytes_more() -> None:
+    plain, plan = small_plan(), small_plan(float32_parameters=48)  # e.g. the biases of "up" and "head"
+    assert plan.memory() == (plain.memory()[0] + 2 * 48, plain.memory()[1])
+    assert Plan.from_dict(json.loads(plan.to_json())) == plan
+    assert "float32_parameters" not in json.loads(plain.to_json())
+    assert plain.hash() == small_plan(float32_parameters=0).hash()
+    with pytest.raises(CheckpointError, match="float32_parameters must be at least 0, got -1"):
+        Plan.from_dict({**json.loads(plan.to_json()), "float32_parameters": -1})
 
 
 @pytest.mark.parametrize(

@@ -366,7 +366,10 @@ class LayerPlan(_Frozen):
         return out
 
     def stored_bytes(self) -> int:
-        """Bytes of its tensors in a checkpoint. The bias, and a weight that is not quantized, are in 16 bit."""
+        """Bytes of its tensors in a checkpoint; the bias, and a weight that is not quantized, in 16 bit.
+
+        If the model's class keeps them in float32, :meth:`Plan.memory` adds the other half.
+        """
         bias = 2 * self.out_features if self.bias else 0
         if self.weight is None:
             return 2 * self.parameters + bias
@@ -403,7 +406,9 @@ class Plan(_Frozen):
     """The explicit plan of one transformer, and the single source of truth about a checkpoint.
 
     ``calibration_timesteps``: the timesteps of the calibration that the scales come from. ``trajectory``: the
-    timesteps of the sampling run that steps and time averages refer to, in its order.
+    timesteps of the sampling run that steps and time averages refer to, in its order. ``float32_parameters``: how many
+    parameters besides integer weights are stored in float32, because the model's class keeps them so: those of kept
+    layers, biases of quantized ones, and others. Checkpoints of ditq 0.1 do not say (0).
     """
 
     format_version: Literal[1] = 1
@@ -420,13 +425,16 @@ class Plan(_Frozen):
     time_argument: str | None = None
     calibration_timesteps: Timesteps = "all"
     trajectory: Annotated[tuple[float, ...], Field(max_length=MOST_LAYERS)] | None = None
+    float32_parameters: Annotated[int, Field(ge=0, le=MOST_PARAMETERS)] = 0
 
     @model_serializer(mode="wrap")
     def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A plan without a trajectory is written, and hashed, as before the field existed."""
+        """Plans without these fields are written, and hashed, as before the fields existed."""
         fields: dict[str, Any] = handler(self)
         if self.trajectory is None:
             fields.pop("trajectory", None)
+        if not self.float32_parameters:
+            fields.pop("float32_parameters", None)
         return fields
 
     @field_validator("layers")
@@ -520,10 +528,14 @@ class Plan(_Frozen):
         return out
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of the transformer's weights as planned, and in 16 bit."""
+        """Bytes of the transformer's tensors as a checkpoint stores them, and with every parameter in 16 bit.
+
+        The first is exact. Files are larger by their headers: names, shapes and checksums of the tensors.
+        """
         biases = sum(layer.out_features for layer in self.layers if layer.bias)
         linear = sum(layer.parameters for layer in self.layers)
-        other = 2 * (self.other_parameters - biases) + sum(tensor.bytes for tensor in self.fold_tensors().values())
+        other = 2 * (self.other_parameters - biases + self.float32_parameters)
+        other += sum(tensor.bytes for tensor in self.fold_tensors().values())
         return sum(layer.stored_bytes() for layer in self.layers) + other, 2 * (linear + self.other_parameters)
 
     def hash(self) -> str:

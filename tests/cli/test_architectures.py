@@ -75,16 +75,23 @@ def test_every_linear_at_real_size_has_a_role_and_memory_shrinks() -> None:
             assert parameters == pytest.approx(PUBLISHED[row["checkpoint"]], rel=0.05)
 
 
-def test_estimate_is_what_quantization_makes() -> None:
+QUANTIZED_EMBEDDER = ("roles.embedder={weights: {bits: 8, granularity: channel}}", "keep=[modulation, final]")
+
+
+@pytest.mark.parametrize("name", ["latte", "wan"])  # wan keeps some parameters in float32
+@pytest.mark.parametrize("overrides", [(), QUANTIZED_EMBEDDER])
+def test_estimate_is_what_quantization_makes(name: str, overrides: tuple[str, ...]) -> None:
     from helpers import tiny_model
 
     import ditq
 
-    arch = architectures.load("latte")
+    arch = architectures.load(name)
     with torch.device("meta"):
         empty = arch.model_class()(**arch.example.config)  # type: ignore[union-attr]
-    planned = estimate(empty, arch, load("rtn-w4a8"))
-    done = ditq.quantize(tiny_model("latte"), "rtn-w4a8").plan
+    planned = estimate(empty, arch, load("rtn-w4a8").override(overrides))
+    done = ditq.quantize(tiny_model(name), "rtn-w4a8", overrides=overrides).plan
+    assert (planned.float32_parameters > 0) == (name == "wan")
+    assert planned.float32_parameters == done.float32_parameters
     assert planned.memory() == done.memory()
     assert [(x.name, x.weight, x.activation) for x in planned] == [(x.name, x.weight, x.activation) for x in done]
 

@@ -15,7 +15,7 @@ from ditq.conversion.checks import check, smoothed_layer
 from ditq.conversion.hessians import Hessians, InputHessian, walk_blocks
 from ditq.conversion.make import make_layer
 from ditq.conversion.scales import group_scale
-from ditq.conversion.storage import count_parameters, round_to_storage
+from ditq.conversion.storage import count_float32, count_parameters, round_to_storage
 from ditq.conversion.wiring import wire
 from ditq.layers import Clock
 from ditq.plan import LayerPlan, Plan
@@ -81,6 +81,7 @@ def convert(
             "storage_dtype": storage,
             "time_argument": architecture.forward.time,
             "other_parameters": count_parameters(model, final) - sum(layer.parameters for layer in final.values()),
+            "float32_parameters": count_float32(model, final),
         }
     )
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from ditq import architectures, patterns
 from ditq.architectures import Architecture, Linear
+from ditq.conversion.storage import count_float32
 from ditq.errors import NothingQuantizedError, UsageError
 from ditq.numerics import Grid
 from ditq.plan import MIN_GROUP_SIZE, LayerPlan, Plan, first_error
@@ -107,4 +108,5 @@ def estimate(model: nn.Module, architecture: Architecture, recipe: Recipe) -> Pl
         nominal_activation_bits=recipe.activations.bits if recipe.activations else 16,
         layers=tuple(layers), other_parameters=total - sum(layer.parameters for layer in layers),
         calibration_timesteps=recipe.calibration.timesteps,
+        float32_parameters=count_float32(model, {layer.name: layer for layer in layers}),
     )  # fmt: skip

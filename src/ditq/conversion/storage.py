@@ -69,6 +69,21 @@ def _restore_buffers(model: nn.Module) -> None:
         model.get_submodule(parent)._buffers[last] = fresh.get_buffer(name).to(device)
 
 
+def count_float32(model: nn.Module, plans: Mapping[str, LayerPlan]) -> int:
+    """Number of parameters that are stored in float32, besides weights that the plans quantize.
+
+    Args:
+        model: before or after it is quantized.
+        plans: of its linears, by name.
+    """
+    integers = {f"{name}.weight" for name, plan in plans.items() if plan.weight is not None}
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and name not in integers and stays_float32(model, name)
+    )
+
+
 def count_parameters(model: nn.Module, plans: Mapping[str, LayerPlan]) -> int:
     """Number of parameters before quantization: quantized layers are counted by their plans."""
     inside = tuple(f"{name}." for name, plan in plans.items() if plan.weight is not None)
