@@ -30,11 +30,12 @@ PART_NAMES = {1: "run", 2: "half", 3: "third", 4: "quarter"}
 
 MOST = 60  # genes in a table of the terminal
 NAME_ROOM = 24  # columns of the terminal for the names of genes, at least
+BETWEEN = 3  # columns of the terminal between two columns of a table
 WORST = 10  # genes in the list beside a heat map
 
 # Units of the view box of a heat map, see charts.py. Text has 12 units on a phone and 10 elsewhere.
 WIDTH, RIGHT, TOP = 420.0, 414.0, 24.0
-TEXT, LETTER, GAP = 13.0, 6.6, 6.0
+TEXT, LETTER, GAP = 13.0, 7.2, 6.0
 SMALLEST_ERROR = 1e-10  # 100 dB, as in the heat map of layer errors
 
 
@@ -99,12 +100,12 @@ def shown(scores: Scores, metric: str = PREDICTION) -> Shown:
 
 
 def _places(mean: Array, error: Array) -> int:
-    """Decimal places: one digit of a typical error and about three of the largest mean, at most 6."""
+    """Decimal places: one digit of the smaller errors and about three of the largest mean, at most 6."""
     errors, largest = error[np.isfinite(error) & (error > 0)], float(np.abs(mean).max())
     first = math.floor(math.log10(largest)) if largest > 0 else 0
     places = 2 - first
     if errors.size:
-        places = -math.floor(math.log10(np.median(errors)))
+        places = -math.floor(math.log10(np.quantile(errors, 0.1)))
         places += places + first < 2
     return min(6, max(0, places))
 
@@ -143,7 +144,7 @@ def tables(scores: Scores, metric: str = PREDICTION, *, name: str = "", width: i
     room = min(max(len(scores.genes[gene]) for gene in genes), NAME_ROOM)
     chunks: list[list[int]] = [[]]
     for i in range(len(scores.choices)):
-        if chunks[-1] and room + sum(widths[j] + 2 for j in [*chunks[-1], i]) > width:
+        if chunks[-1] and room + sum(widths[j] + BETWEEN for j in [*chunks[-1], i]) > width:
             chunks.append([])
         chunks[-1].append(i)
     n = len(set(scores.prompts))
@@ -156,7 +157,7 @@ def tables(scores: Scores, metric: str = PREDICTION, *, name: str = "", width: i
         title = f"{name or scores.part}: {values.title} {'↑' if values.higher_is_better else '↓'}"
         one = table(title=title, caption="; ".join(notes))
         one.add_column(scores.unit)
-        left = max(room, width - sum(widths[i] + 2 for i in chunk))
+        left = max(room, width - sum(widths[i] + BETWEEN for i in chunk))
         for i in chunk:
             one.add_column(scores.choices[i] + "  ", justify="right", no_wrap=True)
         for gene, row in zip(genes, cells, strict=True):
