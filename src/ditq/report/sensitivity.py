@@ -253,10 +253,10 @@ def by_timestep(scores: Scores) -> LayerErrors:
     for choice in range(len(scores.choices)):
         for segment in segments:
             harms = scores.harms(between=(segment.begin, segment.end))[:, choice]
-            known = ~np.isnan(harms)
+            known: NDArray[np.bool_] = ~np.isnan(harms)
             mean = np.where(known, harms, 0).sum(1) / np.maximum(known.sum(1), 1)
             decibels = -10 * np.log10(np.maximum(mean, SMALLEST_ERROR))
-            columns.append([float(x) if some else None for x, some in zip(decibels, known.any(1), strict=True)])
+            columns.append([float(x) if known[i].any() else None for i, x in enumerate(decibels)])
     return LayerErrors(
         layers=list(scores.genes), roles=[", ".join(dict.fromkeys(roles)) for roles in scores.roles],
         timesteps=[float(i) for i in range(len(columns))], sqnr_db=[list(row) for row in zip(*columns, strict=True)],
@@ -304,7 +304,7 @@ def heat_map(scores: Scores, low: float, high: float, name: str = "") -> str:
                 _cell(cells, x + cell * s, TOP + row * i, cell, row, values[i][c * len(segments) + s], low, high,
                       f"{gene}, {choice}, {segment}")  # fmt: skip
     axis = f"{PART_NAMES[len(segments)]} of the sampling run, from noise to image"
-    element(root, "text", axis, class_="axis", x=(left + RIGHT) / 2, y=bottom + 31, text_anchor="middle")
+    element(root, "text", axis, class_="axis", x=WIDTH / 2, y=bottom + 31, text_anchor="middle")
     return svg(root)
 
 
