@@ -32,7 +32,7 @@ GROUPS: Decoupling = {
     "metrics": ["CLIPScore", "flow score"],
     "drops": [[0.12, 0.01], [0.02, 0.05], [-0.001, 0.2]],
     "errors": [[0.01, 0.01], [0.01, float("nan")], [0.01, 0.03]],
-    "loads": [[1.0, 0.05], [0.17, 0.25], [0.0, 1.0]],
+    "loads": [[0.95, 0.05], [0.4, 0.6], [0.0, 1.0]],
 }
 
 
@@ -122,6 +122,16 @@ def test_of_many_layers_the_worst_are_listed_in_order() -> None:
     assert "the 60 worst of 280 at w3" in " ".join(lines)
 
 
+def test_lines_around_a_narrow_table_are_whole() -> None:
+    of = renamed(scores(2), ["ffn.up", "ffn.down"], "role")
+    one = of.model_copy(
+        update={"choices": ("w3",), "values": {PREDICTION: tuple((x[2],) for x in of.values[PREDICTION])}}
+    )
+    lines = printed(*sensitivity.tables(one))
+    assert lines[0] == "weights: prediction error, % ↓"
+    assert lines[-1] == "mean ± standard error over 4 prompts; * worst of its column"
+
+
 def test_long_names_are_folded() -> None:
     of = renamed(scores(2), [f"down_blocks.{i}.attentions.1.transformer_blocks.0.attn1" for i in range(2)], "layer")
     lines = printed(*sensitivity.tables(of))
@@ -139,14 +149,18 @@ def test_sentence_names_the_worst_gene() -> None:
     assert f"{mean[10] / np.median(mean):.1f} × the median block." in sensitivity.sentence(scores())
 
 
-def test_the_table_of_groups_marks_the_one_that_moves_a_metric() -> None:
+def test_the_table_of_groups_marks_the_metric_that_each_moves() -> None:
     lines = printed(sensitivity.decoupling_table(**GROUPS))
     assert max(map(len, lines)) <= 80
     rows = {line.split()[0]: line for line in lines if line.startswith(("content", "quality", "temporal"))}
     assert re.search(r"12\.0 ± 1\.0 \* +1\.0 ± 1\.0$", rows["content"])
-    assert re.search(r" 5\.0$", rows["quality"])  # no standard error
+    assert re.search(r" 5\.0 \*$", rows["quality"])  # no standard error
     assert re.search(r"−0\.1 ± 1\.0 +20\.0 ± 3\.0 \*$", rows["temporal"])
-    assert sum("load" in line for line in lines) == 4  # three groups and the caption
+    loads = [re.findall(r"load (\d\.\d\d)", line) for line in lines]
+    assert [row for row in loads if row] == [["0.95", "0.05"], ["0.40", "0.60"], ["0.00", "1.00"]]
+    single: Decoupling = {**GROUPS, "metrics": ["CLIPScore"], "drops": [[0.1]] * 3, "errors": [[0.01]] * 3,
+                          "loads": [[1.0]] * 3}  # fmt: skip
+    assert not re.search(r"\d \*", " ".join(printed(sensitivity.decoupling_table(**single))))
 
 
 def test_of_several_transformers_each_is_named() -> None:

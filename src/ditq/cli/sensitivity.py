@@ -103,7 +103,7 @@ def sensitivity(
     """
     from ditq import api, requests
     from ditq.errors import UsageError
-    from ditq.files import check_file
+    from ditq.files import check_file, check_output
     from ditq.report import html
     from ditq.report import sensitivity as report
     from ditq.sampling import size_arguments
@@ -113,8 +113,8 @@ def sensitivity(
     if out_dir is not None:
         if out_dir.exists() and not out_dir.is_dir():
             raise UsageError(f"--out must be a folder, got the file {out_dir}.")
-        html.check_installed()
-        check_file(out_dir / "report.html")  # before the slow part
+        html.check_installed()  # and the folder, before the slow part
+        check_file(out_dir / "report.html") if out_dir.exists() else check_output(out_dir)
     pipe = open_pipeline(pipeline, device, dtype, variant)
     arch = pick_architecture(pipe, architecture)
     calibration = pick_prompts(pipeline, pipe, arch, prompts, "calibration")
@@ -137,6 +137,7 @@ def sensitivity(
     ]
     files: dict[str, str] = {}
     if out_dir is not None:
+        out_dir.mkdir(parents=True, exist_ok=True)
         for one in scores:
             name = f"{one.info['component']}-{one.part}" if several else one.part
             files[report.label(one, several)] = str(one.save(out_dir / f"sensitivity-{name}.json"))

@@ -24,6 +24,7 @@ from ditq.report.terminal import table
 from ditq.report.wording import counted, number
 
 Array = NDArray[np.float64]
+Matrix = Sequence[Sequence[float]] | Array
 
 PARTS = 4  # of the sampling run in a heat map
 PART_NAMES = {1: "run", 2: "half", 3: "third", 4: "quarter"}
@@ -44,9 +45,9 @@ class Decoupling(TypedDict):
 
     groups: Sequence[str]
     metrics: Sequence[str]
-    drops: Sequence[Sequence[float]]
-    errors: Sequence[Sequence[float]]
-    loads: Sequence[Sequence[float]]
+    drops: Matrix
+    errors: Matrix
+    loads: Matrix
 
 
 @dataclass(frozen=True)
@@ -152,12 +153,15 @@ def tables(scores: Scores, metric: str = PREDICTION, *, name: str = "", width: i
     notes.append("* worst of its column")
     if len(genes) < len(scores.genes):
         notes.append(f"the {len(genes)} worst of {len(scores.genes)} at {scores.choices[-1]}")
+    caption = "; ".join(notes)
     result = []
     for chunk in chunks:
         title = f"{name or scores.part}: {values.title} {'↑' if values.higher_is_better else '↓'}"
-        one = table(title=title, caption="; ".join(notes))
-        one.add_column(scores.unit)
-        left = max(room, width - sum(widths[i] + BETWEEN for i in chunk))
+        one = table(title=title, caption=caption)
+        others = sum(widths[i] + BETWEEN for i in chunk)
+        left = max(room, width - others)
+        # As wide as the lines above and below it, which would be wrapped otherwise.
+        one.add_column(scores.unit, min_width=min(left, max(len(title), len(caption)) - others))
         for i in chunk:
             one.add_column(scores.choices[i] + "  ", justify="right", no_wrap=True)
         for gene, row in zip(genes, cells, strict=True):
@@ -188,11 +192,7 @@ def sentence(scores: Scores, name: str = "") -> str:
 
 
 def decoupling_table(
-    groups: Sequence[str],
-    metrics: Sequence[str],
-    drops: Sequence[Sequence[float]],
-    errors: Sequence[Sequence[float]],
-    loads: Sequence[Sequence[float]],
+    groups: Sequence[str], metrics: Sequence[str], drops: Matrix, errors: Matrix, loads: Matrix
 ) -> Table:
     """Which group of roles moves which metric (ViDiT-Q, Figure 20), for the terminal.
 
@@ -201,36 +201,36 @@ def decoupling_table(
         metrics: their titles.
         drops: relative drop of the metric if this group alone is quantized, [groups][metrics].
         errors: standard errors of the drops; NaN if unknown.
-        loads: from 0 to 1, [groups][metrics].
+        loads: how the effect of a group is shared between the metrics, from 0 to 1, [groups][metrics].
     """
+    title = "drop of each metric with one group quantized, %"
     result = table(
-        "group", title="drop of each metric with one group quantized, %",
-        caption="mean ± standard error; load from 0 to 1; * the group that moves the metric most",
+        "group", title=title, min_width=len(title),
+        caption="mean ± standard error; load: share of the metric in the effect of the group; * the largest",
     )  # fmt: skip
     for metric in metrics:
         result.add_column(metric, justify="right", overflow="fold")
-    cells = _decoupled(drops, errors, loads)
-    for group, row in zip(groups, cells, strict=True):
-        texts = [f"{text}{' *' if most else '  '}\nload {number(load, 2)}  " for text, load, most in row]
-        result.add_row(group, *texts)
+    for group, row in zip(groups, _decoupled(drops, errors, loads), strict=True):
+        result.add_row(
+            group, *(f"{text}{' *' if most else '  '}\nload {number(load, 2)}  " for text, load, most in row)
+        )
     return result
 
 
-def _decoupled(
-    drops: Sequence[Sequence[float]], errors: Sequence[Sequence[float]], loads: Sequence[Sequence[float]]
-) -> list[list[tuple[str, float, bool]]]:
-    """[groups][metrics]: the drop with its error in percent, the load, and whether it is the metric's largest load."""
+def _decoupled(drops: Matrix, errors: Matrix, loads: Matrix) -> list[list[tuple[str, float, bool]]]:
+    """[groups][metrics]: the drop with its error in percent, the load, and whether it is the largest of the group."""
     mean, error, load = (np.asarray(x, dtype=np.float64) for x in (drops, errors, loads))
-    places = [_places(100 * mean[:, j], 100 * error[:, j]) for j in range(mean.shape[1])]
+    count = mean.shape[1]
+    places = [_places(100 * mean[:, j], 100 * error[:, j]) for j in range(count)]
     return [
         [
             (
                 number(100 * mean[i, j], places[j])
                 + (f" ± {number(100 * error[i, j], places[j])}" if np.isfinite(error[i, j]) else ""),
                 float(load[i, j]),
-                bool(load[i, j] > 0 and i == load[:, j].argmax()),
+                count > 1 and int(load[i].argmax()) == j,
             )
-            for j in range(mean.shape[1])
+            for j in range(count)
         ]
         for i in range(len(mean))
     ]
@@ -360,7 +360,7 @@ def render(
         shown=shown, sentence=sentence, worst=worst, heat_map=heat_map, parts_of=parts_of, part_names=PART_NAMES,
         agreement=list(agreement),
         decoupling=decoupling,
-        decoupled=_decoupled(*(decoupling[key] for key in ("drops", "errors", "loads"))) if decoupling else [],
+        decoupled=_decoupled(decoupling["drops"], decoupling["errors"], decoupling["loads"]) if decoupling else [],
         charts=charts, heatmap=heatmap, words=wording, style=style, style_hash=html.sha256(style),
     )  # fmt: skip
 
