@@ -37,6 +37,7 @@ WORST = 10  # genes in the list beside a heat map
 # Units of the view box of a heat map, see charts.py. Text has 12 units on a phone and 10 elsewhere.
 WIDTH, RIGHT, TOP = 420.0, 414.0, 24.0
 TEXT, LETTER, GAP = 13.0, 7.2, 6.0
+LETTERS = 20  # of a label
 SMALLEST_ERROR = 1e-10  # 100 dB, as in the heat map of layer errors
 
 
@@ -312,8 +313,9 @@ def _row_labels(scores: Scores) -> dict[int, str]:
     """Labels by row: the number of a block, the first layer of each block, or a role."""
     if scores.unit == "layer":
         return dict(heatmap.first_layers(scores.genes))
-    short = [gene.rpartition(".")[2] for gene in scores.genes]
-    return {i: s if s.isdigit() else gene for i, (s, gene) in enumerate(zip(short, scores.genes, strict=True))}
+    last = [gene.rpartition(".")[2] for gene in scores.genes]
+    names = [digits if digits.isdigit() else gene for digits, gene in zip(last, scores.genes, strict=True)]
+    return {i: name if len(name) <= LETTERS else f"{name[: LETTERS - 1]}…" for i, name in enumerate(names)}
 
 
 def _cell(
