@@ -279,7 +279,19 @@ def test_an_extra_misses_the_packages_that_are_not_installed() -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    ["demo", "quantize", "search", "generate", "inspect", "compare", "export", "recipes", "architectures", "doctor"],
+    [
+        "demo",
+        "quantize",
+        "search",
+        "sensitivity",
+        "generate",
+        "inspect",
+        "compare",
+        "export",
+        "recipes",
+        "architectures",
+        "doctor",
+    ],
 )
 def test_help_of_every_verb_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = ditq(capsys, verb, "--help")

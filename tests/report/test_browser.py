@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from scores import renamed, scores
 
-from ditq.report import html
+from ditq.report import html, sensitivity
 from ditq.report.document import Report
+from ditq.report.sensitivity import Decoupling
 
 WORD = "supercalifragilisticexpialidocious" * 3
 NASTY = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"'"
@@ -78,7 +80,14 @@ def files(reports: dict[str, Report], tmp_path_factory: pytest.TempPathFactory) 
     for name, report in reports.items():
         (folder / name).mkdir()
         html.write(report, made_up.pictures(report), folder / name)
-    return {name: folder / name / "report.html" for name in reports}
+    pages = {name: folder / name / "report.html" for name in reports}
+    measured = [scores(60), renamed(scores(4), [WORD, NASTY, "ffn.up", "ffn.down"], "role")]
+    groups: Decoupling = {
+        "groups": [WORD, NASTY], "metrics": [WORD, "PSNR"], "drops": [[0.1, 0.2], [0.3, 0.1]],
+        "errors": [[0.01, 0.02], [0.01, 0.01]], "loads": [[0.3, 0.7], [0.9, 0.1]],
+    }  # fmt: skip
+    file = sensitivity.write_report(folder / "sensitivity.html", measured, [WORD, NASTY], groups, title=NASTY)
+    return {**pages, "sensitivity": file}
 
 
 @pytest.fixture
@@ -464,3 +473,31 @@ def test_numbers_need_no_script(open_report: Open) -> None:
     page = open_report(java_script_enabled=False)
     for visible in (".metrics", ".panels svg >> nth=0", ".strips img >> nth=0", ".cells >> nth=0", ".plan >> nth=0"):
         assert page.locator(visible).is_visible()
+
+
+# --------------------------------------------------------------------------------- sensitivity scores
+
+OVERLAPS = """() => [...document.querySelectorAll(".map svg")].flatMap((svg) => {
+    const labels = [...svg.querySelectorAll("text")].map((e) => [e.textContent, e.getBoundingClientRect()]);
+    const outer = svg.getBoundingClientRect();
+    return labels.flatMap(([a, x], i) => [
+        ...(x.left < outer.left - 1 || x.right > outer.right + 1 ? [[a, "is cut off"]] : []),
+        ...labels.slice(i + 1).filter(([, y]) => x.left < y.right - 1 && y.left < x.right - 1
+            && x.top < y.bottom - 1 && y.top < x.bottom - 1).map(([b]) => [a, b]),
+    ]);
+})"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_sensitivity_fits_and_its_labels_do_not_overlap(open_report: Open, width: int) -> None:
+    page = open_report("sensitivity", width=width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(OVERLAPS) == []
+    assert page.text_content("h1") == NASTY
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_sensitivity_stands_out_in_both_themes(open_report: Open, scheme: str) -> None:
+    ratios = open_report("sensitivity", color_scheme=scheme).evaluate(CONTRAST)
+    assert len(ratios) > 200
+    assert not [entry for entry in ratios if entry[0] < 4.5]

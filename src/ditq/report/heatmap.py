@@ -86,7 +86,7 @@ def chart(errors: LayerErrors, low: float, high: float, name: str) -> str:
     element(root, "image", class_="cells", x=LEFT, y=TOP, width=RIGHT - LEFT, height=row * layers,
             preserveAspectRatio="none", href=_png(colours(values, low, high)))  # fmt: skip
     last_label_y = -20.0
-    for i, block in _first_layers(errors.layers):
+    for i, block in first_layers(errors.layers):
         y = TOP + row * i
         if y - last_label_y >= 13:
             element(root, "text", block, class_="tick", x=LEFT - 8, y=y + 10, text_anchor="end")
@@ -107,7 +107,7 @@ def legend() -> str:
     return _png(colours(np.linspace(0, 1, 96)[None], 0, 1))
 
 
-def _first_layers(names: Sequence[str]) -> list[tuple[int, str]]:
+def first_layers(names: Sequence[str]) -> list[tuple[int, str]]:
     """(row, block number) of the first layer of each block: ``transformer_blocks.3.ff.net.2`` is in block 3."""
     blocks = [match[1] if (match := re.match(r"(.*?\.\d+)\.", name)) else "" for name in names]
     return [

@@ -33,22 +33,14 @@ def render(report: Report, samples: Mapping[str, Sequence[Picture]]) -> str:
     Raises:
         DitqError: jinja2 is not installed.
     """
-    check_installed()
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ditq.report", "page"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    style, script = (
-        files("ditq.report").joinpath("page", name).read_text("utf-8") for name in ("page.css", "page.js")
-    )
+    page = template("page.html.j2")
+    style, script = (asset(name) for name in ("page.css", "page.js"))
     models = [report.reference, *report.models]
     shown = pairs(samples, [model.name for model in models])
     width, height = shown[0].size
     style += f".strips img {{ aspect-ratio: {width} / {height}; }}\n"
     maps = [model.layer_errors for model in report.models if model.layer_errors]
-    return environment.get_template("page.html.j2").render(
+    return page.render(
         report=report,
         models=models,
         shown=shown,
@@ -63,7 +55,7 @@ def render(report: Report, samples: Mapping[str, Sequence[Picture]]) -> str:
             "errors": [model.layer_errors.model_dump() if model.layer_errors else None for model in models],
         },
         words=wording, charts=charts, heatmap=heatmap,
-        style=style, script=script, style_hash=_sha256(style), script_hash=_sha256(script),
+        style=style, script=script, style_hash=sha256(style), script_hash=sha256(script),
     )  # fmt: skip
 
 
@@ -88,11 +80,33 @@ def check_installed() -> None:
         raise DitqError("The report page needs jinja2, which is not installed: pip install 'ditq[report]'")
 
 
+def template(name: str) -> Any:
+    """A template of the folder ``page``; what it prints is escaped.
+
+    Raises:
+        DitqError: jinja2 is not installed.
+    """
+    check_installed()
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ditq.report", "page"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(name)
+
+
+def asset(name: str) -> str:
+    """The text of a file of the folder ``page``."""
+    return files("ditq.report").joinpath("page", name).read_text("utf-8")
+
+
 def tally(model: ModelReport) -> list[tuple[str, int]]:
     """(verdict in words, number of metrics with it) of a model's metrics that have a verdict."""
     verdicts: list[Any] = [score.verdict for score in model.metrics.values()]
     return [(words, verdicts.count(verdict)) for verdict, words in wording.VERDICTS.items() if verdict in verdicts]
 
 
-def _sha256(text: str) -> str:
+def sha256(text: str) -> str:
+    """The hash of an inline block, for the content security policy of its page."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
