@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ditq.allocation.costs import Cost
 from ditq.allocation.decoupled import group_of, members_of, part_of
 from ditq.allocation.program import Errors, integer_program
 from ditq.allocation.scores import PREDICTION, Scores
@@ -106,8 +107,8 @@ def weight_errors(model: nn.Module, architecture: Architecture, space: Space) ->
 def weight_error_rule(space: Space, errors: Errors) -> Genome:
     """SDNQ's rule: each gene gets the cheapest choice whose error is within a threshold, the same for all genes.
 
-    SDNQ fixes the threshold (0.01, or one by bits); here it is the smallest that meets the budgets. A gene without such
-    a choice gets its most costly one.
+    SDNQ fixes the threshold (0.01, or one by bits); here it is the smallest that meets the budgets. A gene without
+    such a choice gets its most costly one.
 
     Args:
         space: the genes and the budgets.
@@ -271,9 +272,9 @@ def mixdq(
 
         b_quality = B (1 + r) / (k r + 1),    b_content = k b_quality
 
-    and each group is allocated within its part. The k whose genome has the smallest value wins. MixDQ ranks the content
-    group by SSIM and the quality group by SQNR; both are the prediction error by default. Budgets in bytes or BitOps
-    are split likewise, with the groups' costs at the cheapest choices as sizes.
+    and each group is allocated within its part. The k whose genome has the smallest value wins. MixDQ ranks the
+    content group by SSIM and the quality group by SQNR; both are the prediction error by default. Budgets in bytes or
+    BitOps are split likewise, with the groups' costs at the cheapest choices as sizes.
 
     Args:
         space: bits of weights or of activations, by layer or role.
@@ -317,7 +318,7 @@ def _is_content(role: str) -> bool:
     return group_of(role) == "content" or role.startswith("ffn")
 
 
-def _part_limit(space: Space, parts: dict[str, Space], group: str, name: Any, ratio: float) -> float:
+def _part_limit(space: Space, parts: dict[str, Space], group: str, name: Cost, ratio: float) -> float:
     """The limit of a cost in one of the groups, of what the searched layers may cost together."""
     weights = {
         other: (ratio if other == "content" else 1.0)
