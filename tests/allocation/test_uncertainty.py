@@ -194,6 +194,19 @@ def test_noise_is_noise_in_most_runs() -> None:
     assert ranked <= 4
 
 
+def test_intervals_contain_the_correlation_of_many_prompts() -> None:
+    levels = np.random.default_rng(0).standard_normal((20, 1, 1))
+
+    def measured(seed: int) -> np.ndarray:
+        return levels + 3 * np.random.default_rng(seed).standard_normal((20, 1, 12))
+
+    halves = [stats.spearmanr(h[:, 0, :6].mean(1), h[:, 0, 6:].mean(1))[0] for h in map(measured, range(300))]
+    found = [agreement(made_scores(measured(1000 + i), choices=("w4",)))[0] for i in range(25)]
+    inside = sum(a.low <= np.mean(halves) <= a.high for a in found)
+    assert inside >= 21
+    assert np.mean([a.high - a.low for a in found]) < 1.2
+
+
 def test_noise_says_so() -> None:
     rng = np.random.default_rng(3)
     found = agreement(made_scores(np.exp(rng.standard_normal((12, 3, 16)))))[-1]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ditq.allocation.choices import Segment
 from ditq.allocation.scores import PREDICTION, Array, Scores, listed
@@ -17,6 +16,7 @@ ALL = "all widths"
 """The choice of an agreement over all choices together."""
 
 SPLITS, PERMUTATIONS = 32, 500
+BATCH = 20  # permutations at once
 
 FEWEST = 4
 """Fewer prompts have no two halves of at least two prompts."""
@@ -247,18 +247,14 @@ def agreement(
     values = harms.transpose(1, 2, 0)  # [choices, prompts, genes]
     halves = _halves(prompts, generator)
 
-    def correlations(x: Array, weights: Array) -> Array:
-        """[choices, and their mean]"""
-        each = [_split_correlation(x[c], weights) for c in range(choices)]
-        return np.array([*each, np.mean(each)])
-
-    observed = correlations(values, halves)
+    observed = _correlations(values, halves)
     exceeded = np.ones(choices + 1)
-    for _ in range(PERMUTATIONS):
+    for _ in range(PERMUTATIONS // BATCH):
         # One order for all choices of a prompt keeps their dependence.
-        order = generator.permuted(np.tile(np.arange(count), (prompts, 1)), axis=1)
-        exceeded += correlations(np.take_along_axis(values, order[None], 2), halves) >= observed - 1e-12
-    without = np.array([correlations(values, _without(halves, i)) for i in range(prompts)])
+        order = generator.permuted(np.tile(np.arange(count), (BATCH, 1, prompts, 1)), axis=-1)
+        permuted = np.take_along_axis(values[None], order, -1)
+        exceeded += (_correlations(permuted, halves) >= observed - 1e-12).sum(0)
+    without = np.stack([_correlations(values, _without(halves, i)) for i in range(prompts)])
     error = np.sqrt((prompts - 1) / prompts * np.square(without - without.mean(0)).sum(0))
     width = _t_quantile(prompts - 1) * error
     return [
@@ -284,24 +280,29 @@ def _without(halves: Array, prompt: int) -> Array:
     return out
 
 
-def _split_correlation(values: Array, halves: Array) -> float:
-    """The mean over splits of Spearman's correlation between sums over halves of [prompts, genes]."""
+def _correlations(values: Array, halves: Array) -> Array:
+    """Spearman's correlation between the sums over halves of [..., choices, prompts, genes], the mean over splits.
+
+    Returns:
+        [..., choices + 1]: last the mean over choices.
+    """
     a, b = (_centred_ranks(half @ values) for half in halves)  # sums rank as means do
-    lengths = np.sqrt(np.square(a).sum(1) * np.square(b).sum(1))
-    return float(((a * b).sum(1) / np.maximum(lengths, 0.25)).mean())  # 0 where all are equal
+    lengths = np.sqrt(np.square(a).sum(-1) * np.square(b).sum(-1))
+    each = ((a * b).sum(-1) / np.maximum(lengths, 0.25)).mean(-1)  # 0 where all are equal
+    return np.concatenate([each, each.mean(-1, keepdims=True)], -1)
 
 
 def _centred_ranks(x: Array) -> Array:
     """Ranks of the values in each row, with mean 0; equal values share the mean of their ranks."""
-    order = np.argsort(x, axis=1)
-    ordered = np.take_along_axis(x, order, 1)
-    steps: NDArray[np.int64] = np.broadcast_to(np.arange(x.shape[1]), x.shape)
-    new = np.diff(ordered, axis=1) != 0
-    first = np.maximum.accumulate(np.where(np.pad(new, ((0, 0), (1, 0)), constant_values=True), steps, 0), axis=1)
-    ends = np.where(np.pad(new, ((0, 0), (0, 1)), constant_values=True), steps, x.shape[1])
-    last = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
+    count = x.shape[-1]
+    order = np.argsort(x, axis=-1)
+    new = np.diff(np.take_along_axis(x, order, -1), axis=-1) != 0
+    yes, steps = np.ones((*x.shape[:-1], 1), bool), np.arange(count)
+    first = np.maximum.accumulate(np.where(np.concatenate([yes, new], -1), steps, 0), axis=-1)
+    ends = np.where(np.concatenate([new, yes], -1), steps, count)
+    last = np.minimum.accumulate(ends[..., ::-1], axis=-1)[..., ::-1]
     ranks = np.empty(x.shape)
-    np.put_along_axis(ranks, order, (first + last - x.shape[1] + 1) / 2, 1)
+    np.put_along_axis(ranks, order, (first + last - count + 1) / 2, -1)
     return ranks
 
 
