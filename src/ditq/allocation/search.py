@@ -125,7 +125,20 @@ class SearchResult:
             return self._lines()
         return "\n".join(f"{result.component}:\n{result._lines()}" for result in (self, *self.others))
 
+    def _chosen_lines(self) -> str:
+        """The costs, the error, and what was chosen for each role."""
+        bits = f"{self.costs['weights']:.2f} bits a weight, {self.costs['activations']:.2f} bits an input"
+        return "\n".join(
+            [
+                f"{self.strategy}: {self.costs['bytes'] / 1e6:.2f} MB, {bits} (of the layers in the blocks)",
+                f"{self.fitness_name} {self.fitness:.4g} on the prompts of the search",
+                *self.notes,
+            ]
+        )
+
     def _lines(self) -> str:
+        if self.chosen:
+            return self._chosen_lines()
         counts = {choice: self.genome.count(choice) for choice in sorted(set(self.genome), key=str)}
         if isinstance(self.genome[0], int):
             counts = {size: self.genome.count(size) for size in sorted(set(self.genome))}
