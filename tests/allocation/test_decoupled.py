@@ -171,6 +171,9 @@ def test_the_table_of_groups() -> None:
     np.testing.assert_allclose(table.loads, [[high, 1 - high], [0.5, 0.5], [1 - high, high]], atol=0.05)
     assert 0 < table.load_errors.max() < 0.1
     np.testing.assert_allclose(table.loads.sum(1), 1)
+    more = np.array([0.5, 0.5, 1, 1])[:, None, None]
+    shifted = made_scores(falling([1] * 4, 50), {"clip": clip, "flow": flow + more}, roles=[[r] for r in order])
+    np.testing.assert_allclose(decoupling(shifted, "w4").loads, table.loads)  # what all groups lose is no load
     assert decoupling(scores, "w8", ["prediction"]).metrics == ("prediction",)
     with pytest.raises(UsageError, match="Unknown width of these scores 'w5'"):
         decoupling(scores, "w5")

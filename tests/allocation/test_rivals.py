@@ -66,6 +66,17 @@ def test_uniform_of_several_budgets() -> None:
     assert interleaved_uniform(toy_space((128, 256), "uniform:64")) == (64, 64)
 
 
+@given(st.lists(st.integers(1, 9), min_size=3, max_size=8), st.floats(0.4, 0.9))
+def test_uniform_is_legal_where_costs_differ(tokens: list[int], share: float) -> None:
+    layers = bit_space(len(tokens), "weights:7", bits=(8, 4)).layers
+    rows, choices = {f"g{i}": float(n) for i, n in enumerate(tokens)}, Choices(weights=(8, 4))
+    one = Space.of(layers, rows, choices=choices, budget="weights:7")
+    operations = [one.cost((w,) * len(tokens), "bit_operations") for w in ("w4", "w8")]
+    budget = operations[0] + share * (operations[1] - operations[0])
+    space = Space.of(layers, rows, choices=choices, budget=["weights:7", budget])
+    assert space.legal(interleaved_uniform(space))
+
+
 # --------------------------------------------------------------------------------------- weight errors
 
 

@@ -23,9 +23,6 @@ FEWEST = 4
 
 LEVEL = 0.05
 
-Errors = list[dict[int | str, float]]
-
-
 # ------------------------------------------------------------------------------------------- shrinkage
 
 
@@ -114,7 +111,7 @@ def is_error(scores: Scores, metric: str) -> bool:
     return scores.metrics[metric].kind in ("error", "decibel")
 
 
-def errors_of(space: Space, scores: Scores, metric: str = PREDICTION) -> Errors:
+def errors_of(space: Space, scores: Scores, metric: str = PREDICTION) -> list[dict[int | str, float]]:
     """The shrunk harm of every gene of a space at each of its choices, for :func:`ditq.allocation.integer_program`.
 
     Harms are shrunk over the genes of the space, and are at least 0, that of 16 bit: a choice that improves a metric
@@ -147,7 +144,7 @@ def errors_of(space: Space, scores: Scores, metric: str = PREDICTION) -> Errors:
                 " Choose among these, or measure again."
             )
         rows.setdefault(gene.segment, []).append((i, numbers[name]))
-    out: Errors = [{} for _ in space.genes]
+    out: list[dict[int | str, float]] = [{} for _ in space.genes]
     for segment, pairs in rows.items():
         harms = losses(scores, metric, None if segment is None else (segment.begin, segment.end))
         if np.isnan(harms).all():
