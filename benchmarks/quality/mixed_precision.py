@@ -2,9 +2,10 @@
 
 ``python benchmarks/quality/mixed_precision.py`` measures the sensitivity of every layer of a bundled model on its
 calibration prompts, allocates the bits of the weights (or ``--part activations``) by every rule within the same
-average bits, and generates held-out prompts with each allocation, from the same noise. It prints a table with 95 % bootstrap
-intervals, paired differences, the rank agreement of the scores between halves of the prompts, and which group of roles
-moves which metric (ViDiT-Q, Fig. 20), and writes ``benchmarks/results/mixed_precision_MODEL_PART.json``.
+average bits, and generates held-out prompts with each allocation, from the same noise. It prints a table with 95 %
+bootstrap intervals, paired differences, the rank agreement of the scores between halves of the prompts, and which
+group of roles moves which metric (ViDiT-Q, Fig. 20), and writes
+``benchmarks/results/mixed_precision_MODEL_PART.json``.
 
 The study of sensitivity and the images are kept: run it again to resume; several processes share the study.
 """
@@ -56,6 +57,7 @@ GROUPS = {False: {"content": "concept_score", "quality": "ssim"},
           True: {"content": "concept_score", "quality": "ssim", "temporal": "delta_flow"}}  # fmt: skip
 SHOWN = {"psnr_db": "PSNR dB", "latent_sqnr_db": "latent SQNR dB", "concept_score": "concept score"}
 SHOWN_VIDEO = {**SHOWN, "delta_flow": "dFlow px", "warping_error": "warping error"}
+LATENT = "latent_sqnr_db"
 DRAWS = 3  # of random allocations
 
 
@@ -115,7 +117,7 @@ class Bench:
         return measure_sensitivity(
             self.pipe, self.architecture, self.recipe, self.probes, self.sampling, part=args.part,
             choices=Choices(**chosen), moments=args.moments, calibration=self.calibration,
-            images=image_metrics(sorted(set(self.groups.values())), BUNDLED_NETWORK),
+            images=image_metrics([*sorted(set(self.groups.values())), LATENT] if self.groups else [], BUNDLED_NETWORK),
             storage=args.folder / f"{self.name}-{args.part}-{args.unit}{'-plain' if args.plain else ''}.search",
             progress=_ticker(),
         )  # fmt: skip
@@ -228,6 +230,7 @@ class Bench:
         genomes["error-only greedy"] = greedy(space, errors)
         genomes["error-only"] = integer_program(space, errors)
         if not args.plain:
+            genomes["latent error"] = integer_program(space, errors_of(space, scores, LATENT))
             for within in ("greedy", "program"):
                 allocation = allocate_decoupled(space, scores, metrics=self.groups, within=within)  # type: ignore[arg-type]
                 genomes[f"decoupled {within}" if within == "greedy" else "decoupled"] = allocation.genome

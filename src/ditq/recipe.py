@@ -76,7 +76,7 @@ Activations = Annotated[Grid, AfterValidator(_activations)]
 
 
 class RoleFormats(_Strict):
-    """Formats of the layers with a matching role; ``weights: null`` keeps them in 16 bit."""
+    """Formats of the layers with a matching role or name; ``weights: null`` keeps them in 16 bit."""
 
     weights: Weights | None
     activations: Activations | None = None
@@ -222,6 +222,8 @@ class Recipe(_Strict):
         keep: roles (or role prefixes) that stay in 16 bit.
         keep_layers: regular expressions of layer names that stay in 16 bit, see :mod:`ditq.patterns`.
         roles: formats of single roles, e.g. ``ffn.down``, in place of ``weights`` and ``activations``.
+        layers: formats of layers by regular expressions of their names, in place of those of their roles; the first
+            that matches counts.
         balance: transforms of the inputs.
         calibration: the calibration data.
         clip: range of the weights, ``minmax`` or ``mse`` (searched by squared error).
@@ -246,6 +248,7 @@ class Recipe(_Strict):
     keep: Names = ("embedder", "final", "modulation")
     keep_layers: Names = ()
     roles: dict[str, RoleFormats] = {}
+    layers: Annotated[dict[Label, RoleFormats], Field(max_length=patterns.MOST)] = {}
     balance: Balance = Balance()
     calibration: Calibration = Calibration()
     clip: Literal["minmax", "mse"] = "minmax"
@@ -279,10 +282,17 @@ class Recipe(_Strict):
     def _patterns_compile(cls, keep_layers: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(patterns.check, keep_layers))
 
+    @field_validator("layers")
+    @classmethod
+    def _names_compile(cls, layers: dict[str, RoleFormats]) -> dict[str, RoleFormats]:
+        for pattern in layers:
+            patterns.check(pattern)
+        return layers
+
     @property
     def needs_calibration(self) -> bool:
         """Whether statistics of activations are needed to quantize."""
-        static = [self.activations, *(r.activations for r in self.roles.values())]
+        static = [self.activations, *(r.activations for r in (*self.roles.values(), *self.layers.values()))]
         return (
             self.balance.smooth
             or (self.balance.choose == "error" and self.balance.rotate)
@@ -309,9 +319,11 @@ class Recipe(_Strict):
         for pattern in self.keep_layers:
             if patterns.search(pattern, name):
                 return None, None, f"keep_layers: {pattern}"
-        if (formats := self.own(role)) is not None:
-            reason = f"the recipe keeps role {role} in 16 bit" if formats.weights is None else ""
-            return formats.weights, formats.activations if formats.weights else None, reason
+        for pattern, formats in self.layers.items():
+            if patterns.search(pattern, name):
+                return _formats(formats, f"layers: {pattern}")
+        if (own := self.own(role)) is not None:
+            return _formats(own, f"the recipe keeps role {role} in 16 bit")
         return self.weights, self.activations, ""
 
     def own(self, role: str) -> RoleFormats | None:
@@ -329,7 +341,7 @@ class Recipe(_Strict):
         data = self.model_dump(mode="json")
         data["balance"]["fold"] = False  # a field of ditq 0.1, see Balance
         # Mappings that take any key; validation decides.
-        open_mappings = {id(data["roles"]), id(data["calibration"]["arguments"])}
+        open_mappings = {id(data["roles"]), id(data["layers"]), id(data["calibration"]["arguments"])}
         for assignment in assignments:
             key, equals, value = assignment.partition("=")
             if not equals:
@@ -384,7 +396,8 @@ class Recipe(_Strict):
         if self.rounding != "gptq":
             idle |= {"gptq": "it needs rounding=gptq", "calibration.calls": "it needs rounding=gptq"}
         formats = [self.weights, self.activations]
-        formats += [fmt for of_role in self.roles.values() for fmt in (of_role.weights, of_role.activations)]
+        own = (*self.roles.values(), *self.layers.values())
+        formats += [fmt for of_own in own for fmt in (of_own.weights, of_own.activations)]
         if not any(fmt is not None and fmt.group_size for fmt in formats):
             idle["fit_groups"] = "no format has groups"
         if not self.needs_calibration and self.diffusion_step_policy is None:
@@ -395,6 +408,13 @@ class Recipe(_Strict):
         labels = {"method": "a label that decides nothing; set balance.* or rounding instead", "name": "a label",
                   "paper": "a label", "description": "a label"}  # fmt: skip
         return idle | labels
+
+
+def _formats(own: RoleFormats, reason: str) -> tuple[Grid | None, Grid | None, str]:
+    """The formats of a role or a layer; the reason if it is kept in 16 bit."""
+    if own.weights is None:
+        return None, None, reason
+    return own.weights, own.activations, ""
 
 
 def _path(key: str) -> list[str]:

@@ -64,6 +64,7 @@ def in_words(recipe: Recipe) -> str:
         "GPTQ" if recipe.rounding == "gptq" else "" if balance else "round to nearest",
         f"groups of {recipe.weights.group_size}" if recipe.weights.group_size else "",
         "dynamic" if recipe.activations is None or recipe.activations.dynamic else "static",
+        "mixed bits" if recipe.layers or recipe.step_weights else "",
         "chosen timesteps" if recipe.calibration.timesteps == "normal" else "",
     ]
     return ", ".join(part for part in parts if part)

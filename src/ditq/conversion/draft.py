@@ -85,12 +85,13 @@ def _check_targets(linears: list[Linear], recipe: Recipe) -> None:
                 raise UsageError(
                     f"{field} of the recipe: unknown role {prefix!r}. This model has {', '.join(sorted(model_roles))}."
                 )
-    for pattern in recipe.keep_layers:
-        if not any(patterns.search(pattern, linear.name) for linear in linears):
-            raise UsageError(
-                f"keep_layers: no layer matches {pattern!r}; names look like {linears[0].name!r} and "
-                f"{linears[-1].name!r}."
-            )
+    for field, expressions in (("keep_layers", recipe.keep_layers), ("layers", tuple(recipe.layers))):
+        for pattern in expressions:
+            if not any(patterns.search(pattern, linear.name) for linear in linears):
+                raise UsageError(
+                    f"{field}: no layer matches {pattern!r}; names look like {linears[0].name!r} and "
+                    f"{linears[-1].name!r}."
+                )
 
 
 def estimate(model: nn.Module, architecture: Architecture, recipe: Recipe) -> Plan:
