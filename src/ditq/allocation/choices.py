@@ -33,6 +33,8 @@ class Segment:
 
     def __str__(self) -> str:
         if self.end >= ALWAYS or self.begin <= -ALWAYS:
+            if self.end >= ALWAYS and self.begin <= -ALWAYS:
+                return "all timesteps"
             return f"t > {self.begin:.4g}" if self.begin > -ALWAYS else f"t < {self.end:.4g}"
         return f"t {self.end:.4g}-{self.begin:.4g}"
 

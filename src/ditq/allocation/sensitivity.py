@@ -216,6 +216,8 @@ class _Laboratory:
                 pipe, architecture, calibration, recipe.calibration, component=component, seed=seed, resume=True,
                 progress=on_batch,
             )  # fmt: skip
+        if part == "activations":  # weights stay in floats: there is nothing to round
+            recipe = recipe.model_copy(update={"rounding": "nearest"})
         layers = plan_layers(self.model, architecture, recipe, statistics, seed=seed, progress=progress)
         searched = _searched(layers, self.model, architecture)
         with counted_rows(self.model, searched) as rows:
@@ -265,6 +267,9 @@ class _Laboratory:
         if own and self.samples is not None:
             assert self.images.measure is not None
             found = self.images.measure(self.samples, self.samples)
+            for name in own:
+                if not np.isfinite(found[name]).all():
+                    raise DitqError(f"{name} of the 16-bit model is NaN or Inf.")
             reference = {name: [float(f"{x:.{DIGITS}g}") for x in found[name]] for name in own}
         return {
             "prompts": [prompt for prompt, _ in sorted(pairs)],
