@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
@@ -15,8 +16,9 @@ from ditq.allocation.budget import Budget, kind_of
 from ditq.allocation.choices import Choices, Unit, segments_of
 from ditq.allocation.costs import Cost, averaged, costs_of
 from ditq.allocation.decoupled import GROUPS, allocate_decoupled, greedy
-from ditq.allocation.fitness import PREDICTION, Fitness
+from ditq.allocation.fitness import LATENT, Fitness
 from ditq.allocation.program import Errors, Fixed, integer_program
+from ditq.allocation.rivals import interleaved_uniform
 from ditq.allocation.scores import Scores
 from ditq.allocation.search import Chosen, SearchResult, other_bytes, search
 from ditq.allocation.sensitivity import NO_IMAGES, ImageMetrics, Part, measure_sensitivity
@@ -34,6 +36,9 @@ from ditq.sampling import Sampling, condition_list
 ByScores = Literal["error", "greedy", "decoupled"]
 BY_SCORES: tuple[ByScores, ...] = get_args(ByScores)
 
+POWERS = (0.5, 2.0)
+"""Of the errors, in further allocations that are tried: the larger, the fewer large errors."""
+
 WEIGHTS = (16, 8, 6, 5, 4, 3, 2)
 ACTIVATIONS = (16, 8, 7, 6, 5, 4)
 
@@ -49,8 +54,9 @@ class Bits:
         budget: one or several, see :mod:`ditq.allocation.budget`; shared by all transformers.
         unit: what shares a choice: layer, block or role.
         segments: of the sampling trajectory, each with activation bits of its own.
-        strategy: ``error``: the integer program on the prediction error. ``greedy``: the most sensitive first, as in
-            ViDiT-Q, by the prediction error. ``decoupled``: ViDiT-Q's groups of roles, each by its own metric.
+        strategy: ``error``: the integer program on the prediction error; a few allocations are tried in the whole
+            model, and the best one counts. ``greedy``: the most sensitive first, as in ViDiT-Q, by the prediction
+            error. ``decoupled``: ViDiT-Q's groups of roles, each by its own metric.
         metrics: of ``decoupled``: a metric of images for each group (content, quality, temporal).
 
     Raises:
@@ -156,7 +162,7 @@ def allocate_bits(
     *,
     moments: int = 4,
     images: ImageMetrics = NO_IMAGES,
-    fitness: Fitness = PREDICTION,
+    fitness: Fitness = LATENT,
     rounding: Literal["nearest", "recipe"] = "recipe",
     calibration: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -196,38 +202,52 @@ def allocate_bits(
     steps = sum(len(one.steps) for one in found)
     transformers = {one.component: replace(one, share=len(one.steps) / steps) for one in found}
     layers = {name: list(one.layers) for name, one in transformers.items()}
-    genomes: dict[str, Genome] = {}
-    starts: dict[str, list[LayerPlan]] = {}
     chosen: dict[str, tuple[Chosen, ...]] = dict.fromkeys(transformers, ())
     notes: list[str] = []
+    results: dict[str, SearchResult] = {}
     for part in bits.parts:
-        starts = {name: list(of_one) for name, of_one in layers.items()}
+        choices = {name: bits.choices(part, one.steps) for name, one in transformers.items()}
         spaces = {
-            name: one.space(pipe, recipe, starts[name], bits.choices(part, one.steps))
-            for name, one in transformers.items()
-        }
+            name: one.space(pipe, recipe, layers[name], choices[name]) for name, one in transformers.items()
+        }  # fmt: skip
         genomes, errors, more = _allocated(spaces, transformers, part, bits)
         notes += more
-        for name, space in spaces.items():
-            planned = {layer.name: layer for layer in space.planned(genomes[name])}
+        for name, one in transformers.items():
+            tried = Fixed(tuple(dict.fromkeys(genomes[name])))
+            with ExitStack() as stack:
+                if part != bits.parts[-1]:
+                    stack.enter_context(restored_on_error(getattr(pipe, name), always=True))
+                result = search(
+                    pipe, one.architecture, recipe, conditions, sampling, component=name, strategy=tried,
+                    trials=len(tried.genomes), choices=choices[name], fitness=fitness, rounding=rounding,
+                    calibration=calibration or conditions, statistics=one.statistics, layers=layers[name],
+                    trajectory=one.steps, progress=progress,
+                )  # fmt: skip
+            planned = {layer.name: layer for layer in spaces[name].planned(result.genome)}
             layers[name] = [planned.get(layer.name, layer) for layer in layers[name]]
-            chosen[name] += _explained(space, genomes[name], errors[name])
-    results = []
-    for name, one in transformers.items():
-        result = search(
-            pipe, one.architecture, recipe, conditions, sampling, component=name,
-            strategy=Fixed((genomes[name],)), trials=1, choices=bits.choices(bits.parts[-1], one.steps),
-            fitness=fitness, rounding=rounding, calibration=calibration or conditions, statistics=one.statistics,
-            layers=starts[name], trajectory=one.steps, progress=progress,
-        )  # fmt: skip
-        searched = {layer.name for layer in one.layers if layer.weight is not None and layer.name in one.rows}
-        results.append(
-            replace(
-                result, strategy=bits.strategy, chosen=chosen[name], notes=tuple(notes),
-                costs={**result.costs, **_averages([x for x in result.plan if x.name in searched], one)},
-            )
-        )  # fmt: skip
-    return results
+            chosen[name] += _explained(spaces[name], result.genome, errors[name])
+            if len(tried.genomes) > 1:
+                notes.append(_compared(part, tried, result))
+            results[name] = result
+        together = tuple(choice for name in spaces for choice in results[name].genome)
+        notes += _used(Space.joined(spaces, bits.budgets(part)), together, part)
+    return [_finished(results[name], one, bits, chosen[name], notes) for name, one in transformers.items()]
+
+
+def _finished(
+    result: SearchResult, transformer: Transformer, bits: Bits, chosen: tuple[Chosen, ...], notes: Sequence[str]
+) -> SearchResult:
+    """The result with the averages over all layers that could have been quantized, and what was chosen."""
+    searched = {layer.name for layer in transformer.layers if layer.weight is not None}
+    layers = [layer for layer in result.plan if layer.name in searched and layer.name in transformer.rows]
+    costs = {**result.costs, **_averages(layers, transformer)}
+    return replace(result, strategy=bits.strategy, chosen=chosen, notes=tuple(notes), costs=costs)
+
+
+def _compared(part: Part, tried: Fixed, result: SearchResult) -> str:
+    values = dict(result.scored)
+    numbers = ", ".join(f"{values[genome]:.2f}" for genome in tried.genomes)
+    return f"{part}: {result.fitness_name} of the allocations that were tried together: {numbers}; the least was taken"
 
 
 def _averages(layers: Sequence[LayerPlan], transformer: Transformer) -> dict[Cost, float]:
@@ -254,12 +274,12 @@ def _measured(
     """Calibrates one transformer, plans its layers by the recipe, and measures its sensitivity."""
     model = getattr(pipe, component)
     plain = recipe.model_copy(update={"diffusion_step_policy": None, "step_activations": None, "step_weights": None})
-    if plain != recipe:
-        raise UsageError("Bits by timestep are chosen by segments=; leave diffusion_step_policy out of the recipe.")
+    if plain != recipe and bits.activations:
+        raise UsageError("Activation bits by timestep are chosen by segments=; leave diffusion_step_policy out.")
     with restored_on_error(model, always=True):
         scores: dict[Part, Scores] = {
             part: measure_sensitivity(
-                pipe, architecture, recipe, conditions, sampling, part=part, choices=bits.choices(part, ()),
+                pipe, architecture, plain, conditions, sampling, part=part, choices=bits.choices(part, ()),
                 component=component, moments=moments, images=images, calibration=calibration, progress=progress,
             )
             for part in bits.parts
@@ -271,13 +291,16 @@ def _measured(
                 resume=True,
                 progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
             )  # fmt: skip
-        layers = plan_layers(model, architecture, recipe, statistics, seed=sampling.seed, progress=progress)
+        layers = plan_layers(
+            model, architecture, recipe, statistics, seed=sampling.seed,
+            trajectory=next(iter(scores.values())).steps, progress=progress,
+        )  # fmt: skip
     return Transformer(component, architecture, statistics, tuple(layers), scores)
 
 
 def _allocated(
     spaces: Mapping[str, Space], transformers: Mapping[str, Transformer], part: Part, bits: Bits
-) -> tuple[dict[str, Genome], dict[str, Errors], list[str]]:
+) -> tuple[dict[str, list[Genome]], dict[str, Errors], list[str]]:
     """Genomes of all transformers within the shared budgets, the errors that decided, and notes."""
     whole = Space.joined(spaces, bits.budgets(part))
     whole.check_budget()
@@ -299,18 +322,31 @@ def _allocated(
         [(name, one)] = transformers.items()
         space = replace(spaces[name], limits=whole.limits)
         allocation = allocate_decoupled(space, one.scores[part], metrics=bits.metrics)
-        genome = allocation.genome
-        notes += [f"{part}: {group}: {bits_:.2f} bits on average" for group, bits_ in allocation.budgets.items()]
+        alternatives = [allocation.genome]
+        notes += [f"{part}: {group}: {mean:.2f} bits on average" for group, mean in allocation.budgets.items()]
         notes += allocation.notes
+    elif bits.strategy == "greedy":
+        alternatives = [greedy(whole, together)]
     else:
-        genome = (greedy if bits.strategy == "greedy" else integer_program)(whole, together)
-    notes += _binding(whole, genome, part)
-    genomes: dict[str, Genome] = {}
-    start = 0
-    for name, space in spaces.items():
-        genomes[name] = genome[start : start + len(space.genes)]
-        start += len(space.genes)
+        alternatives = [integer_program(whole, together)]
+        if len(spaces) == 1:
+            alternatives += _others(whole, together)
+    genomes: dict[str, list[Genome]] = {name: [] for name in spaces}
+    for genome in alternatives:
+        start = 0
+        for name, space in spaces.items():
+            genomes[name].append(genome[start : start + len(space.genes)])
+            start += len(space.genes)
     return genomes, errors, notes
+
+
+def _others(space: Space, errors: Errors) -> list[Genome]:
+    """Allocations to try beside the program's, since large errors do not simply add up: by powers of the errors, and
+    uniform.
+    """
+    powers = ([{c: e**p for c, e in of_gene.items()} for of_gene in errors] for p in POWERS)
+    others = [integer_program(space, powered) for powered in powers]
+    return [*others, interleaved_uniform(space)] if space.uniforms else others
 
 
 def _alike(space: Space, errors: Errors) -> Errors:
@@ -328,7 +364,7 @@ def _alike(space: Space, errors: Errors) -> Errors:
     ]
 
 
-def _binding(space: Space, genome: Genome, part: Part) -> list[str]:
+def _used(space: Space, genome: Genome, part: Part) -> list[str]:
     """How much of each budget is used."""
     return [
         f"{part}: {space.cost(genome, name) / space.units[name]:.6g} of {limit / space.units[name]:.6g} {_WORDS[name]}"
