@@ -59,11 +59,11 @@ def start(storage: Path, log: Path, seconds: float = 0.0, last: int = 0) -> subp
 
 
 def wait_for(log: Path, count: int) -> None:
-    for _ in range(1200):
+    for _ in range(6000):
         if len(lines(log)) >= count:
             return
         time.sleep(0.05)
-    raise AssertionError(f"{len(lines(log))} of {count} evaluations after 60 s")
+    raise AssertionError(f"{len(lines(log))} of {count} evaluations after 300 s")
 
 
 # ------------------------------------------------------------------------------------- what is measured
