@@ -14,7 +14,6 @@ import videos
 from console import ditq
 
 from ditq.allocation.scores import Scores, mean_and_error
-from ditq.cli.sensitivity import with_time_left
 
 pytest.importorskip("ditq_bundled")
 
@@ -167,21 +166,3 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_measurement(
     assert (status, "--out must be a folder" in err) == (2, True)
     status, _, err = ditq(capsys, "sensitivity", "bundled:emoji-class", "--out", tmp_path / "file" / "out")
     assert (status, "Cannot write" in err) == (1, True)
-
-
-def test_the_time_left_follows_from_what_this_process_measured() -> None:
-    shown: list[tuple[str, int, int, str]] = []
-    now = iter([0.0, 10.0, 30.0, 40.0, 100.0, 101.0, 200.0])
-    show = with_time_left(lambda *a: shown.append(a), clock=lambda: next(now))
-    show("sensitivity", 20, 25)  # found in the study
-    show("sensitivity", 21, 25)
-    show("sensitivity", 23, 25)
-    show("sensitivity", 25, 25)
-    show("sensitivity", 1, 1000)  # the next part
-    show("sensitivity", 2, 1000)
-    show("calibrate", 1, 8)
-    assert [note for *_, note in shown] == ["", "40 s left", "20 s left", "", "", "17 min left", ""]
-    show = with_time_left(lambda *a: shown.append(a), clock=iter([0.0, 100.0]).__next__)
-    show("sensitivity", 0, 101)
-    show("sensitivity", 1, 101)
-    assert shown[-1][3] == "2 h 47 min left"

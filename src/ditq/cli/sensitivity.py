@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,7 +124,7 @@ def sensitivity(
             pipe, recipe, calibration[:pictures], **bits, unit=unit, metrics=names, network=network, moments=moments,
             overrides=overrides or [], architecture=arch if architecture else None, component=component, seed=seed,
             steps=steps, guidance_scale=guidance_scale, batch_size=batch_size, arguments=size,
-            calibration=calibration, storage=storage, progress=with_time_left(progress) if progress else None,
+            calibration=calibration, storage=storage, progress=progress,
         )  # fmt: skip
     several = report.has_several(scores)
     agreements = [_agreement(one) for one in scores]
@@ -170,35 +169,6 @@ def _bits(name: str, text: str) -> list[int]:
         raise UsageError(
             f"--{name} must be comma-separated bits of 2 to 8, e.g. 8,4,3, or none; got {text!r}."
         ) from None
-
-
-def with_time_left(
-    progress: Callable[..., None], clock: Callable[[], float] = time.monotonic
-) -> Callable[[str, int, int], None]:
-    """Adds the time left to the bar of each stage, from the speed since the stage's first call.
-
-    Results that were found in the study are counted in the first call, so they do not make it look faster.
-    """
-    first: dict[str, tuple[float, int]] = {}
-
-    def show(stage: str, done: int, total: int) -> None:
-        now = clock()
-        if done < first.get(stage, (now, done + 1))[1]:  # a new stage, or the same one of the next part
-            first[stage] = (now, done)
-        begin, already = first[stage]
-        note = ""
-        if already < done < total:
-            note = f"{_duration((now - begin) / (done - already) * (total - done))} left"
-        progress(stage, done, total, note)
-
-    return show
-
-
-def _duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
-    if seconds < 60:
-        return f"{math.ceil(seconds)} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _agreement(scores: Scores) -> dict[str, Sequence[Any]]:
