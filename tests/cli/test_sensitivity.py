@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from dataclasses import dataclass
@@ -110,11 +111,20 @@ def test_metrics_of_images_and_a_single_prompt(
     for title in ("prediction error, % ↓", "PSNR, dB ↑", "SSIM ↑", "Latent SQNR, dB ↑"):
         assert f"weights: {title}" in out
     assert "one prompt: no standard error" in out
+    title = "weights at w4: drop of each metric with one group quantized, %"
+    assert out.count(title) == 1
+    assert re.search(r"^quality ", out, re.MULTILINE)
     assert max(map(len, out.splitlines())) <= 80
     status, out, _ = ditq(capsys, *command, "--json")
     errors = json.loads(out)["components"]["transformer"]["weights"]["metrics"]["ssim"]["standard_error"]
     assert errors and {value for row in errors for value in row} == {None}
     assert json.loads(out)["files"] == {}
+    groups = json.loads(out)["components"]["transformer"]["weights"]["decoupling"]
+    assert (groups["name"], groups["metrics"]) == ("weights at w4", ["PSNR", "SSIM", "Latent SQNR"])
+    assert len(groups["drops"]) == len(groups["groups"]) and {x for row in groups["errors"] for x in row} == {None}
+    status, _, err = ditq(capsys, *command, "--quiet", "--out", tmp_path / "out")
+    assert status == 0, err
+    assert "<h3>Weights at w4</h3>" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
 def test_two_experts_get_files_of_their_own(

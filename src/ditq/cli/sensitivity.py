@@ -34,9 +34,8 @@ from ditq.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ditq.allocation import Scores
+    from ditq.report.sensitivity import Decoupling, Matrix
 
 
 def sensitivity(
@@ -134,6 +133,8 @@ def sensitivity(
         for metric, entries in by_metric.items()
         for entry in entries
     ]
+    decoupled = [report.decoupling_of(one, report.label(one, several)) for one in scores]
+    decouplings = [groups for groups in decoupled if groups]
     files: dict[str, str] = {}
     if out_dir is not None:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -141,11 +142,11 @@ def sensitivity(
             name = f"{one.info['component']}-{one.part}" if several else one.part
             files[report.label(one, several)] = str(one.save(out_dir / f"sensitivity-{name}.json"))
         title = f"Sensitivity of {pipeline} to quantization"
-        files["report"] = str(report.write_report(out_dir / "report.html", scores, lines, title=title))
+        files["report"] = str(report.write_report(out_dir / "report.html", scores, lines, decouplings, title=title))
     if as_json:
         components: dict[str, dict[str, Any]] = {}
-        for one, by_metric in zip(scores, agreements, strict=True):
-            components.setdefault(one.info["component"], {})[one.part] = _json(one, by_metric)
+        for one, by_metric, groups in zip(scores, agreements, decoupled, strict=True):
+            components.setdefault(one.info["component"], {})[one.part] = _json(one, by_metric, groups)
         print_json({"pipeline": pipeline, "recipe": recipe, "unit": unit, "files": files, "components": components})
     elif not quiet:
         for one in scores:
@@ -153,6 +154,9 @@ def sensitivity(
                 for table in report.tables(one, metric, name=report.label(one, several), width=out.width):
                     out.print(table)
                     out.print()
+        for groups in decouplings:
+            out.print(report.decoupling_table(**groups))
+            out.print()
         for line in (*lines, *(f"{name}: {file}" for name, file in files.items())):
             out.print(line, soft_wrap=True)
 
@@ -178,7 +182,7 @@ def _agreement(scores: Scores) -> dict[str, Sequence[Any]]:
     return {metric: agreement(scores, metric) for metric in scores.metrics}
 
 
-def _json(scores: Scores, agreements: dict[str, Sequence[Any]]) -> dict[str, Any]:
+def _json(scores: Scores, agreements: dict[str, Sequence[Any]], groups: Decoupling | None) -> dict[str, Any]:
     from ditq.allocation.scores import mean_and_error
 
     metrics = {}
@@ -191,11 +195,19 @@ def _json(scores: Scores, agreements: dict[str, Sequence[Any]]) -> dict[str, Any
             metric: [{"text": str(entry), "is_noise": bool(entry.is_noise)} for entry in entries]
             for metric, entries in agreements.items()
         },
+        **({"decoupling": _groups_json(groups)} if groups else {}),
     }  # fmt: skip
 
 
-def _numbers(values: NDArray[Any]) -> list[list[float | None]]:
-    """[genes][choices]; None for NaN, which JSON lacks."""
+def _groups_json(groups: Decoupling) -> dict[str, Any]:
+    return {
+        **groups, "drops": _numbers(groups["drops"]), "errors": _numbers(groups["errors"]),
+        "loads": _numbers(groups["loads"]),
+    }  # fmt: skip
+
+
+def _numbers(values: Matrix) -> list[list[float | None]]:
+    """[rows][columns]; None for NaN, which JSON lacks."""
     return [[float(x) if math.isfinite(x) else None for x in row] for row in values]
 
 
