@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
-from ditq.allocation.budget import Budget, kind_of
+from ditq.allocation.budget import Budget, kind_of, shared_limits
 from ditq.allocation.choices import Choices, Unit, segments_of
-from ditq.allocation.costs import Cost, averaged, costs_of
+from ditq.allocation.costs import COSTS, Cost, averaged, costs_of
 from ditq.allocation.decoupled import GROUPS, allocate_decoupled, greedy
 from ditq.allocation.fitness import PREDICTION, Fitness
 from ditq.allocation.program import Errors, Fixed, integer_program
@@ -80,10 +80,15 @@ class Bits:
         for group in self.metrics:
             if group not in GROUPS:
                 raise unknown("group of roles", group, GROUPS)
+        if self.strategy == "decoupled" and self.unit == "block":
+            raise UsageError("A block has roles of several groups: use unit 'layer' or 'role' with 'decoupled'.")
+        if self.segments > 1 and self.metrics:
+            raise UsageError("Metrics of images are not known by timestep: pass metrics or segments, not both.")
         for part in self.parts:
             if not self.budgets(part):
                 needed = "5GB or weights:4" if part == "weights" else "activations:6, or a number of BitOps"
                 raise UsageError(f"Bits of {part} need a budget of their own: pass budget={needed}.")
+        shared_limits(self.budget, dict.fromkeys(COSTS, 1.0))  # refuses wrong budgets before the slow part
         used = [budget for part in self.parts for budget in self.budgets(part)]
         for budget in self.budget:
             if budget not in used:
@@ -331,13 +336,18 @@ def _alike(space: Space, errors: Errors) -> Errors:
 def _binding(space: Space, genome: Genome, part: Part) -> list[str]:
     """How much of each budget is used."""
     return [
-        f"{part}: {space.cost(genome, name) / space.units[name]:.6g} of {limit / space.units[name]:.6g} {_WORDS[name]}"
+        f"{part}: {_amount(space.cost(genome, name), space, name)} of {_amount(limit, space, name)} {_WORDS[name]}"
         for name, limit in space.limits.items()
     ]
 
 
+def _amount(cost: float, space: Space, name: Cost) -> str:
+    """A cost in the words' unit."""
+    return f"{cost / 1e6:.2f}" if name == "bytes" else f"{cost / space.units[name]:.6g}"
+
+
 _WORDS = {
-    "bytes": "bytes",
+    "bytes": "MB",
     "bit_operations": "bit operations per image",
     "weights": "bits on average",
     "activations": "bits on average",
@@ -349,6 +359,7 @@ def _explained(space: Space, genome: Genome, errors: Errors) -> tuple[Chosen, ..
         Chosen(
             gene.name, tuple(dict.fromkeys(layer.role for layer in gene.layers)), str(choice), of_gene[choice],
             of_gene[possible[-1]], sum(layer.parameters for layer in gene.layers),
+            "" if gene.segment is None else str(gene.segment),
         )
         for gene, choice, of_gene, possible in zip(space.genes, genome, errors, space.choices, strict=True)
     )  # fmt: skip

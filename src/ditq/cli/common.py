@@ -56,6 +56,23 @@ out = Terminal()
 err = Terminal(stderr=True)
 
 
+def numbers(option: str, text: str, wanted: str) -> list[int]:
+    """The numbers of a comma-separated option.
+
+    Args:
+        option: without its dashes, for the message.
+        text: e.g. ``8,4,3``.
+        wanted: what is expected, for the message.
+
+    Raises:
+        UsageError: an entry is not a whole number.
+    """
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--{option} must be comma-separated {wanted}; got {text!r}.") from None
+
+
 def print_json(data: Any) -> None:
     """JSON on stdout, nothing else."""
     json.dump(data, sys.stdout, indent=1)

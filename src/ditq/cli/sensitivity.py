@@ -25,6 +25,7 @@ from ditq.cli.common import (
     Steps,
     Variant,
     Width,
+    numbers,
     open_pipeline,
     out,
     pick_architecture,
@@ -163,16 +164,9 @@ def sensitivity(
 
 def _bits(name: str, text: str) -> list[int]:
     """The widths of ``--weights`` or ``--activations``; empty for ``none`` and an empty text."""
-    from ditq.errors import UsageError
-
     if text.strip().lower() in ("", "none"):
         return []
-    try:
-        return [int(bits) for bits in text.split(",")]
-    except ValueError:
-        raise UsageError(
-            f"--{name} must be comma-separated bits of 2 to 8, e.g. 8,4,3, or none; got {text!r}."
-        ) from None
+    return numbers(name, text, "bits of 2 to 8, e.g. 8,4,3, or none")
 
 
 def _agreement(scores: Scores) -> dict[str, Sequence[Any]]:
