@@ -159,7 +159,7 @@ def lines(result: SearchResult) -> list[str]:
         weights, activations = one.costs["weights"], one.costs["activations"]
         out += [
             f"{head}: {megabytes(size)}, {size / full:.3f} of the 16-bit {megabytes(full)}",
-            f"{weights:.2f} bits a weight and {activations:.2f} bits an input in the blocks; over all linear layers "
+            f"{weights:.2f} bits a weight and {activations:.2f} bits an input in the blocks; in the whole transformer "
             f"{one.plan.average_bits:.2f} and {one.plan.average_activation_bits:.2f}",
             f"{one.fitness_name} {number(one.fitness, 2)} on the prompts of the search",
         ]
@@ -170,16 +170,14 @@ def allocation_json(result: SearchResult) -> dict[str, Any]:
     """The facts of the tables and lines about one transformer, for ``ditq search --json``.
 
     Returns:
-        ``bytes`` and ``bytes_16bit`` of the transformer; ``average_bits`` in the blocks and over all linear layers;
-        ``notes``; ``choices``: by part, a list of rows as in the tables, each with the choice of every gene.
+        Sizes and average bits of the whole transformer by the names of ``ditq inspect --json``; ``block_bits``: those
+        of the searched layers; ``notes``; ``choices``: by part, the rows of the tables, and every single choice.
     """
     size, full = result.plan.memory()
     return {
-        "bytes": size, "bytes_16bit": full,
-        "average_bits": {
-            "weights": result.costs["weights"], "activations": result.costs["activations"],
-            "all_weights": result.plan.average_bits, "all_activations": result.plan.average_activation_bits,
-        },
+        "transformer_bytes": size, "transformer_bytes_16bit": full, "average_bits": result.plan.average_bits,
+        "average_activation_bits": result.plan.average_activation_bits,
+        "block_bits": {"weights": result.costs["weights"], "activations": result.costs["activations"]},
         "notes": list(result.notes),
         "choices": {
             part: {
