@@ -17,9 +17,9 @@ from ditq.report.wording import megabytes, number
 PARTS = {"w": "weights", "a": "activations"}  # by the first letter of a choice
 
 # Columns of the terminal.
-NAME_ROOM = 24  # for a role or block, at most
+NAME_ROOM = 21  # for a role or block, at most
 BITS_ROOM = 20  # for counts of bits, at most
-LARGEST_ROOM = 16  # for the layer with the largest error, at least
+LARGEST_ROOM = 13  # for the layer with the largest error, at least
 BETWEEN = 3  # between two columns
 
 
@@ -114,30 +114,30 @@ def _table(title: str, chosen: Sequence[Chosen], width: int) -> Table:
     result = table(title=f"{title}: bits by {kind}", caption=caption, min_width=len(caption))
     segments = any(row.segment for row in listed)
     single = all(sum(row.bits.values()) == 1 for row in listed)
+    head = f"{kind}, timesteps" if segments else kind
     bits = [_wrapped(row.text) for row in listed]
-    widths = [
-        min(NAME_ROOM, max(len(kind), *(len(row.name) for row in listed))),
-        *([max(len("timesteps"), *(len(row.segment) for row in listed))] if segments else []),
-        max(len(line) for text in bits for line in text.splitlines()),
-        len("weights"),
-        len("100.0 %"),
-    ]
+    names = [folded(row.name, NAME_ROOM) for row in listed]
+    first = [f"  {row.segment}" if segments else name for row, name in zip(listed, names, strict=True)]
+    widths = [_widest([head, *names, *first]), _widest(bits), len("weights"), len("100.0 %")]
     room = max(LARGEST_ROOM, width - sum(widths) - BETWEEN * len(widths))
-    result.add_column(kind)
-    if segments:
-        result.add_column("timesteps", no_wrap=True)
-    result.add_column("bits", no_wrap=True)
+    for column in (head, "bits"):
+        result.add_column(column, no_wrap=True)
     for column in ("weights", "error"):
         result.add_column(column, justify="right", no_wrap=True)
     if not single:
         result.add_column("largest error")
     last = ""
-    for row, text in zip(listed, bits, strict=True):
-        cells = ["" if row.name == last else folded(row.name, NAME_ROOM), *([row.segment] if segments else []), text]
-        cells += [f"{number(100 * share, 1)} %" for share in (row.weights, row.error)]
-        result.add_row(*cells, *([] if single else [folded(_plain(row.largest), room)]))
-        last = row.name
+    for row, name, cell, text in zip(listed, names, first, bits, strict=True):
+        if segments and name != last:
+            result.add_row(name)
+        shares = (f"{number(100 * share, 1)} %" for share in (row.weights, row.error))
+        result.add_row(cell, text, *shares, *([] if single else [folded(_plain(row.largest), room)]))
+        last = name
     return result
+
+
+def _widest(texts: Sequence[str]) -> int:
+    return max(len(line) for text in texts for line in text.splitlines())
 
 
 def _wrapped(text: str) -> str:
