@@ -125,14 +125,15 @@ def test_every_transformer_has_its_tables_and_the_notes_come_once(plan: Plan) ->
         "transformer_2, weights: bits by role",
     ]  # fmt: skip
     lines = allocation.lines(result)
-    assert lines[0].startswith("transformer, error: ") and lines[3].startswith("transformer_2, error: ")
+    assert lines[0].startswith("transformer: ") and lines[3].startswith("transformer_2: ")
     assert tuple(lines[6:]) == NOTES
 
 
 def test_lines_compare_with_16_bit(plan: Plan) -> None:
     size, full = plan.memory()
     lines = allocation.lines(made(plan, WEIGHTS))
-    assert lines[0] == f"error: {size / 1e6:.2f} MB, {size / full:.3f} of the 16-bit {full / 1e6:.2f} MB"
+    size_line = f"{size / 1e6:.2f} MB, {size / full:.3f} of the 16-bit {full / 1e6:.2f} MB; strategy: error"
+    assert lines[0] == size_line
     assert lines[1].startswith("4.75 bits a weight and 8.00 bits an input in the blocks; in the whole transformer ")
     assert lines[1].endswith(f"{plan.average_bits:.2f} and {plan.average_activation_bits:.2f}")
     assert lines[2] == "prediction error, dB −12.50 on the prompts of the search"

@@ -154,11 +154,11 @@ def lines(result: SearchResult) -> list[str]:
     """Sizes, average bits and errors of every transformer, then the notes about scores and budgets, once."""
     out = []
     for one in (result, *result.others):
-        head = f"{one.component}, {one.strategy}" if result.others else one.strategy
+        head = f"{one.component}: " if result.others else ""
         size, full = one.plan.memory()
         weights, activations = one.costs["weights"], one.costs["activations"]
         out += [
-            f"{head}: {megabytes(size)}, {size / full:.3f} of the 16-bit {megabytes(full)}",
+            f"{head}{megabytes(size)}, {size / full:.3f} of the 16-bit {megabytes(full)}; strategy: {one.strategy}",
             f"{weights:.2f} bits a weight and {activations:.2f} bits an input in the blocks; in the whole transformer "
             f"{one.plan.average_bits:.2f} and {one.plan.average_activation_bits:.2f}",
             f"{one.fitness_name} {number(one.fitness, 2)} on the prompts of the search",
