@@ -134,7 +134,8 @@ def test_the_plan_is_within_bytes_and_bit_operations() -> None:
     assert 0.8 * 1.5e9 < own <= 1.5e9
 
 
-def test_an_infeasible_budget_says_which_one_and_by_how_much() -> None:
+def test_an_infeasible_budget_says_which_one_and_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits, "measure_sensitivity", lambda *_, **__: pytest.fail("too late"))
     with pytest.raises(
         UsageError, match=r"budget of 2 average bits of the searched weights.*\(w3\) take 3, 1 more\. Raise the budget"
     ):

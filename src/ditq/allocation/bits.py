@@ -191,6 +191,7 @@ def allocate_bits(
     conditions = condition_list(conditions)
     if bits.strategy == "decoupled" and len(architectures) > 1:
         raise UsageError("Decoupled metrics are those of one transformer: name it, e.g. component='transformer'.")
+    _check_feasible(pipe, architectures, recipe, bits)
     found = [
         _measured(
             pipe, name, architecture, recipe, conditions, sampling, bits, moments, images, calibration or conditions,
@@ -233,6 +234,27 @@ def allocate_bits(
             )
         )  # fmt: skip
     return results
+
+
+def _check_feasible(pipe: Any, architectures: Mapping[str, Architecture], recipe: Recipe, bits: Bits) -> None:
+    """Refuses budgets of bytes and average bits that no choice meets, before the slow part.
+
+    Costs are those of the draft, which lacks the tensors of the balance: no budget is refused that could be met.
+    """
+    for part in bits.parts:
+        budgets = tuple(budget for budget in bits.budgets(part) if kind_of(budget) != "bit_operations")
+        spaces = {}
+        for name, architecture in architectures.items():
+            model = getattr(pipe, name)
+            inside = {linear.name for group in architecture.groups(model) for linear in group.linears}
+            whole = estimate(model, architecture, recipe)
+            searched = [layer for layer in whole.quantized if layer.name in inside]
+            rows = dict.fromkeys((layer.name for layer in searched), 1.0)  # unknown; the cheapest choice is uniform
+            spaces[name] = Space.of(
+                searched, rows, choices=bits.choices(part, ()), budget=float("inf"),
+                other_bytes=other_bytes(whole, searched), check=False,
+            )  # fmt: skip
+        Space.joined(spaces, budgets).check_limits()
 
 
 def _averages(layers: Sequence[LayerPlan], transformer: Transformer) -> dict[Cost, float]:
