@@ -14,9 +14,10 @@ from helpers import tiny_dit, tiny_pixart
 from torch import nn
 
 import ditq
+from ditq.allocation import ACTIVATIONS, WEIGHTS, Bits, Choices, Evolution
 from ditq.errors import UsageError
 from ditq.recipe import load
-from ditq.requests import check_prompts, seed_of
+from ditq.requests import check_prompts, search_job, seed_of
 from ditq.sampling import Sampling
 
 
@@ -143,3 +144,100 @@ def test_export_of_a_hub_id_says_how_to_get_a_folder(tmp_path: Path) -> None:
 def test_a_prompt_of_bytes_that_are_no_text_is_refused() -> None:
     with pytest.raises(UsageError, match=r"Prompt 2 of 2 is not Unicode text.*--prompts FILE"):
         ditq.compare(tiny_pixart(), tiny_pixart(), ["a tree", b"gr\xc3\xbcn".decode("ascii", "surrogateescape")])
+
+
+# ------------------------------------------------------------------------------------- search
+
+
+def job(options: dict[str, Any] | None = None, **changes: Any) -> Bits | dict[str, Any]:
+    """``search_job`` with the defaults of ``ditq.search``."""
+    defaults: dict[str, Any] = {
+        "weights": (), "activations": (), "unit": "layer", "segments": 1, "budget": None, "strategy": None,
+        "metrics": None,
+    }  # fmt: skip
+    return search_job(**{**defaults, **changes}, options=options or {})
+
+
+def test_without_bits_a_search_is_one_of_group_sizes_by_evolution() -> None:
+    assert job() == {"strategy": "evolution", "budget": None}
+    assert job(budget="uniform:64") == {"strategy": "evolution", "budget": ("uniform:64",)}
+    assert job(budget=1e12, strategy="random") == {"strategy": "random", "budget": (1e12,)}
+    own = Evolution(4, 2, 1, 1)
+    assert job(strategy=own) == {"strategy": own, "budget": None}
+    for sizes in ({"sizes": [32, 64]}, {"choices": Choices(weights=(8, 4))}):  # not of bits, despite the budget
+        assert job(sizes, budget="5GB") == {"strategy": "evolution", "budget": ("5GB",)}
+
+
+def test_bits_are_chosen_by_the_prediction_error_unless_asked_otherwise() -> None:
+    assert job(weights=[8, 4], budget="weights:5") == Bits(("weights:5",), weights=(8, 4))
+    chosen = job(
+        weights=[8, 4], activations=[8, 6], unit="role", segments=3, budget=["5GB", "activations:7"],
+        strategy="decoupled",
+        options={"moments": 2, "fitness": None, "rounding": "nearest", "calibration": [], "progress": None},
+    )  # fmt: skip
+    expected = Bits(("5GB", "activations:7"), (8, 4), (8, 6), unit="role", segments=3, strategy="decoupled")
+    assert chosen == expected
+    metrics = {"content": "clip_score"}
+    found = job(weights=[8], budget="weights:8", strategy="decoupled", metrics=metrics)
+    assert isinstance(found, Bits) and found.metrics == metrics
+
+
+@pytest.mark.parametrize(
+    ("budget", "weights", "activations"),
+    [
+        ("5GB", WEIGHTS, ()),
+        ("weights:4", WEIGHTS, ()),
+        ("activations:6", (), ACTIVATIONS),
+        (["5GB", "activations:6"], WEIGHTS, ACTIVATIONS),
+    ],
+)
+def test_a_budget_in_bytes_or_bits_alone_starts_a_search_of_bits(
+    budget: Any, weights: tuple[int, ...], activations: tuple[int, ...]
+) -> None:
+    found = job(budget=budget)
+    assert isinstance(found, Bits)
+    assert (found.weights, found.activations, found.strategy) == (weights, activations, "error")
+
+
+def test_bits_by_candidates_are_of_one_part() -> None:
+    expected = {
+        "strategy": "evolution", "budget": ("weights:5",), "choices": Choices(weights=(8, 4), unit="block")
+    }  # fmt: skip
+    assert job({"trials": 3}, weights=[8, 4], budget="weights:5", strategy="evolution", unit="block") == expected
+    found = job(budget="weights:5", strategy="uniform")
+    assert isinstance(found, dict) and found["choices"] == Choices(weights=WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"strategy": "annealing"}, {}, "Unknown strategy 'annealing'.*decoupled, error, evolution, greedy, program"),
+        ({"strategy": "greedy"}, {}, r"'greedy' chooses bits: pass weights=\[8, 4, 3\]"),
+        ({"strategy": "error", "budget": "5GB"}, {"sizes": [32]}, "'error' chooses bits"),
+        ({"weights": [8, 4], "budget": "weights:5"}, {"sizes": [32]}, r"bits \(weights, activations\) or sizes"),
+        ({"weights": [8, 4], "strategy": "random"}, {"choices": Choices()}, "or choices, not both"),
+        ({"weights": [8, 4], "budget": "weights:5"}, {"trials": 3}, "trials has no effect with strategy 'error'"),
+        ({"budget": "5GB", "strategy": "greedy"}, {"storage": "f"}, "storage has no effect with strategy 'greedy'"),
+        ({"budget": "5GB", "unit": "model"}, {}, "layer, block or role, got 'model'"),
+        ({"weights": [8, 4]}, {}, "Bits of weights need a budget of their own"),
+        ({"budget": "5 apples"}, {}, "A budget must be .* got '5 apples'"),
+        ({"segments": 2}, {}, "segments has no effect with strategy 'evolution'"),
+        ({"metrics": {"content": "ssim"}}, {}, "metrics has no effect with strategy 'evolution'"),
+        ({"unit": "block"}, {}, "unit has no effect in a search of group sizes"),
+        (
+            {"weights": [8], "activations": [8], "strategy": "random", "budget": "weights:8"}, {},
+            "'random' chooses bits of weights or of activations, one at a time; error, greedy, decoupled choose both",
+        ),
+        ({"weights": [8, 4], "strategy": "random", "unit": "model"}, {}, "Unknown unit 'model'"),
+        ({"weights": [9], "strategy": "random"}, {}, "Bits of weights must be 2 to 8, or 16"),
+    ],
+)  # fmt: skip
+def test_wrong_searches(changes: dict[str, Any], options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        job(options, **changes)
+
+
+def test_a_wrong_search_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditq.allocation.allocate_bits", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(UsageError, match="patience has no effect with strategy 'error'"):
+        ditq.search(tiny_dit(), "rtn-w4a8", ["1"], budget="weights:4", patience=1.0)

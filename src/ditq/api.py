@@ -458,7 +458,7 @@ def sensitivity(
         >>> pipe = ditq.load("bundled:emoji-class")
         >>> scores = ditq.sensitivity(pipe, "rtn-w4a8", ["0", "1"], weights=[4], activations=[], steps=2, moments=1)
         >>> scores[0].choices, len(scores[0].genes)
-        (('w4',), 12)
+        (('w4',), 8)
     """
     prompts = condition_list(prompts)
     models = requests.float_transformers(pipe, component)

@@ -12,6 +12,7 @@ from torch import nn
 from ditq.allocation import ACTIVATIONS, BY_SCORES, WEIGHTS, Bits, Choices, Evolution, Part
 from ditq.allocation.budget import kind_of
 from ditq.allocation.choices import UNITS, Unit
+from ditq.allocation.search import STRATEGIES
 from ditq.calibration import Statistics
 from ditq.components import transformer_names
 from ditq.errors import DitqError, UsageError, unknown
@@ -137,6 +138,10 @@ def sensitivity_parts(weights: Sequence[int], activations: Sequence[int], unit: 
     return parts
 
 
+# Options of a search by sensitivity scores, besides those of every search.
+OPTIONS_BY_SCORES = ("moments", "fitness", "rounding", "calibration", "progress")
+
+
 def search_job(
     weights: Sequence[int],
     activations: Sequence[int],
@@ -152,10 +157,16 @@ def search_job(
     Raises:
         UsageError: a value that does not exist, or has no effect.
     """
+    if isinstance(strategy, str) and strategy not in (*BY_SCORES, *STRATEGIES):
+        raise unknown("strategy", strategy, [*BY_SCORES, *STRATEGIES])
     budgets = () if budget is None else (budget,) if isinstance(budget, str | float | int) else tuple(budget)
     kinds = {kind_of(one) for one in budgets if not str(one).startswith("uniform:")}
     given = bool(weights) or bool(activations)
-    of_sizes = options.get("sizes") is not None or options.get("choices") is not None
+    of_sizes = [name for name in ("sizes", "choices") if options.get(name) is not None]
+    if given and of_sizes:
+        raise UsageError(
+            f"A search chooses bits (weights, activations) or {of_sizes[0]}, not both: leave one of them out."
+        )
     if not given and not of_sizes:
         weights = WEIGHTS if kinds & {"bytes", "weights"} else ()
         activations = ACTIVATIONS if "activations" in kinds else ()
@@ -166,9 +177,13 @@ def search_job(
         )
     if by_scores:
         chosen = cast(str, strategy or BY_SCORES[0])
-        return Bits(
-            budgets, tuple(weights), tuple(activations), unit, segments, chosen, dict(metrics or {})
-        )  # fmt: skip
+        for name in options:
+            if name not in OPTIONS_BY_SCORES:
+                raise UsageError(
+                    f"{name} has no effect with strategy {chosen!r}, which does not evaluate candidates: leave it "
+                    "out, or search with strategy='evolution'."
+                )
+        return Bits(budgets, tuple(weights), tuple(activations), unit, segments, chosen, dict(metrics or {}))
     for name, value, default in (("segments", segments, 1), ("metrics", metrics or None, None)):
         if value != default:
             raise UsageError(f"{name} has no effect with strategy {strategy or 'evolution'!r}: leave it out.")

@@ -109,6 +109,17 @@ def test_mean_and_standard_error_leave_out_nan() -> None:
     assert np.isnan(error).all()  # one prompt has no spread
 
 
+@pytest.mark.filterwarnings("error")  # numpy's for empty slices and no degrees of freedom
+def test_genes_with_one_value_or_none_have_no_error_and_cause_no_warning() -> None:
+    nan = np.nan
+    mean, error = mean_and_error(np.array([[nan, nan, nan], [nan, 4.0, nan], [1.0, nan, 3.0], [1.0, 2.0, 6.0]]))
+    assert np.isnan(mean[0]) and mean[1:] == pytest.approx([4, 2, 3])
+    assert np.isnan(error[:2]).all()
+    assert error[2:] == pytest.approx([np.std([1, 3], ddof=1) / np.sqrt(2), np.std([1, 2, 6], ddof=1) / np.sqrt(3)])
+    mean, error = mean_and_error(np.empty((2, 0)))
+    assert np.isnan(mean).all() and np.isnan(error).all()
+
+
 def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
     path = scores().save(tmp_path / "scores.json")
     assert Scores.load(path) == scores()

@@ -1,16 +1,19 @@
-"""``ditq search``, ``ditq quantize --plan`` and ``ditq inspect`` on a tiny pipeline."""
+"""``ditq search``, ``ditq quantize --plan`` and ``ditq inspect`` on tiny pipelines and a bundled one."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import videos
 from console import ditq
 from helpers import tiny_dit
 
+from ditq.allocation import Evolution
 from ditq.cli.app import run
+from ditq.errors import UsageError
 from ditq.plan import Plan
 
 SPACE = ["--sizes", "16,32,64,128", "--budget", "uniform:32", "--pictures", "2", "--steps", "2", "--trials", "4"]
@@ -92,8 +95,31 @@ def test_search_shows_the_best_so_far_and_what_comes_next(
         (["--fitness", "kid"], 2, "--real FOLDER"),
         (["--crossover", "40", "--mutation", "40"], 2, "population of 50"),
         (["--seed", "7", *SPACE, *NUMBERS], 2, "seed is 0 there, 7 here"),
+        (["--weight-bits", "8,x"], 2, "--weight-bits must be comma-separated bits"),
+        (["--weight-bits", "8,4"], 2, "Bits of weights need a budget of their own"),
+        (["--activation-bits", "9", "--budget", "activations:6"], 2, "Bits of activations must be 2 to 8, or 16"),
+        (["--budget", "weights:4", "--sizes", "32", "--weight-bits", "4"], 2, "or sizes, not both"),
+        (["--budget", "weights:4", "--trials", "499"], 2, "--trials has no effect with --strategy error"),
+        (["--budget", "weights:4", "--storage", "file"], 2, "--storage has no effect with --strategy error"),
+        (
+            ["--budget", "5GB", "--strategy", "greedy", "--population", "51"], 2,
+            "--population has no effect with --strategy greedy",
+        ),
+        (["--budget", "5GB", "--top-k", "9"], 2, "--top-k has no effect"),
+        (["--budget", "5GB", "--mutation-probability", "0.2"], 2, "--mutation-probability has no effect"),
+        (["--segments", "2"], 2, "segments has no effect with strategy 'evolution'"),
+        (["--budget", "weights:4", "--segments", "2"], 2, "have their own activations"),
+        (["--unit", "role"], 2, "unit has no effect in a search of group sizes"),
+        (["--budget", "weights:4", "--metric", "content"], 2, "--metric must be GROUP=NAME"),
+        (["--metric", "content=ssim", "--metric", "content=lpips"], 2, "two metrics for the group 'content'"),
+        (["--budget", "weights:4", "--metric", "content=ssim"], 2, "metrics have no effect with strategy 'error'"),
+        (
+            ["--budget", "weights:4", "--strategy", "decoupled", "--metric", "content=beauty"], 2,
+            "Unknown metric 'beauty'",
+        ),
+        (["--strategy", "error"], 2, "Strategy 'error' chooses bits"),
     ],
-)
+)  # fmt: skip
 def test_wrong_usage(
     arguments: list[str], status: int, words: str, pipeline: Path, plan: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -106,6 +132,95 @@ def test_wrong_usage(
     assert err.count("\n") == 1
     assert plan.read_text() == before
     assert not (tmp_path / "plan.json").exists()
+
+
+BITS = ["--pictures", "2", "--steps", "2", "--moments", "2", "--unit", "role"]
+
+
+def test_bits_are_shown_by_role_and_carried_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ditq_bundled")
+    monkeypatch.setattr("ditq.cli.common.out.width", 80)
+    file = tmp_path / "plan.json"
+    command = [
+        "search", "bundled:emoji-class", "--recipe", "rtn-w4a8", "--weight-bits", "8,4,3", "--activation-bits", "8,4",
+        "--segments", "2", "--budget", "16MB", "--budget", "activations:6", "--out", file, *BITS,
+    ]  # fmt: skip
+    status, out, err = ditq(capsys, *command)
+    assert status == 0, err
+    plan = Plan.from_dict(json.loads(file.read_text()))
+    assert plan.memory()[0] <= 16e6
+    assert plan.follows_timesteps
+    assert not file.with_suffix(".search").exists()  # the study of the sensitivity is in the cache
+    tables, _, lines = out.rpartition("\n\n")
+    assert "weights: bits by role" in tables and "activations: bits by role" in tables
+    assert max(map(len, tables.splitlines())) <= 80
+    assert lines.startswith(f"{plan.memory()[0] / 1e6:.2f} MB, ")
+    assert "too few to compare halves of the prompts" in lines
+    assert f"weights: {plan.memory()[0] / 1e6:.2f} of 16.00 MB" in lines
+    assert f"saved to {file}; next: ditq quantize bundled:emoji-class --plan {file}" in lines
+    monkeypatch.setattr("ditq.allocation.sensitivity.outputs_of", lambda *_: pytest.fail("measured again"))
+    status, out, err = ditq(capsys, *command, "--json")
+    assert (status, err) == (0, "")
+    data = json.loads(out)
+    assert (data["hash"], data["budget"]) == (plan.hash(), ["16MB", "activations:6"])
+    assert data["transformer_bytes"] == plan.memory()[0]
+    assert not {"trials", "group_sizes"} & set(data)
+    weights = {row["name"]: int(next(iter(row["bits"]))) for row in data["choices"]["weights"]["rows"]}
+    for layer in plan.quantized:
+        assert data["bits"][layer.name]["weight_bits"] == weights[layer.role]
+    assert {row["timesteps"] for row in data["choices"]["activations"]["rows"]} == {"t > 749", "t < 749"}
+    assert data["notes"] == [line for line in lines.splitlines() if line.startswith(("weights: ", "activations: "))]
+    assert (
+        ditq(capsys, "quantize", "bundled:emoji-class", "--plan", file, "--out", tmp_path / "out", "--quiet")[0] == 0
+    )
+    layers = {x["name"]: x for x in json.loads(ditq(capsys, "inspect", tmp_path / "out", "--json")[1])["layers"]}
+    assert {name: layers[name]["weight_bits"] for name in data["bits"]} == {
+        name: bits["weight_bits"] for name, bits in data["bits"].items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"strategy": Evolution(), "budget": None, "steps": 10, "moments": 1, "pictures": 128, "trials": 500}),
+        (
+            ["--budget", "weights:4", "--budget", "activations:6"],
+            {"strategy": None, "budget": ["weights:4", "activations:6"], "steps": 20, "moments": 4, "pictures": 32},
+        ),
+        (
+            ["--budget", "weights:4", "--strategy", "decoupled", "--metric", "content=ssim", "--unit", "role"],
+            {"strategy": "decoupled", "metrics": {"content": "ssim"}, "unit": "role", "steps": 20, "moments": 4},
+        ),
+        (
+            ["--weight-bits", "8,4", "--budget", "weights:5", "--strategy", "evolution", "--population", "60"],
+            {"strategy": Evolution(60), "weights": [8, 4], "steps": 20, "moments": 1, "pictures": 128, "trials": 500},
+        ),
+        (
+            ["--budget", "5GB", "--steps", "3", "--moments", "2", "--pictures", "5", "--activation-bits", "8,6",
+             "--segments", "2", "--budget", "activations:7", "--weight-bits", "8"],
+            {"weights": [8], "activations": [8, 6], "segments": 2, "steps": 3, "moments": 2, "pictures": 5},
+        ),
+    ],
+)  # fmt: skip
+def test_defaults_depend_on_what_is_searched(
+    arguments: list[str], expected: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("ditq_bundled")
+    seen: dict[str, Any] = {}
+
+    def search(pipe: Any, recipe: str, prompts: list[str], **options: Any) -> None:
+        seen.update(options, pictures=len(prompts))
+        raise UsageError("seen")
+
+    monkeypatch.setattr("ditq.api.search", search)
+    status, _, err = ditq(capsys, "search", "bundled:emoji-class", "--out", tmp_path / "plan.json", *arguments)
+    assert (status, "seen" in err) == (2, True)
+    assert {name: seen[name] for name in expected} == expected
+    by_scores = not isinstance(expected.get("strategy"), Evolution)
+    assert ("trials" in seen, "storage" in seen, "on_trial" in seen) == (not by_scores,) * 3
 
 
 def test_a_plan_file_that_is_none(

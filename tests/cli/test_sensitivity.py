@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ import videos
 from console import ditq
 
 from ditq.allocation.scores import Scores, mean_and_error
-from ditq.cli.sensitivity import with_time_left
 
 pytest.importorskip("ditq_bundled")
 
@@ -111,11 +111,20 @@ def test_metrics_of_images_and_a_single_prompt(
     for title in ("prediction error, % ↓", "PSNR, dB ↑", "SSIM ↑", "Latent SQNR, dB ↑"):
         assert f"weights: {title}" in out
     assert "one prompt: no standard error" in out
+    title = "weights at w4: drop of each metric with one group quantized, %"
+    assert out.count(title) == 1
+    assert re.search(r"^quality ", out, re.MULTILINE)
     assert max(map(len, out.splitlines())) <= 80
     status, out, _ = ditq(capsys, *command, "--json")
     errors = json.loads(out)["components"]["transformer"]["weights"]["metrics"]["ssim"]["standard_error"]
     assert errors and {value for row in errors for value in row} == {None}
     assert json.loads(out)["files"] == {}
+    groups = json.loads(out)["components"]["transformer"]["weights"]["decoupling"]
+    assert (groups["name"], groups["metrics"]) == ("weights at w4", ["PSNR", "SSIM", "Latent SQNR"])
+    assert len(groups["drops"]) == len(groups["groups"]) and {x for row in groups["errors"] for x in row} == {None}
+    status, _, err = ditq(capsys, *command, "--quiet", "--out", tmp_path / "out")
+    assert status == 0, err
+    assert "<h3>Weights at w4</h3>" in (tmp_path / "out" / "report.html").read_text("utf-8")
 
 
 def test_two_experts_get_files_of_their_own(
@@ -167,21 +176,3 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_measurement(
     assert (status, "--out must be a folder" in err) == (2, True)
     status, _, err = ditq(capsys, "sensitivity", "bundled:emoji-class", "--out", tmp_path / "file" / "out")
     assert (status, "Cannot write" in err) == (1, True)
-
-
-def test_the_time_left_follows_from_what_this_process_measured() -> None:
-    shown: list[tuple[str, int, int, str]] = []
-    now = iter([0.0, 10.0, 30.0, 40.0, 100.0, 101.0, 200.0])
-    show = with_time_left(lambda *a: shown.append(a), clock=lambda: next(now))
-    show("sensitivity", 20, 25)  # found in the study
-    show("sensitivity", 21, 25)
-    show("sensitivity", 23, 25)
-    show("sensitivity", 25, 25)
-    show("sensitivity", 1, 1000)  # the next part
-    show("sensitivity", 2, 1000)
-    show("calibrate", 1, 8)
-    assert [note for *_, note in shown] == ["", "40 s left", "20 s left", "", "", "17 min left", ""]
-    show = with_time_left(lambda *a: shown.append(a), clock=iter([0.0, 100.0]).__next__)
-    show("sensitivity", 0, 101)
-    show("sensitivity", 1, 101)
-    assert shown[-1][3] == "2 h 47 min left"

@@ -83,10 +83,10 @@ def files(reports: dict[str, Report], tmp_path_factory: pytest.TempPathFactory) 
     pages = {name: folder / name / "report.html" for name in reports}
     measured = [scores(60), renamed(scores(4), [WORD, NASTY, "ffn.up", "ffn.down"], "role")]
     groups: Decoupling = {
-        "groups": [WORD, NASTY], "metrics": [WORD, "PSNR"], "drops": [[0.1, 0.2], [0.3, 0.1]],
+        "name": f"{WORD} at w3", "groups": [WORD, NASTY], "metrics": [WORD, "PSNR"], "drops": [[0.1, 0.2], [0.3, 0.1]],
         "errors": [[0.01, 0.02], [0.01, 0.01]], "loads": [[0.3, 0.7], [0.9, 0.1]],
     }  # fmt: skip
-    file = sensitivity.write_report(folder / "sensitivity.html", measured, [WORD, NASTY], groups, title=NASTY)
+    file = sensitivity.write_report(folder / "sensitivity.html", measured, [WORD, NASTY], [groups], title=NASTY)
     return {**pages, "sensitivity": file}
 
 

@@ -28,6 +28,7 @@ ROLES = [
     "ffn.up", "ffn.down",
 ]  # fmt: skip
 GROUPS: Decoupling = {
+    "name": "weights at w3",
     "groups": ["content (cross-attention)", "quality (self-attention, FFN)", "temporal"],
     "metrics": ["CLIPScore", "flow score"],
     "drops": [[0.12, 0.01], [0.02, 0.05], [-0.001, 0.2]],
@@ -163,6 +164,29 @@ def test_the_table_of_groups_marks_the_metric_that_each_moves() -> None:
     assert not re.search(r"\d \*", " ".join(printed(sensitivity.decoupling_table(**single))))
 
 
+def test_groups_of_scores_are_those_of_the_cheapest_choice() -> None:
+    of = scores(2, metrics=(PREDICTION, "psnr_db", "clip_score"))
+    assert sensitivity.decoupling_of(of) is None  # blocks
+    assert sensitivity.decoupling_of(renamed(scores(2), ["cross_attn.q", "ffn.up"], "role")) is None  # no metric
+    of = renamed(of, ["cross_attn.q", "ffn.up"], "role").model_copy(update={"roles": (("cross_attn.q",), ("ffn.up",))})
+    groups = sensitivity.decoupling_of(of, "transformer_2, weights")
+    assert groups is not None
+    assert (list(groups["groups"]), groups["metrics"]) == (["content", "quality"], ["PSNR", "CLIPScore"])
+    harm = mean_and_error(of.harms("clip_score"))[0][:, -1]
+    assert np.asarray(groups["drops"])[:, 1] == pytest.approx(harm)
+    assert (np.asarray(groups["errors"]) > 0).all()
+    lines = printed(sensitivity.decoupling_table(**groups))
+    assert lines[0] == "transformer_2, weights at w3: drop of each metric with one group quantized, %"
+    assert max(map(len, lines)) <= 80
+    page = sensitivity.render([of], decouplings=[groups, {**groups, "name": "activations at a4"}])
+    assert page.count("<h3>Transformer_2, weights at w3</h3>") == page.count("<h3>Activations at a4</h3>") == 1
+    alone = renamed(scores(2, 1, (PREDICTION, "psnr_db")), list(of.genes), "role").model_copy(
+        update={"roles": of.roles}
+    )
+    single = sensitivity.decoupling_of(alone)
+    assert single is not None and np.isnan(np.asarray(single["errors"])).all()  # one prompt has no spread
+
+
 def test_of_several_transformers_each_is_named() -> None:
     both = [scores(), scores(info={"component": "transformer_2"})]
     assert [sensitivity.label(one, sensitivity.has_several(both)) for one in both] == [
@@ -286,7 +310,7 @@ class Page(HTMLParser):
 def test_the_page_shows_everything_and_needs_nothing_else(tmp_path: Path) -> None:
     weights = scores(metrics=tuple(KINDS))
     activations = scores(part="activations", choices=("a8", "a6", "a4"))
-    file = sensitivity.write_report(tmp_path, [weights, activations], ["rank agreement 0.93"], GROUPS, title="Mine")
+    file = sensitivity.write_report(tmp_path, [weights, activations], ["rank agreement 0.93"], [GROUPS], title="Mine")
     assert file == tmp_path / "report.html"
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     text = file.read_text("utf-8")

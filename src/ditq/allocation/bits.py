@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
-from ditq.allocation.budget import Budget, kind_of
+from ditq.allocation.budget import Budget, kind_of, shared_limits
 from ditq.allocation.choices import Choices, Unit, segments_of
-from ditq.allocation.costs import Cost, averaged, costs_of
+from ditq.allocation.costs import COSTS, Cost, averaged, costs_of
 from ditq.allocation.decoupled import GROUPS, allocate_decoupled, greedy
 from ditq.allocation.fitness import LATENT, Fitness
 from ditq.allocation.program import Errors, Fixed, integer_program
@@ -86,10 +86,15 @@ class Bits:
         for group in self.metrics:
             if group not in GROUPS:
                 raise unknown("group of roles", group, GROUPS)
+        if self.strategy == "decoupled" and self.unit == "block":
+            raise UsageError("A block has roles of several groups: use unit 'layer' or 'role' with 'decoupled'.")
+        if self.segments > 1 and self.metrics:
+            raise UsageError("Metrics of images are not known by timestep: pass metrics or segments, not both.")
         for part in self.parts:
             if not self.budgets(part):
                 needed = "5GB or weights:4" if part == "weights" else "activations:6, or a number of BitOps"
                 raise UsageError(f"Bits of {part} need a budget of their own: pass budget={needed}.")
+        shared_limits(self.budget, dict.fromkeys(COSTS, 1.0))  # refuses wrong budgets before the slow part
         used = [budget for part in self.parts for budget in self.budgets(part)]
         for budget in self.budget:
             if budget not in used:
@@ -192,6 +197,7 @@ def allocate_bits(
     conditions = condition_list(conditions)
     if bits.strategy == "decoupled" and len(architectures) > 1:
         raise UsageError("Decoupled metrics are those of one transformer: name it, e.g. component='transformer'.")
+    _check_feasible(pipe, architectures, recipe, bits)
     found = [
         _measured(
             pipe, name, architecture, recipe, conditions, sampling, bits, moments, images, calibration or conditions,
@@ -248,6 +254,27 @@ def _compared(part: Part, tried: Fixed, result: SearchResult) -> str:
     values = dict(result.scored)
     numbers = ", ".join(f"{values[genome]:.2f}" for genome in tried.genomes)
     return f"{part}: {result.fitness_name} of the allocations that were tried together: {numbers}; the least was taken"
+
+
+def _check_feasible(pipe: Any, architectures: Mapping[str, Architecture], recipe: Recipe, bits: Bits) -> None:
+    """Refuses budgets of bytes and average bits that no choice meets, before the slow part.
+
+    Costs are those of the draft, which lacks the tensors of the balance: no budget is refused that could be met.
+    """
+    for part in bits.parts:
+        budgets = tuple(budget for budget in bits.budgets(part) if kind_of(budget) != "bit_operations")
+        spaces = {}
+        for name, architecture in architectures.items():
+            model = getattr(pipe, name)
+            inside = {linear.name for group in architecture.groups(model) for linear in group.linears}
+            whole = estimate(model, architecture, recipe)
+            searched = [layer for layer in whole.quantized if layer.name in inside]
+            rows = dict.fromkeys((layer.name for layer in searched), 1.0)  # unknown; the cheapest choice is uniform
+            spaces[name] = Space.of(
+                searched, rows, choices=bits.choices(part, ()), budget=float("inf"),
+                other_bytes=other_bytes(whole, searched), check=False,
+            )  # fmt: skip
+        Space.joined(spaces, budgets).check_limits()
 
 
 def _averages(layers: Sequence[LayerPlan], transformer: Transformer) -> dict[Cost, float]:
@@ -367,13 +394,18 @@ def _alike(space: Space, errors: Errors) -> Errors:
 def _used(space: Space, genome: Genome, part: Part) -> list[str]:
     """How much of each budget is used."""
     return [
-        f"{part}: {space.cost(genome, name) / space.units[name]:.6g} of {limit / space.units[name]:.6g} {_WORDS[name]}"
+        f"{part}: {_amount(space.cost(genome, name), space, name)} of {_amount(limit, space, name)} {_WORDS[name]}"
         for name, limit in space.limits.items()
     ]
 
 
+def _amount(cost: float, space: Space, name: Cost) -> str:
+    """A cost in the words' unit."""
+    return f"{cost / 1e6:.2f}" if name == "bytes" else f"{cost / space.units[name]:.6g}"
+
+
 _WORDS = {
-    "bytes": "bytes",
+    "bytes": "MB",
     "bit_operations": "bit operations per image",
     "weights": "bits on average",
     "activations": "bits on average",
@@ -385,6 +417,7 @@ def _explained(space: Space, genome: Genome, errors: Errors) -> tuple[Chosen, ..
         Chosen(
             gene.name, tuple(dict.fromkeys(layer.role for layer in gene.layers)), str(choice), of_gene[choice],
             of_gene[possible[-1]], sum(layer.parameters for layer in gene.layers),
+            "" if gene.segment is None else str(gene.segment),
         )
         for gene, choice, of_gene, possible in zip(space.genes, genome, errors, space.choices, strict=True)
     )  # fmt: skip

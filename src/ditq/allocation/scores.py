@@ -148,11 +148,24 @@ class Scores(BaseModel):
 
 
 def mean_and_error(harms: Array) -> tuple[Array, Array]:
-    """Mean over prompts and its standard error, [...]; prompts without a value (NaN) are left out."""
-    n = np.sum(~np.isnan(harms), axis=-1)
-    mean = np.nanmean(harms, axis=-1)
-    deviation = np.nanstd(harms, axis=-1, ddof=1) if harms.shape[-1] > 1 else np.full(mean.shape, np.nan)
-    return mean, np.asarray(deviation / np.sqrt(np.maximum(n, 1)))
+    """Mean over prompts and its standard error.
+
+    Args:
+        harms: float64 [..., prompts]. A prompt without a value is NaN and is left out.
+
+    Returns:
+        float64 [...] each. The mean of no value is NaN, and so is the error of fewer than two.
+
+    Example:
+        >>> import numpy as np
+        >>> mean_and_error(np.array([[1.0, 3.0, np.nan], [2.0, np.nan, np.nan]]))
+        (array([2., 2.]), array([ 1., nan]))
+    """
+    known = ~np.isnan(harms)
+    n = known.sum(-1)
+    mean = np.where(n > 0, np.where(known, harms, 0.0).sum(-1) / np.maximum(n, 1), np.nan)
+    squares = np.square(np.where(known, harms - mean[..., None], 0.0)).sum(-1)
+    return mean, np.where(n > 1, np.sqrt(squares / np.maximum(n - 1, 1) / np.maximum(n, 1)), np.nan)
 
 
 def listed(values: Sequence[object]) -> str:

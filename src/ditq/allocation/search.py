@@ -63,6 +63,7 @@ class Chosen:
         error: relative error of the transformer's output if only this gene is quantized so; shrunk by its noise.
         cheapest: the error at the cheapest choice.
         parameters: weights of its layers.
+        segment: its timesteps, e.g. ``t > 500``; empty for all.
     """
 
     gene: str
@@ -71,6 +72,7 @@ class Chosen:
     error: float
     cheapest: float
     parameters: int
+    segment: str = ""
 
 
 @dataclass(frozen=True)

@@ -190,8 +190,8 @@ class Space:
         """All costs in the units of budgets: bytes, BitOps, average bits of weights and of activations."""
         return {name: self.cost(genome, name) / max(unit, 1e-30) for name, unit in self.units.items()}
 
-    def check_budget(self) -> None:
-        """Raises if the budgets allow no genome, or only one; see :meth:`of`."""
+    def check_limits(self) -> None:
+        """Raises UsageError if the budgets allow no genome; the message says which one, and by how much."""
         for name, limit in self.limits.items():
             lowest, unit = self.cost(self.coarsest, name), self.units[name]
             if lowest > limit * (1 + 1e-9):
@@ -201,6 +201,10 @@ class Space:
                     f"{number(lowest / unit)}, {number((lowest - limit) / unit)} more. Raise the budget, or add "
                     f"{'larger group sizes' if isinstance(self.coarsest[0], int) else 'cheaper choices'}."
                 )
+
+    def check_budget(self) -> None:
+        """Raises UsageError if the budgets allow no genome, or only one; see :meth:`of`."""
+        self.check_limits()
         if not any(self.legal(self._with(i, possible[-2])) for i, possible in enumerate(self.choices) if possible[1:]):
             widths = sorted({layer.in_features for layer in self.layers})
             sizes = isinstance(self.coarsest[0], int)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +54,23 @@ ArchitectureOption = Annotated[
 
 out = Terminal()
 err = Terminal(stderr=True)
+
+
+def numbers(option: str, text: str, wanted: str) -> list[int]:
+    """The numbers of a comma-separated option.
+
+    Args:
+        option: without its dashes, for the message.
+        text: e.g. ``8,4,3``.
+        wanted: what is expected, for the message.
+
+    Raises:
+        UsageError: an entry is not a whole number.
+    """
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--{option} must be comma-separated {wanted}; got {text!r}.") from None
 
 
 def print_json(data: Any) -> None:
@@ -193,23 +212,59 @@ def plan_file(first: Path, component: str) -> Path:
     return first.with_name(f"{first.stem}.{component}.json")
 
 
+FEWEST_UNITS = 2  # done before a time left is shown: the first one also pays for what is done once
+
+
+class TimeLeft:
+    """The time left of each stage, from the speed since the stage's first call.
+
+    Results that were found in a study or a cache are counted in the first call, so they do not make it look faster.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.first: dict[str, tuple[float, int]] = {}
+
+    def text(self, stage: str, done: int, total: int) -> str:
+        """``12 min left``; empty before two units are done by this process, and at the end."""
+        now = self.clock()
+        if done < self.first.get(stage, (now, done + 1))[1]:  # a new stage, or the same one of the next part
+            self.first[stage] = (now, done)
+        begin, already = self.first[stage]
+        if done - already < FEWEST_UNITS or done >= total:
+            return ""
+        return f"{_duration((now - begin) / (done - already) * (total - done))} left"
+
+
+def _duration(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Callable[..., None] | None]:
-    """Yields a callback (stage, done, total, note="") that shows one bar per stage on stderr; None if quiet."""
+    """Yields a callback (stage, done, total, note="") that shows one bar per stage on stderr; None if quiet.
+
+    A bar has the time since its first call, and the time left.
+    """
     if quiet:
         yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     bars: dict[str, Any] = {}
-    columns = (TextColumn("{task.description:<12}", markup=False), BarColumn(), MofNCompleteColumn(),
-               TimeElapsedColumn(), TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
+    left = TimeLeft()
+    columns = (TextColumn("{task.description:<12}", markup=False), BarColumn(20), MofNCompleteColumn(),
+               TimeElapsedColumn(), TextColumn("{task.fields[left]}", markup=False),
+               TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
     with Progress(*columns, console=err) as progress:
 
         def show(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=total, note=note)
-            progress.update(bars[stage], completed=done, total=total, note=note)
+                bars[stage] = progress.add_task(stage, total=total, note=note, left="")
+            progress.update(bars[stage], completed=done, total=total, note=note, left=left.text(stage, done, total))
 
         yield show
 
@@ -274,8 +329,6 @@ def _costs(comparison: Comparison) -> list[list[str]]:
 
 def _digits(a: Interval) -> int:
     """Decimal digits that are meaningful with an interval of this width; three significant ones without interval."""
-    import math
-
     from ditq.report.wording import three_digits
 
     if a.ci95 is None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +25,7 @@ from ditq.cli.common import (
     Steps,
     Variant,
     Width,
+    numbers,
     open_pipeline,
     out,
     pick_architecture,
@@ -35,9 +35,8 @@ from ditq.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ditq.allocation import Scores
+    from ditq.report.sensitivity import Decoupling, Matrix
 
 
 def sensitivity(
@@ -125,7 +124,7 @@ def sensitivity(
             pipe, recipe, calibration[:pictures], **bits, unit=unit, metrics=names, network=network, moments=moments,
             overrides=overrides or [], architecture=arch if architecture else None, component=component, seed=seed,
             steps=steps, guidance_scale=guidance_scale, batch_size=batch_size, arguments=size,
-            calibration=calibration, storage=storage, progress=with_time_left(progress) if progress else None,
+            calibration=calibration, storage=storage, progress=progress,
         )  # fmt: skip
     several = report.has_several(scores)
     agreements = [_agreement(one) for one in scores]
@@ -135,6 +134,8 @@ def sensitivity(
         for metric, entries in by_metric.items()
         for entry in entries
     ]
+    decoupled = [report.decoupling_of(one, report.label(one, several)) for one in scores]
+    decouplings = [groups for groups in decoupled if groups]
     files: dict[str, str] = {}
     if out_dir is not None:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -142,11 +143,11 @@ def sensitivity(
             name = f"{one.info['component']}-{one.part}" if several else one.part
             files[report.label(one, several)] = str(one.save(out_dir / f"sensitivity-{name}.json"))
         title = f"Sensitivity of {pipeline} to quantization"
-        files["report"] = str(report.write_report(out_dir / "report.html", scores, lines, title=title))
+        files["report"] = str(report.write_report(out_dir / "report.html", scores, lines, decouplings, title=title))
     if as_json:
         components: dict[str, dict[str, Any]] = {}
-        for one, by_metric in zip(scores, agreements, strict=True):
-            components.setdefault(one.info["component"], {})[one.part] = _json(one, by_metric)
+        for one, by_metric, groups in zip(scores, agreements, decoupled, strict=True):
+            components.setdefault(one.info["component"], {})[one.part] = _json(one, by_metric, groups)
         print_json({"pipeline": pipeline, "recipe": recipe, "unit": unit, "files": files, "components": components})
     elif not quiet:
         for one in scores:
@@ -154,51 +155,18 @@ def sensitivity(
                 for table in report.tables(one, metric, name=report.label(one, several), width=out.width):
                     out.print(table)
                     out.print()
+        for groups in decouplings:
+            out.print(report.decoupling_table(**groups))
+            out.print()
         for line in (*lines, *(f"{name}: {file}" for name, file in files.items())):
             out.print(line, soft_wrap=True)
 
 
 def _bits(name: str, text: str) -> list[int]:
     """The widths of ``--weights`` or ``--activations``; empty for ``none`` and an empty text."""
-    from ditq.errors import UsageError
-
     if text.strip().lower() in ("", "none"):
         return []
-    try:
-        return [int(bits) for bits in text.split(",")]
-    except ValueError:
-        raise UsageError(
-            f"--{name} must be comma-separated bits of 2 to 8, e.g. 8,4,3, or none; got {text!r}."
-        ) from None
-
-
-def with_time_left(
-    progress: Callable[..., None], clock: Callable[[], float] = time.monotonic
-) -> Callable[[str, int, int], None]:
-    """Adds the time left to the bar of each stage, from the speed since the stage's first call.
-
-    Results that were found in the study are counted in the first call, so they do not make it look faster.
-    """
-    first: dict[str, tuple[float, int]] = {}
-
-    def show(stage: str, done: int, total: int) -> None:
-        now = clock()
-        if done < first.get(stage, (now, done + 1))[1]:  # a new stage, or the same one of the next part
-            first[stage] = (now, done)
-        begin, already = first[stage]
-        note = ""
-        if already < done < total:
-            note = f"{_duration((now - begin) / (done - already) * (total - done))} left"
-        progress(stage, done, total, note)
-
-    return show
-
-
-def _duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
-    if seconds < 60:
-        return f"{math.ceil(seconds)} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return numbers(name, text, "bits of 2 to 8, e.g. 8,4,3, or none")
 
 
 def _agreement(scores: Scores) -> dict[str, Sequence[Any]]:
@@ -208,7 +176,7 @@ def _agreement(scores: Scores) -> dict[str, Sequence[Any]]:
     return {metric: agreement(scores, metric) for metric in scores.metrics}
 
 
-def _json(scores: Scores, agreements: dict[str, Sequence[Any]]) -> dict[str, Any]:
+def _json(scores: Scores, agreements: dict[str, Sequence[Any]], groups: Decoupling | None) -> dict[str, Any]:
     from ditq.allocation.scores import mean_and_error
 
     metrics = {}
@@ -221,11 +189,19 @@ def _json(scores: Scores, agreements: dict[str, Sequence[Any]]) -> dict[str, Any
             metric: [{"text": str(entry), "is_noise": bool(entry.is_noise)} for entry in entries]
             for metric, entries in agreements.items()
         },
+        **({"decoupling": _groups_json(groups)} if groups else {}),
     }  # fmt: skip
 
 
-def _numbers(values: NDArray[Any]) -> list[list[float | None]]:
-    """[genes][choices]; None for NaN, which JSON lacks."""
+def _groups_json(groups: Decoupling) -> dict[str, Any]:
+    return {
+        **groups, "drops": _numbers(groups["drops"]), "errors": _numbers(groups["errors"]),
+        "loads": _numbers(groups["loads"]),
+    }  # fmt: skip
+
+
+def _numbers(values: Matrix) -> list[list[float | None]]:
+    """[rows][columns]; None for NaN, which JSON lacks."""
     return [[float(x) if math.isfinite(x) else None for x in row] for row in values]
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from ditq.allocation.choices import Segment, segments_of
+from ditq.allocation.decoupled import decoupling
 from ditq.allocation.scores import PREDICTION, Scores, mean_and_error
 from ditq.files import write_text
 from ditq.report import charts, heatmap, html, wording
@@ -44,6 +45,7 @@ SMALLEST_ERROR = 1e-10  # 100 dB, as in the heat map of layer errors
 class Decoupling(TypedDict):
     """Arguments of :func:`decoupling_table`."""
 
+    name: str
     groups: Sequence[str]
     metrics: Sequence[str]
     drops: Matrix
@@ -193,7 +195,7 @@ def sentence(scores: Scores, name: str = "") -> str:
 
 
 def decoupling_table(
-    groups: Sequence[str], metrics: Sequence[str], drops: Matrix, errors: Matrix, loads: Matrix
+    groups: Sequence[str], metrics: Sequence[str], drops: Matrix, errors: Matrix, loads: Matrix, name: str = ""
 ) -> Table:
     """Which group of roles moves which metric (ViDiT-Q, Figure 20), for the terminal.
 
@@ -203,8 +205,10 @@ def decoupling_table(
         drops: relative drop of the metric if this group alone is quantized, [groups][metrics].
         errors: standard errors of the drops; NaN if unknown.
         loads: how the effect of a group is shared between the metrics, from 0 to 1, [groups][metrics].
+        name: of the scores and the choice in the title.
     """
     title = "drop of each metric with one group quantized, %"
+    title = f"{name}: {title}" if name else title
     result = table(
         "group", title=title, min_width=len(title),
         caption="mean ± standard error; load: share of the metric in the effect of the group; * the largest",
@@ -216,6 +220,27 @@ def decoupling_table(
             group, *(f"{text}{' *' if most else '  '}\nload {number(load, 2)}  " for text, load, most in row)
         )
     return result
+
+
+def decoupling_of(scores: Scores, name: str = "") -> Decoupling | None:
+    """Which group of roles moves which metric at the cheapest choice.
+
+    Args:
+        name: of the scores in the title, see :func:`label`; by default the part.
+
+    Returns:
+        None for scores without metrics of images, and for those by block: a block has roles of several groups.
+    """
+    if len(scores.metrics) < 2 or scores.unit == "block":
+        return None
+    found = decoupling(scores, scores.choices[-1])
+    unknown = np.full(found.errors.shape, np.nan)
+    return {
+        "name": f"{name or scores.part} at {found.choice}", "groups": found.groups,
+        "metrics": [scores.metrics[metric].title for metric in found.metrics],
+        "drops": found.drops, "errors": found.errors if len(set(scores.prompts)) > 1 else unknown,
+        "loads": found.loads,
+    }  # fmt: skip
 
 
 def _decoupled(drops: Matrix, errors: Matrix, loads: Matrix) -> list[list[tuple[str, float, bool]]]:
@@ -342,7 +367,7 @@ def worst(scores: Scores) -> list[tuple[str, str]]:
 def render(
     scores: Sequence[Scores],
     agreement: Sequence[str] = (),
-    decoupling: Decoupling | None = None,
+    decouplings: Sequence[Decoupling] = (),
     title: str = "",
 ) -> str:
     """The page as text, to be written in UTF-8. Arguments: see :func:`write_report`.
@@ -361,8 +386,7 @@ def render(
         range=heatmap.shared_range([by_timestep(one) for one in scores]),
         shown=shown, sentence=sentence, worst=worst, heat_map=heat_map, parts_of=parts_of, part_names=PART_NAMES,
         agreement=list(agreement),
-        decoupling=decoupling,
-        decoupled=_decoupled(decoupling["drops"], decoupling["errors"], decoupling["loads"]) if decoupling else [],
+        decouplings=[(one, _decoupled(one["drops"], one["errors"], one["loads"])) for one in decouplings],
         charts=charts, heatmap=heatmap, words=wording, style=style, style_hash=html.sha256(style),
     )  # fmt: skip
 
@@ -371,7 +395,7 @@ def write_report(
     path: str | Path,
     scores: Scores | Sequence[Scores],
     agreement: Sequence[str] = (),
-    decoupling: Decoupling | None = None,
+    decouplings: Sequence[Decoupling] = (),
     *,
     title: str = "",
 ) -> Path:
@@ -381,7 +405,7 @@ def write_report(
         path: the file, or an existing folder, in which it becomes ``report.html``.
         scores: of weights and activations, of one or several transformers.
         agreement: lines about the agreement of ranks between disjoint sets of prompts.
-        decoupling: which group of roles moves which metric, see :func:`decoupling_table`.
+        decouplings: which group of roles moves which metric, see :func:`decoupling_of`.
         title: of the page.
 
     Returns:
@@ -391,5 +415,5 @@ def write_report(
         DitqError: jinja2 is not installed.
     """
     file = Path(path) / "report.html" if Path(path).is_dir() else Path(path)
-    write_text(file, render([scores] if isinstance(scores, Scores) else scores, agreement, decoupling, title))
+    write_text(file, render([scores] if isinstance(scores, Scores) else scores, agreement, decouplings, title))
     return file
