@@ -156,7 +156,9 @@ def test_candidates_that_all_draw_nan_are_an_error() -> None:
 
 
 def test_usage_errors() -> None:
-    with pytest.raises(UsageError, match="Unknown strategy 'annealing'.*error, evolution, greedy, program, random, uniform"):
+    with pytest.raises(
+        UsageError, match="Unknown strategy 'annealing'.*error, evolution, greedy, program, random, uniform"
+    ):
         search(strategy="annealing")
     with pytest.raises(UsageError, match="at least 1 trial"):
         search(trials=0)
