@@ -181,8 +181,19 @@ def test_what_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyP
         ditq.search(
             videos.wan_of_two_experts(), "rtn-w4a8", PROMPTS, weights=[8, 4], budget="weights:6", strategy="decoupled"
         )
-    with pytest.raises(UsageError, match="leave diffusion_step_policy out of the recipe"):
-        search(weights=[8, 4], budget="weights:6", overrides=["diffusion_step_policy={first_steps: 1}"])
+    with pytest.raises(UsageError, match="by segments=; leave diffusion_step_policy out"):
+        search(activations=[8, 4], budget="activations:6", overrides=["diffusion_step_policy={first_steps: 1}"])
+
+
+def test_bits_of_weights_with_a_step_policy() -> None:
+    result = ditq.search(
+        tiny_pixart(), "rtn-w4a4", PROMPTS, weights=[8, 4], budget="weights:6", steps=4, moments=1, unit="role",
+        overrides=["diffusion_step_policy={first_steps: 1}"],
+    )  # fmt: skip
+    assert {layer.weight_bits for layer in result.plan.quantized} == {4, 8}
+    assert all(layer.steps and layer.activation_bits == 8 for layer in result.plan.quantized)
+    assert len(result.plan.trajectory or ()) == 4
+    assert 4 < result.costs["activations"] < 8
 
 
 # ------------------------------------------------------------------------------------- two transformers
