@@ -28,6 +28,7 @@ from pydantic import (
 from ditq import digests
 from ditq.errors import CheckpointError
 from ditq.numerics.grid import Grid
+from ditq.numerics.hadamard import REGULAR, Rotation, RotationKind
 from ditq.reading import LARGEST_INTEGER, cut, short
 
 FORMAT_VERSION = 1
@@ -75,11 +76,29 @@ class Smooth(_Frozen):
 
 
 class Rotate(_Frozen):
-    """Hadamard rotation of the input channels. ``block`` equal to the width is the full transform."""
+    """Hadamard rotation of the input channels. ``block`` equal to the width is the full transform.
 
-    kind: Literal["hadamard"] = "hadamard"
+    ``regular`` is that of ConvRot: blocks of a regular matrix of order 4, 16, 64 or 256, without random signs.
+    """
+
+    kind: RotationKind = "hadamard"
     block: Annotated[int, Field(ge=2, le=MOST_FEATURES)]
     seed: Annotated[int, Field(ge=0, le=LARGEST_INTEGER)] = 0
+
+    @model_validator(mode="after")
+    def _regular_has_no_signs(self) -> Self:
+        if self.kind == "regular" and self.block not in REGULAR:
+            raise ValueError(f"blocks of a regular rotation are 4, 16, 64 or 256, got {self.block}")
+        if self.kind == "regular" and self.seed:
+            raise ValueError(f"a regular rotation has no random signs: its seed must be 0, got {self.seed}")
+        return self
+
+    def rotation(self, size: int) -> Rotation:
+        """The rotation of an input of ``size`` channels."""
+        return Rotation(size, self.block, self.seed, self.kind)
+
+    def __str__(self) -> str:
+        return f"{'regular ' if self.kind == 'regular' else ''}hadamard {self.block}"
 
 
 class Gptq(_Frozen):
@@ -327,7 +346,7 @@ class LayerPlan(_Frozen):
             folded = f" ({self.smooth.folded})" if self.smooth.folded else ""  # in checkpoints of ditq 0.1
             parts.append(f"smooth {self.smooth.alpha:g}{folded}")
         if self.rotate:
-            parts.append(f"hadamard {self.rotate.block}")
+            parts.append(str(self.rotate))
         if self.branch:
             parts.append(f"branch of rank {self.branch.rank}")
         return " + ".join(parts) or "none"

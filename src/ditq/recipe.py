@@ -28,7 +28,7 @@ from pydantic import (
 from ditq import patterns
 from ditq.errors import UsageError, unknown, warn
 from ditq.numerics import Grid
-from ditq.numerics.hadamard import is_supported
+from ditq.numerics.hadamard import REGULAR, RotationKind, is_supported
 from ditq.plan import MOST_RANGES, Gptq, Timesteps, first_error
 from ditq.reading import parse_yaml, read_yaml, short
 
@@ -88,6 +88,8 @@ class Balance(_Strict):
     Attributes:
         smooth: divide each input channel by a static scale, and multiply the weight's column by it.
         rotate: Hadamard rotation of the input channels, after smoothing.
+        rotation: its kind. ``hadamard``: as wide as possible, with random signs (QuaRot). ``regular``: blocks of 4,
+            16, 64 or 256 channels by a regular Hadamard matrix, without signs (ConvRot).
         choose: ``always`` applies all of the above; ``error`` tries every combination of them, none included, on
             calibration inputs, and keeps the one with the smallest output error for each input group.
         alpha: migration strength of the smoothing scale, 0 to 1. Of several values, ditq keeps the one with the
@@ -96,12 +98,13 @@ class Balance(_Strict):
             PTQ4DiT's weighted mean of the timesteps' maxima.
         where: balance ``all`` inputs, or only the ``foldable`` ones, whose producer can carry the smoothing scale.
         power_of_two: round smoothing scales to powers of two.
-        block: width of the rotation; 0: the widest with a known Hadamard matrix.
+        block: width of the rotation; 0: the widest with a known Hadamard matrix of its kind.
         timesteps: ranges [first, last] with separate smoothing scales and integers.
     """
 
     smooth: bool = False
     rotate: bool = False
+    rotation: RotationKind = "hadamard"
     choose: Literal["error", "always"] = "always"
     alpha: float | tuple[float, ...] = 0.5
     salience: Literal["max", "spearman"] = "max"
@@ -145,6 +148,14 @@ class Balance(_Strict):
             powers = "2, 4, 8, 16, 32, 64, 128, 256 ..., or another width with a known Hadamard matrix"
             raise ValueError(f"must be 0 (the widest possible) or {powers}, got {block}")
         return block
+
+    @model_validator(mode="after")
+    def _block_is_regular(self) -> Balance:
+        if self.rotation == "regular" and self.block not in (0, *REGULAR):
+            raise ValueError(
+                f"block must be 0 (the widest possible), 4, 16, 64 or 256 for regular rotations, got {self.block}"
+            )
+        return self
 
     @field_validator("timesteps")
     @classmethod
@@ -387,7 +398,7 @@ class Recipe(_Strict):
             remedy = "it needs balance.smooth=true"
             idle |= {f"balance.{name}": remedy for name in ("alpha", "salience", "power_of_two")}
         if not rules.rotate:
-            idle["balance.block"] = "it needs balance.rotate=true"
+            idle |= dict.fromkeys(("balance.block", "balance.rotation"), "it needs balance.rotate=true")
         if not rules.smooth and not rules.rotate:
             remedy = "it needs balance.smooth=true or balance.rotate=true"
             idle |= {f"balance.{name}": remedy for name in ("choose", "where")}

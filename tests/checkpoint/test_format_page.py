@@ -93,13 +93,18 @@ def hadamard(n: int) -> Array | None:
 
 
 def rotation(rotate: dict[str, Any], columns: int) -> Array:
+    if rotate.get("kind") == "regular":
+        H = np.ones((1, 1))
+        while len(H) < rotate["block"]:
+            H = np.kron(H, [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+        return np.kron(np.eye(columns // len(H)), H) / np.sqrt(len(H))
     twister = np.random.MT19937()
     twister._legacy_seeding(rotate.get("seed", 0) & 0xFFFFFFFF)  # init_genrand
     signs = 2.0 * (twister.random_raw(columns) & 1) - 1
     block = rotate["block"]
-    H = hadamard(block)
-    assert H is not None
-    return signs[:, None] * np.kron(np.eye(columns // block), H) / np.sqrt(block)
+    S = hadamard(block)
+    assert S is not None
+    return signs[:, None] * np.kron(np.eye(columns // block), S) / np.sqrt(block)
 
 
 def weight(tensors: dict[str, Array], prefix: str, layer: dict[str, Any]) -> Array:
@@ -155,6 +160,7 @@ CASES = {
         "pixart", "viditq-w4a8",
         ["weights.bits=3", "balance.choose=always", "balance.alpha=0.5"],
     ),
+    "regular-rotation": ("pixart", "quarot-w8a8", ["balance.rotation=regular"]),
     "groups-asymmetric-inputs": (
         "dit", "qdit-w4a8", ["weights.group_size=32", "activations={bits: 8, granularity: group, group_size: 32, "
                              "symmetric: false, dynamic: true}"],

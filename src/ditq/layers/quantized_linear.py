@@ -18,7 +18,7 @@ from ditq.errors import warn
 from ditq.layers.deferred import Deferred, can_defer, offloaded, output
 from ditq.layers.read_only import ReadOnly
 from ditq.layers.shared import SharedInput
-from ditq.numerics import Grid, Quantized, Rotation, pack, quantize, rotate, search_clip_ratio, unrotate, warm
+from ditq.numerics import Grid, Quantized, pack, quantize, rotate, search_clip_ratio, unrotate, warm
 from ditq.plan import Branch, LayerPlan
 
 
@@ -68,9 +68,7 @@ class QuantizedLinear(nn.Linear):
             self.bias = nn.Parameter(torch.empty(plan.out_features, dtype=dtype, device=device), requires_grad=False)
         else:
             self.register_parameter("bias", None)
-        self.rotation = (
-            Rotation(plan.in_features, plan.rotate.block, plan.rotate.seed) if plan.rotate is not None else None
-        )
+        self.rotation = None if plan.rotate is None else plan.rotate.rotation(plan.in_features)
         self.warm()
 
     def warm(self) -> None:

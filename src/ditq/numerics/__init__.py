@@ -6,11 +6,14 @@ from ditq.numerics.gptq import Rounded, add_inputs, gptq, inverse_factor, output
 from ditq.numerics.grid import Grid, code_range
 from ditq.numerics.hadamard import (
     Rotation,
+    RotationKind,
     hadamard_matrix,
     is_supported,
     largest_block,
+    largest_regular_block,
     rotate,
     rotation_matrix,
+    scaled_signs,
     signs,
     unrotate,
     warm,
@@ -32,6 +35,7 @@ from ditq.numerics.uniform import (
 
 __all__ = [
     "Grid",
+    "RotationKind",
     "Quantized",
     "Rotation",
     "Rounded",
@@ -49,6 +53,7 @@ __all__ = [
     "inverse_factor",
     "is_supported",
     "largest_block",
+    "largest_regular_block",
     "not_finite",
     "output_errors",
     "pack",
@@ -59,6 +64,7 @@ __all__ = [
     "rotate",
     "rotation_matrix",
     "salience_weights",
+    "scaled_signs",
     "scale_and_zero_point",
     "search_clip_ratio",
     "signs",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditq.engines.base import QuantizedWeight
-from ditq.numerics import hadamard_matrix, is_supported, pack, signs, unpack
+from ditq.numerics import RotationKind, hadamard_matrix, is_supported, pack, scaled_signs, unpack
 from ditq.openvino.linear import BIAS, CLIP, SHIFT, SUMS, LinearSpec
 
 # Below it a float32 scale loses digits.
@@ -244,25 +244,28 @@ def _balance(x: Any, linear: LinearSpec) -> Any:
         factor = 1 / linear.smooth.detach().cpu().float()
     if rotation is None:
         return op.multiply(x, _constant(factor))
-    factor = factor * signs(columns, rotation.seed) / rotation.block**0.5
-    outer, inner = split(rotation.block)
+    factor = factor * scaled_signs(rotation, torch.device("cpu"))
+    outer, inner = split(rotation.block, rotation.kind)
     scaled = op.multiply(x, _constant(factor))
     lead = [0] * (x.get_partial_shape().rank.get_length() - 1)  # 0: this axis keeps its size
     # With H = kron(A, B) and a block of x as a matrix V [outer, inner]: v H = A^T V B.
     v = op.reshape(scaled, _shape(*lead, columns // inner, inner), True)
-    v = op.matmul(v, _constant(hadamard_matrix(inner)), False, False)
+    v = op.matmul(v, _constant(hadamard_matrix(inner, rotation.kind)), False, False)
     if outer > 1:
         v = op.reshape(v, _shape(*lead, columns // rotation.block, outer, inner), True)
-        v = op.matmul(_constant(hadamard_matrix(outer).T), v, False, False)
+        v = op.matmul(_constant(hadamard_matrix(outer, rotation.kind).T), v, False, False)
     return op.reshape(v, _shape(*lead, columns), True)
 
 
-def split(order: int) -> tuple[int, int]:
+def split(order: int, kind: RotationKind = "hadamard") -> tuple[int, int]:
     """Orders of A and B in H = kron(A, B) of this order, B a power of two: the split with the fewest operations.
 
     A product with the factors of H costs outer + inner float multiplications per channel. A product with H as one
     matrix costs ``order``, which for the widths of current models is more than the layer itself.
     """
     powers = [2**i for i in range((order & -order).bit_length())]
-    splits = [(order // inner, inner) for inner in powers if is_supported(order // inner)]
+    if kind == "regular":  # a Kronecker power of a matrix of order 4
+        splits = [(order // inner, inner) for inner in powers[::2]]
+    else:
+        splits = [(order // inner, inner) for inner in powers if is_supported(order // inner)]
     return min(splits, key=sum)
