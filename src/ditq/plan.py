@@ -44,6 +44,7 @@ MOST_RANGES = 100  # of timesteps, of one layer
 MOST_PARTS = 50_000  # layers, each counted once per range
 MOST_FEATURES = 2**24
 MOST_PARAMETERS = 2**48
+MOST_REFINEMENTS = 1000  # of a branch
 
 ALWAYS = 1e9
 """A timestep beyond all schedules: the open end of a range of timesteps."""
@@ -114,13 +115,34 @@ class Gptq(_Frozen):
 
 
 class Branch(_Frozen):
-    """A low-rank product beside the integers, y += (x D^T) U^T, which holds LoRA adapters fused into the layer.
+    """A low-rank product beside the integers, y += (x D^T) U^T; D is [rank, K] and U [N, rank], stored in ``dtype``.
 
-    ``rank`` is the sum of the adapters' ranks; D is [rank, K] and U [N, rank], both stored in ``dtype``.
+    The first ``svd`` of the ranks hold the largest singular values of the balanced weight (SVDQuant), and the integers
+    its residual. ``iterations``: at most so many refinements of them, see ``ditq.conversion.branch``. The other ranks
+    are those of LoRA adapters fused into the layer, whose numbers are in the checkpoint only.
     """
 
-    rank: Annotated[int, Field(ge=1)]
+    rank: Annotated[int, Field(ge=1, le=MOST_FEATURES)]
     dtype: Float = "bfloat16"
+    svd: Annotated[int, Field(ge=0, le=MOST_FEATURES)] = 0
+    iterations: Annotated[int, Field(ge=0, le=MOST_REFINEMENTS)] = 0
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.svd > self.rank:
+            raise ValueError(f"svd must be at most the rank of the branch, {self.rank}, got {self.svd}")
+        if self.iterations and not self.svd:
+            raise ValueError("iterations refine the singular values of a branch: they need svd")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A branch of adapters alone is written, and hashed, as before the other fields existed."""
+        fields: dict[str, Any] = handler(self)
+        if not self.svd:
+            fields.pop("svd", None)
+            fields.pop("iterations", None)
+        return fields
 
 
 class Incoherence(_Frozen):
@@ -215,6 +237,11 @@ class LayerPlan(_Frozen):
         if self.rotate is not None and self.in_features % self.rotate.block:
             raise ValueError(
                 f"layer {self.name!r}: rotation block {self.rotate.block} must divide its {self.in_features} inputs"
+            )
+        if self.branch is not None and self.branch.svd > min(self.in_features, self.out_features):
+            raise ValueError(
+                f"layer {self.name!r} has {self.in_features} inputs and {self.out_features} outputs, so its branch "
+                f"cannot hold {self.branch.svd} singular values"
             )
         for begin, end in self.timesteps or ():
             if begin > end:
@@ -498,6 +525,7 @@ class Plan(_Frozen):
         return any(
             layer.smooth is not None
             or layer.rounding == "gptq"
+            or (layer.branch is not None and layer.branch.iterations > 0)
             or (layer.activation is not None and not layer.activation.dynamic)
             for layer in self.quantized
         )

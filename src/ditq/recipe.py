@@ -29,7 +29,7 @@ from ditq import patterns
 from ditq.errors import UsageError, unknown, warn
 from ditq.numerics import Grid
 from ditq.numerics.hadamard import REGULAR, RotationKind, is_supported
-from ditq.plan import MOST_RANGES, Gptq, Timesteps, first_error
+from ditq.plan import MOST_FEATURES, MOST_RANGES, MOST_REFINEMENTS, Float, Gptq, Timesteps, first_error
 from ditq.reading import parse_yaml, read_yaml, short
 
 MOST_ALPHAS = 100
@@ -173,6 +173,21 @@ class Balance(_Strict):
         return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
 
 
+class SideBranch(_Strict):
+    """A low-rank branch beside the integers of each layer (SVDQuant); ``ditq.conversion.branch`` carries it out.
+
+    Attributes:
+        rank: how many singular values of the balanced weight it holds. Layers with fewer inputs or outputs have fewer.
+        dtype: of its numbers.
+        iterations: refinements of branch and integers in turn, at most; they end when one does not lower the output
+            error on calibration inputs.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=MOST_FEATURES)] = 32
+    dtype: Float = "bfloat16"
+    iterations: Annotated[int, Field(ge=0, le=MOST_REFINEMENTS)] = 0
+
+
 class Calibration(_Strict):
     """How much of the sampling trajectory calibration records.
 
@@ -236,6 +251,8 @@ class Recipe(_Strict):
         layers: formats of layers by regular expressions of their names, in place of those of their roles; the first
             that matches counts.
         balance: transforms of the inputs.
+        branch: a 16-bit branch of low rank beside the integers; None: none. Can be combined with any balance and
+            rounding.
         calibration: the calibration data.
         clip: range of the weights, ``minmax`` or ``mse`` (searched by squared error).
         rounding: of the weights, ``nearest`` or ``gptq`` (block by block, on inputs from the already quantized blocks;
@@ -261,6 +278,7 @@ class Recipe(_Strict):
     roles: dict[str, RoleFormats] = {}
     layers: Annotated[dict[Label, RoleFormats], Field(max_length=patterns.MOST)] = {}
     balance: Balance = Balance()
+    branch: SideBranch | None = None
     calibration: Calibration = Calibration()
     clip: Literal["minmax", "mse"] = "minmax"
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -308,6 +326,7 @@ class Recipe(_Strict):
             self.balance.smooth
             or (self.balance.choose == "error" and self.balance.rotate)
             or self.rounding == "gptq"
+            or (self.branch is not None and self.branch.iterations > 0)
             or any(a is not None and not a.dynamic for a in static)
         )
 

@@ -19,6 +19,7 @@ from ditq.numerics.hadamard import (
     warm,
 )
 from ditq.numerics.incoherence import channel_imbalance, incoherence
+from ditq.numerics.lowrank import low_rank
 from ditq.numerics.packing import pack, packed_bytes, unpack
 from ditq.numerics.salience import rank_correlation, salience_weights
 from ditq.numerics.smoothing import smoothing_scale
@@ -54,6 +55,7 @@ __all__ = [
     "is_supported",
     "largest_block",
     "largest_regular_block",
+    "low_rank",
     "not_finite",
     "output_errors",
     "pack",

@@ -50,6 +50,7 @@ class Builder:
         """The node of ``linear`` for an input ``x`` (an ``openvino.Output`` [B, tokens, K] or [B, K])."""
         import openvino.opset13 as op
 
+        low = None if linear.branch is None else _low_rank(x, *linear.branch)
         x = self.balance(x, linear)
         if linear.kernel.activations == "graph":
             y = self._rounded_product(x, linear)
@@ -59,7 +60,7 @@ class Builder:
         if linear.bias is not None:
             y = op.add(y, _constant(linear.bias.float()))
             y.set_friendly_name(linear.name + BIAS)  # the compiled graph keeps one of the two names
-        return y
+        return y if low is None else op.add(y, low)
 
     def balance(self, x: Any, linear: LinearSpec) -> Any:
         """``x / s R`` as a multiplication and two small products, see :func:`split`."""
@@ -233,6 +234,13 @@ def _scalar(value: float) -> Any:
 
 def _shape(*sizes: int) -> Any:
     return _constant(torch.tensor(sizes, dtype=torch.int64))
+
+
+def _low_rank(x: Any, down: Tensor, up: Tensor) -> Any:
+    """``x D^T U^T``: two float products, which the plugin does not round."""
+    import openvino.opset13 as op
+
+    return op.matmul(op.matmul(x, _constant(down.float()), False, True), _constant(up.float()), False, True)
 
 
 def _balance(x: Any, linear: LinearSpec) -> Any:
