@@ -1,8 +1,8 @@
 """SVDQuant's parts one by one: smoothing, the low-rank branch, its rank and refinement, GPTQ of the residual.
 
-``python benchmarks/quality/svdquant.py`` quantizes ``bundled:emoji-t2i`` to W4A4 with groups of 64 by every variant of the
-recipe ``svdquant-w4a4``. It generates held-out prompts with each, and compares the images with those of the 16-bit model
-from the same seeds: a table with 95 % bootstrap intervals, and paired differences from the recipe as it is. With
+``python benchmarks/quality/svdquant.py`` quantizes ``bundled:emoji-t2i`` to W4A4 with groups of 64 by every variant of
+the recipe ``svdquant-w4a4``. It generates held-out prompts with each, and compares the images with those of the 16-bit
+model from the same seeds: a table with 95 % bootstrap intervals, and paired differences from the recipe as it is. With
 ``--imbalanced`` it does this on an imbalanced copy of the model (synthetic, see ``imbalanced.py``). The result is
 ``benchmarks/results/svdquant.json``.
 """
