@@ -184,6 +184,8 @@ def test_plans_without_a_branch_are_written_as_before() -> None:
     assert "branch" not in plain.model_dump(mode="json")
     fields = plain.model_dump(mode="json") | {"branch": {"rank": 2}}
     assert type(plain).model_validate(fields).branch == Branch(rank=2)
+    adapters = layer_plan(branch=Branch(rank=2)).model_dump(mode="json")
+    assert adapters["branch"] == {"rank": 2, "dtype": "bfloat16"}  # as before branches could be of singular values
 
 
 def test_an_adapter_on_an_old_folded_checkpoint_warns() -> None:
@@ -277,7 +279,7 @@ def test_dora_acts_as_on_the_dequantized_model(recipe: str) -> None:
     assert relative(run(twin, "pixart"), run(plain, "pixart")) < 0.06
 
 
-def test_a_model_with_a_branch_is_pickled_and_not_quantized_from_its_plan_nor_exported() -> None:
+def test_a_model_with_a_branch_is_pickled_exported_and_not_quantized_from_its_plan() -> None:
     from ditq.openvino.convert import linear_spec
 
     model, twin = quantized("pixart", "rtn-w8a8")
@@ -287,8 +289,10 @@ def test_a_model_with_a_branch_is_pickled_and_not_quantized_from_its_plan_nor_ex
     with pytest.raises(UsageError, match="has a branch"):
         ditq.quantize(model, twin.hf_quantizer.plan)
     name, layer = next((n, m) for n, m in twin.named_modules() if isinstance(m, QuantizedLinear) and m.plan.branch)
-    with pytest.raises(UsageError, match="OpenVINO"):
-        linear_spec(name, layer)
+    spec = linear_spec(name, layer)
+    assert spec.branch is not None
+    assert torch.equal(spec.branch[0], layer.branch_down)
+    assert torch.equal(spec.branch[1], layer.branch_up)
 
 
 def lora_file(pipe: Any, family: str, folder: Path, seed: int) -> Path:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 import ditq
 from ditq.errors import CheckpointError, UsageError
 from ditq.numerics import Grid
-from ditq.plan import FORMAT_VERSION, Fold, LayerPlan, Plan, Rotate, Smooth, StepFormat
+from ditq.plan import FORMAT_VERSION, Branch, Fold, LayerPlan, Plan, Rotate, Smooth, StepFormat
 
 STEP = StepFormat(begin=0, end=9, activation=token_format(4))
 
@@ -74,6 +74,8 @@ def test_group_size_that_does_not_divide_names_those_that_do() -> None:
         ({"weight": weight_format(granularity="group", group=24)}, "group_size must divide the 32 columns"),
         ({"activation": token_format(granularity="group", group=24)}, "group_size must divide the 32 columns"),
         ({"rotate": Rotate(block=64)}, "rotation block 64"),
+        ({"branch": Branch(rank=64, svd=64)}, "cannot hold 64 singular values"),
+        ({"rotate": Rotate(kind="regular", block=64)}, "rotation block 64"),
         ({"timesteps": ((0, 10), (30, 20))}, r"timestep range \[30, 20\]"),
         ({"steps": (STEP.model_copy(update={"end": -1}),)}, "the steps from 0 to -1 are none"),
         ({"steps": (StepFormat(begin=0, end=5), StepFormat(begin=5, end=9))}, "must be the most precise one"),
@@ -210,6 +212,10 @@ def test_hash_changes_with_every_field_of_a_plan(fields: dict[str, Any]) -> None
         {"smooth": Smooth(alpha=0.5, salience="spearman")},
         {"rotate": Rotate(block=32)},
         {"rotate": Rotate(block=32, seed=1)},
+        {"rotate": Rotate(kind="regular", block=16)},
+        {"branch": Branch(rank=8)},
+        {"branch": Branch(rank=8, svd=8)},
+        {"branch": Branch(rank=8, svd=8, iterations=1)},
         {"clip": "mse"},
         {"timesteps": ((0, 9),)},
         {"timesteps": ((0, 9), (10, 20)), "range_weights": (weight_format(4), weight_format(3))},
@@ -377,12 +383,18 @@ GRID = {"bits": 8, "granularity": "channel"}
         ({"layers": [{**LAYER, "out_features": 10**5000}]}, r"layers\.0\.out_features"),
         ({"layers": [], "other_parameters": 10**30}, "other_parameters"),
         ({"layers": [{**LAYER, "weight": GRID, "rotate": {"block": 16, "seed": 2**64}}]}, "seed"),
+        ({"layers": [{**LAYER, "weight": GRID, "rotate": {"kind": "regular", "block": 8}}]}, "16, 64 or 256, got 8"),
+        ({"layers": [{**LAYER, "weight": GRID, "rotate": {"kind": "regular", "block": 16, "seed": 1}}]}, "must be 0"),
+        ({"layers": [{**LAYER, "weight": GRID, "branch": {"rank": 4, "svd": 5}}]}, "at most the rank"),
+        ({"layers": [{**LAYER, "weight": GRID, "branch": {"rank": 4, "iterations": 1}}]}, "need svd"),
+        ({"layers": [{**LAYER, "weight": GRID, "branch": {"rank": 2**25}}]}, "rank"),
         ({"layers": [{**LAYER, "weight": GRID, "rounding_gain": float("nan")}]}, "rounding_gain"),
         ({"layers": "x" * 10**6}, "layers"),
         ({"layers": [], "format_version": 10**5000}, "format_version"),
         ({"layers": [], "x" * 10**6: 1}, "xxx"),
     ],
-    ids=["layers", "twice", "folds", "ranges", "ranges-of-all", "inputs", "outputs", "parameters", "seed", "nan",
+    ids=["layers", "twice", "folds", "ranges", "ranges-of-all", "inputs", "outputs", "parameters", "seed",
+         "regular-block", "regular-seed", "svd", "iterations", "rank", "nan",
          "text", "version", "field"],
 )  # fmt: skip
 def test_plans_beyond_the_limits_are_refused(fields: dict[str, Any], complaint: str) -> None:

@@ -22,7 +22,7 @@ def test_bundled_recipe_loads_and_says_what_its_name_says(name: str) -> None:
     assert (r.weights.bits, r.activations.bits) == (int(weight_bits), int(activation_bits))
     static = "static" in name or name.startswith("ptq4d")
     assert r.activations.dynamic == (not static)
-    assert r.needs_calibration == (static or name.startswith(("viditq", "smoothquant", "gptq", "qdit")))
+    assert r.needs_calibration == (static or name.startswith(("viditq", "smoothquant", "gptq", "qdit", "svdquant")))
 
 
 def test_recipe_survives_its_own_json() -> None:
@@ -233,6 +233,7 @@ def test_fields_of_narrow_weights_count_up_to_4_bits(weights: int, clip: str) ->
         ("rtn-w4a8", "method=gptq", "rounding"),
         ("rtn-w4a8", "balance.block=64", "balance.rotate=true"),
         ("rtn-w4a8", "balance.alpha=0.3", "balance.smooth=true"),
+        ("rtn-w4a8", "balance.rotation=regular", "balance.rotate=true"),
         ("rtn-w4a8", "balance.choose=error", "balance.smooth=true or balance.rotate=true"),
         ("rtn-w4a8", "balance.timesteps=[[0, 500]]", "balance.smooth=true"),
         ("quarot-w4a8", "balance.salience=spearman", "balance.smooth=true"),
@@ -256,6 +257,27 @@ def test_settings_that_give_each_other_an_effect_go_together() -> None:
         ["balance.alpha=0.3", "balance.smooth=true", "gptq.block=64", "rounding=gptq"]
     )
     assert (r.balance.alphas, r.gptq.block) == ((0.3,), 64)
+
+
+def test_blocks_of_regular_rotations_are_powers_of_4() -> None:
+    r = recipe.load("quarot-w4a8").override(["balance.rotation=regular", "balance.block=64"])
+    assert (r.balance.rotation, r.balance.block) == ("regular", 64)
+    with pytest.raises(UsageError, match="4, 16, 64 or 256 for regular rotations, got 128"):
+        r.override("balance.block=128")
+
+
+def test_a_branch_is_added_changed_and_taken_away() -> None:
+    r = recipe.load("rtn-w4a8").override("branch.rank=16")
+    assert r.branch == recipe.SideBranch(rank=16, dtype="bfloat16", iterations=0)
+    assert not r.needs_calibration
+    assert r.override("branch.iterations=5").needs_calibration
+    assert r.override("branch=null") == recipe.load("rtn-w4a8")
+    published = recipe.load("svdquant-w4a4")
+    assert published.branch == recipe.SideBranch(rank=32, iterations=100)
+    assert (published.weights.group_size, published.rounding) == (64, "nearest")
+    for wrong in ("rank=0", "rank=true", "dtype=int8", "iterations=1001", "ranks=3"):
+        with pytest.raises(UsageError, match=wrong.partition("=")[0]):
+            r.override(f"branch.{wrong}")
 
 
 def test_a_file_with_a_field_without_effect_is_refused(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from pydantic import (
 from ditq import digests
 from ditq.errors import CheckpointError
 from ditq.numerics.grid import Grid
+from ditq.numerics.hadamard import REGULAR, Rotation, RotationKind
 from ditq.reading import LARGEST_INTEGER, cut, short
 
 FORMAT_VERSION = 1
@@ -43,6 +44,7 @@ MOST_RANGES = 100  # of timesteps, of one layer
 MOST_PARTS = 50_000  # layers, each counted once per range
 MOST_FEATURES = 2**24
 MOST_PARAMETERS = 2**48
+MOST_REFINEMENTS = 1000  # of a branch
 
 ALWAYS = 1e9
 """A timestep beyond all schedules: the open end of a range of timesteps."""
@@ -75,11 +77,29 @@ class Smooth(_Frozen):
 
 
 class Rotate(_Frozen):
-    """Hadamard rotation of the input channels. ``block`` equal to the width is the full transform."""
+    """Hadamard rotation of the input channels. ``block`` equal to the width is the full transform.
 
-    kind: Literal["hadamard"] = "hadamard"
+    ``regular`` is that of ConvRot: blocks of a regular matrix of order 4, 16, 64 or 256, without random signs.
+    """
+
+    kind: RotationKind = "hadamard"
     block: Annotated[int, Field(ge=2, le=MOST_FEATURES)]
     seed: Annotated[int, Field(ge=0, le=LARGEST_INTEGER)] = 0
+
+    @model_validator(mode="after")
+    def _regular_has_no_signs(self) -> Self:
+        if self.kind == "regular" and self.block not in REGULAR:
+            raise ValueError(f"blocks of a regular rotation are 4, 16, 64 or 256, got {self.block}")
+        if self.kind == "regular" and self.seed:
+            raise ValueError(f"a regular rotation has no random signs: its seed must be 0, got {self.seed}")
+        return self
+
+    def rotation(self, size: int) -> Rotation:
+        """The rotation of an input of ``size`` channels."""
+        return Rotation(size, self.block, self.seed, self.kind)
+
+    def __str__(self) -> str:
+        return f"{'regular ' if self.kind == 'regular' else ''}hadamard {self.block}"
 
 
 class Gptq(_Frozen):
@@ -95,13 +115,34 @@ class Gptq(_Frozen):
 
 
 class Branch(_Frozen):
-    """A low-rank product beside the integers, y += (x D^T) U^T, which holds LoRA adapters fused into the layer.
+    """A low-rank product beside the integers, y += (x D^T) U^T; D is [rank, K] and U [N, rank], stored in ``dtype``.
 
-    ``rank`` is the sum of the adapters' ranks; D is [rank, K] and U [N, rank], both stored in ``dtype``.
+    The first ``svd`` of the ranks hold the largest singular values of the balanced weight (SVDQuant), and the integers
+    its residual. ``iterations``: at most so many refinements of them, see ``ditq.conversion.branch``. The other ranks
+    are those of LoRA adapters fused into the layer, whose numbers are in the checkpoint only.
     """
 
-    rank: Annotated[int, Field(ge=1)]
+    rank: Annotated[int, Field(ge=1, le=MOST_FEATURES)]
     dtype: Float = "bfloat16"
+    svd: Annotated[int, Field(ge=0, le=MOST_FEATURES)] = 0
+    iterations: Annotated[int, Field(ge=0, le=MOST_REFINEMENTS)] = 0
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.svd > self.rank:
+            raise ValueError(f"svd must be at most the rank of the branch, {self.rank}, got {self.svd}")
+        if self.iterations and not self.svd:
+            raise ValueError("iterations refine the singular values of a branch: they need svd")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A branch of adapters alone is written, and hashed, as before the other fields existed."""
+        fields: dict[str, Any] = handler(self)
+        if not self.svd:
+            fields.pop("svd", None)
+            fields.pop("iterations", None)
+        return fields
 
 
 class Incoherence(_Frozen):
@@ -196,6 +237,11 @@ class LayerPlan(_Frozen):
         if self.rotate is not None and self.in_features % self.rotate.block:
             raise ValueError(
                 f"layer {self.name!r}: rotation block {self.rotate.block} must divide its {self.in_features} inputs"
+            )
+        if self.branch is not None and self.branch.svd > min(self.in_features, self.out_features):
+            raise ValueError(
+                f"layer {self.name!r} has {self.in_features} inputs and {self.out_features} outputs, so its branch "
+                f"cannot hold {self.branch.svd} singular values"
             )
         for begin, end in self.timesteps or ():
             if begin > end:
@@ -327,7 +373,7 @@ class LayerPlan(_Frozen):
             folded = f" ({self.smooth.folded})" if self.smooth.folded else ""  # in checkpoints of ditq 0.1
             parts.append(f"smooth {self.smooth.alpha:g}{folded}")
         if self.rotate:
-            parts.append(f"hadamard {self.rotate.block}")
+            parts.append(str(self.rotate))
         if self.branch:
             parts.append(f"branch of rank {self.branch.rank}")
         return " + ".join(parts) or "none"
@@ -479,6 +525,7 @@ class Plan(_Frozen):
         return any(
             layer.smooth is not None
             or layer.rounding == "gptq"
+            or (layer.branch is not None and layer.branch.iterations > 0)
             or (layer.activation is not None and not layer.activation.dynamic)
             for layer in self.quantized
         )

@@ -28,8 +28,8 @@ from pydantic import (
 from ditq import patterns
 from ditq.errors import UsageError, unknown, warn
 from ditq.numerics import Grid
-from ditq.numerics.hadamard import is_supported
-from ditq.plan import MOST_RANGES, Gptq, Timesteps, first_error
+from ditq.numerics.hadamard import REGULAR, RotationKind, is_supported
+from ditq.plan import MOST_FEATURES, MOST_RANGES, MOST_REFINEMENTS, Float, Gptq, Timesteps, first_error
 from ditq.reading import parse_yaml, read_yaml, short
 
 MOST_ALPHAS = 100
@@ -88,6 +88,8 @@ class Balance(_Strict):
     Attributes:
         smooth: divide each input channel by a static scale, and multiply the weight's column by it.
         rotate: Hadamard rotation of the input channels, after smoothing.
+        rotation: its kind. ``hadamard``: as wide as possible, with random signs (QuaRot). ``regular``: blocks of 4,
+            16, 64 or 256 channels by a regular Hadamard matrix, without signs (ConvRot).
         choose: ``always`` applies all of the above; ``error`` tries every combination of them, none included, on
             calibration inputs, and keeps the one with the smallest output error for each input group.
         alpha: migration strength of the smoothing scale, 0 to 1. Of several values, ditq keeps the one with the
@@ -96,12 +98,13 @@ class Balance(_Strict):
             PTQ4DiT's weighted mean of the timesteps' maxima.
         where: balance ``all`` inputs, or only the ``foldable`` ones, whose producer can carry the smoothing scale.
         power_of_two: round smoothing scales to powers of two.
-        block: width of the rotation; 0: the widest with a known Hadamard matrix.
+        block: width of the rotation; 0: the widest with a known Hadamard matrix of its kind.
         timesteps: ranges [first, last] with separate smoothing scales and integers.
     """
 
     smooth: bool = False
     rotate: bool = False
+    rotation: RotationKind = "hadamard"
     choose: Literal["error", "always"] = "always"
     alpha: float | tuple[float, ...] = 0.5
     salience: Literal["max", "spearman"] = "max"
@@ -146,6 +149,14 @@ class Balance(_Strict):
             raise ValueError(f"must be 0 (the widest possible) or {powers}, got {block}")
         return block
 
+    @model_validator(mode="after")
+    def _block_is_regular(self) -> Balance:
+        if self.rotation == "regular" and self.block not in (0, *REGULAR):
+            raise ValueError(
+                f"block must be 0 (the widest possible), 4, 16, 64 or 256 for regular rotations, got {self.block}"
+            )
+        return self
+
     @field_validator("timesteps")
     @classmethod
     def _ranges_ascend(cls, ranges: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
@@ -160,6 +171,21 @@ class Balance(_Strict):
     @property
     def alphas(self) -> tuple[float, ...]:
         return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+
+
+class SideBranch(_Strict):
+    """A low-rank branch beside the integers of each layer (SVDQuant); ``ditq.conversion.branch`` carries it out.
+
+    Attributes:
+        rank: how many singular values of the balanced weight it holds. Layers with fewer inputs or outputs have fewer.
+        dtype: of its numbers.
+        iterations: refinements of branch and integers in turn, at most; they end when one does not lower the output
+            error on calibration inputs.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=MOST_FEATURES)] = 32
+    dtype: Float = "bfloat16"
+    iterations: Annotated[int, Field(ge=0, le=MOST_REFINEMENTS)] = 0
 
 
 class Calibration(_Strict):
@@ -225,6 +251,8 @@ class Recipe(_Strict):
         layers: formats of layers by regular expressions of their names, in place of those of their roles; the first
             that matches counts.
         balance: transforms of the inputs.
+        branch: a 16-bit branch of low rank beside the integers; None: none. Can be combined with any balance and
+            rounding.
         calibration: the calibration data.
         clip: range of the weights, ``minmax`` or ``mse`` (searched by squared error).
         rounding: of the weights, ``nearest`` or ``gptq`` (block by block, on inputs from the already quantized blocks;
@@ -250,6 +278,7 @@ class Recipe(_Strict):
     roles: dict[str, RoleFormats] = {}
     layers: Annotated[dict[Label, RoleFormats], Field(max_length=patterns.MOST)] = {}
     balance: Balance = Balance()
+    branch: SideBranch | None = None
     calibration: Calibration = Calibration()
     clip: Literal["minmax", "mse"] = "minmax"
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -297,6 +326,7 @@ class Recipe(_Strict):
             self.balance.smooth
             or (self.balance.choose == "error" and self.balance.rotate)
             or self.rounding == "gptq"
+            or (self.branch is not None and self.branch.iterations > 0)
             or any(a is not None and not a.dynamic for a in static)
         )
 
@@ -387,7 +417,7 @@ class Recipe(_Strict):
             remedy = "it needs balance.smooth=true"
             idle |= {f"balance.{name}": remedy for name in ("alpha", "salience", "power_of_two")}
         if not rules.rotate:
-            idle["balance.block"] = "it needs balance.rotate=true"
+            idle |= dict.fromkeys(("balance.block", "balance.rotation"), "it needs balance.rotate=true")
         if not rules.smooth and not rules.rotate:
             remedy = "it needs balance.smooth=true or balance.rotate=true"
             idle |= {f"balance.{name}": remedy for name in ("choose", "where")}

@@ -93,13 +93,18 @@ def hadamard(n: int) -> Array | None:
 
 
 def rotation(rotate: dict[str, Any], columns: int) -> Array:
+    if rotate.get("kind") == "regular":
+        H = np.ones((1, 1))
+        while len(H) < rotate["block"]:
+            H = np.kron(H, [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+        return np.kron(np.eye(columns // len(H)), H) / np.sqrt(len(H))
     twister = np.random.MT19937()
     twister._legacy_seeding(rotate.get("seed", 0) & 0xFFFFFFFF)  # init_genrand
     signs = 2.0 * (twister.random_raw(columns) & 1) - 1
     block = rotate["block"]
-    H = hadamard(block)
-    assert H is not None
-    return signs[:, None] * np.kron(np.eye(columns // block), H) / np.sqrt(block)
+    S = hadamard(block)
+    assert S is not None
+    return signs[:, None] * np.kron(np.eye(columns // block), S) / np.sqrt(block)
 
 
 def weight(tensors: dict[str, Array], prefix: str, layer: dict[str, Any]) -> Array:
@@ -136,14 +141,25 @@ def rounded(x: Array, grid: dict[str, Any], scale: Array | None) -> Array:
     return ((found - zero[..., None]) * a[..., None]).reshape(x.shape)
 
 
+def factors(tensors: dict[str, Array], kinds: dict[str, str], prefix: str) -> tuple[Array, Array]:
+    """D [rank, K] and U [N, rank] of the branch."""
+    names = [prefix + "branch_down", prefix + "branch_up"]
+    D, U = (floats(tensors[name], kinds[name]).astype(np.float64) for name in names)
+    return D, U
+
+
 def outcome(tensors: dict[str, Array], kinds: dict[str, str], prefix: str, layer: dict[str, Any], x: Array) -> Array:
+    low = 0.0
+    if layer.get("branch"):
+        D, U = factors(tensors, kinds, prefix)
+        low = (x @ D.T) @ U.T
     if layer.get("smooth") and not layer["smooth"].get("folded"):
         x = x / tensors[prefix + "smooth_scale"]
     if layer.get("rotate"):
         x = x @ rotation(layer["rotate"], layer["in_features"])
     if layer.get("activation"):
         x = rounded(x, layer["activation"], tensors.get(prefix + "input_scale"))
-    y = x.astype(np.float64) @ weight(tensors, prefix, layer).T
+    y = x.astype(np.float64) @ weight(tensors, prefix, layer).T + low
     return y + floats(tensors[prefix + "bias"], kinds[prefix + "bias"]) if layer.get("bias", True) else y
 
 
@@ -154,6 +170,12 @@ CASES = {
     "w3a8-rotated": (
         "pixart", "viditq-w4a8",
         ["weights.bits=3", "balance.choose=always", "balance.alpha=0.5"],
+    ),
+    "regular-rotation": ("pixart", "quarot-w8a8", ["balance.rotation=regular"]),
+    "branch": ("pixart", "svdquant-w4a8", ["balance.alpha=[0.3, 0.6]", "branch.rank=8"]),
+    "branch-of-ranges": (
+        "dit", "smoothquant-w4a8",
+        ["branch={rank: 4, dtype: float32}", "balance.timesteps=[[0, 499], [500, 999]]"],
     ),
     "groups-asymmetric-inputs": (
         "dit", "qdit-w4a8", ["weights.group_size=32", "activations={bits: 8, granularity: group, group_size: 32, "
@@ -196,6 +218,9 @@ def test_page_decodes_every_layer(saved: tuple[Any, Path]) -> None:
                 W = W @ rotation(layer["rotate"], layer["in_features"]).T
             if layer.get("smooth") and not layer["smooth"].get("folded"):
                 W = W / tensors[prefix + "smooth_scale"]
+            if layer.get("branch"):
+                D, U = factors(tensors, kinds, prefix)
+                W = W + U @ D
             np.testing.assert_allclose(W, part.weight.detach().numpy(), rtol=1e-5, atol=1e-5 * abs(W).max())
             x = torch.randn(5, layer["in_features"], generator=torch.Generator().manual_seed(1))
             y = outcome(tensors, kinds, prefix, layer, x.numpy())
@@ -226,6 +251,10 @@ def test_page_knows_every_tensor(saved: tuple[Any, Path]) -> None:
                 expected[prefix + "smooth_scale"] = ("F32", (k,))
             if (inputs := layer.get("activation")) and not inputs.get("dynamic", False):
                 expected[prefix + "input_scale"] = ("F32", (1, k // (inputs.get("group_size") or k)))
+            if branch := layer.get("branch"):
+                kind = {"bfloat16": "BF16", "float32": "F32"}[branch.get("dtype", "bfloat16")]
+                expected[prefix + "branch_down"] = (kind, (branch["rank"], k))
+                expected[prefix + "branch_up"] = (kind, (n, branch["rank"]))
     for fold in config.get("folds", ()):
         if fold.get("block"):
             shape = (fold.get("chunks", 6) * fold["width"],)
@@ -274,10 +303,10 @@ def test_worked_example_of_the_page() -> None:
 
 def test_page_names_every_field_of_a_plan() -> None:
     from ditq.numerics import Grid
-    from ditq.plan import Fold, LayerPlan, Plan, Rotate, Smooth
+    from ditq.plan import Branch, Fold, LayerPlan, Plan, Rotate, Smooth
 
     text = PAGE.read_text()
-    for kind in (Plan, LayerPlan, Fold, Grid, Smooth, Rotate):
+    for kind in (Plan, LayerPlan, Fold, Grid, Smooth, Rotate, Branch):
         missing = [name for name in kind.model_fields if f"`{name}`" not in text]
         assert not missing, kind.__name__
 

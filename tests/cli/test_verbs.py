@@ -22,6 +22,7 @@ from PIL import Image
 from ditq.cli import common
 from ditq.cli.app import run
 from ditq.cli.doctor import missing_packages
+from ditq.cli.recipes import in_words
 from ditq.engines import registry
 from ditq.engines.torch import TorchEngine
 from ditq.openvino.runtime import why_unavailable
@@ -156,6 +157,13 @@ def test_recipes_lists_every_family_once_within_80_columns(
     assert dict(listed)["viditq"] == "yes"
     assert max(map(len, out.splitlines())) <= 80
     assert "…" not in out
+
+
+def test_recipes_are_told_in_words() -> None:
+    svdquant = load("svdquant-w4a4")
+    assert in_words(svdquant) == "smooth by error, branch of rank 32, groups of 64, dynamic"
+    regular = load("quarot-w4a4").override("balance.rotation=regular")
+    assert in_words(regular) == "rotate by regular blocks, dynamic"
 
 
 def test_a_family_is_shown_with_its_widths(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear
 from ditq.numerics import Rotation, fake_quantize, rotate, sqnr_db, unrotate
 from ditq.plan import LayerPlan, Rotate, Smooth
+from ditq.recipe import Balance
 from ditq.recipe import load as load_recipe
 
 TIMESTEPS = (950, 600, 250, 10)
@@ -146,6 +147,21 @@ def test_viditq_is_never_worse_than_the_methods_it_contains(bits: str, subject: 
             assert best <= error_of(group, layers, statistics, smooth, rotation) * (1 + 1e-6), (group.name, method)
         kinds.add(chosen[group.name].balance)
     assert len(kinds) > 1  # one choice for all would not be a choice
+
+
+@pytest.mark.parametrize(("width", "block", "chosen"), [(1152, 0, 64), (4608, 0, 256), (1152, 16, 16), (36, 0, 4)])
+def test_regular_rotations_have_the_widest_block_or_that_of_the_recipe(width: int, block: int, chosen: int) -> None:
+    rules = Balance(rotate=True, rotation="regular", block=block)
+    assert rotate_of(width, rules, seed=5) == Rotate(kind="regular", block=chosen)
+
+
+def test_a_regular_rotation_that_does_not_fit_says_what_does() -> None:
+    with pytest.raises(UsageError, match=r"block=256 does not fit an input of 1152 channels; possible: 4, 16, 64, or"):
+        rotate_of(1152, Balance(rotate=True, rotation="regular", block=256), seed=0)
+    with pytest.raises(
+        UsageError, match=r"in blocks of at least 4, does not fit.*30 channels; use balance.rotation=ha"
+    ):
+        rotate_of(30, Balance(rotate=True, rotation="regular"), seed=0)
 
 
 def test_output_error_is_that_of_the_layers(subject: tuple[str, Statistics]) -> None:

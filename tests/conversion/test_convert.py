@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import alphas, layer_plan, run, tiny_model, tiny_statistics
-from torch import nn
+from torch import Tensor, nn
 
 import ditq
 from ditq import architectures
@@ -280,9 +280,9 @@ def test_linears_that_read_tensors_of_their_own_have_hessians_of_their_own(monke
     seen: dict[str, Any] = {}
     original = module.round_weight
 
-    def noted(linear: nn.Linear, plan: LayerPlan, scale: Any, hessian: Any) -> Any:
+    def noted(weight: Tensor, plan: LayerPlan, hessian: Any) -> Any:
         seen[plan.name] = hessian
-        return original(linear, plan, scale, hessian)
+        return original(weight, plan, hessian)
 
     monkeypatch.setattr(module, "round_weight", noted)
     model = tiny_model("hunyuanvideo")

@@ -211,7 +211,7 @@ def samples(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     from ditq.engines.triton.linear import int8_linear
     from ditq.engines.triton.norm import norm_quantize
     from ditq.engines.triton.quantize import quantize_rows
-    from ditq.engines.triton.rows import scaled_signs
+    from ditq.numerics import scaled_signs
 
     def floats(*shape: int) -> Tensor:
         return torch.rand(shape, device=device) + 0.5

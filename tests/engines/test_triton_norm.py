@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton_helpers import DEVICES, assert_codes, moved, why_not
 
-from ditq.numerics import Rotation
+from ditq.numerics import Rotation, scaled_signs
 
 if (reason := why_not()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 import ditq.engines.triton.activation as activation
 import ditq.engines.triton.norm as norm
-from ditq.engines.triton.rows import Target, scaled_signs
+from ditq.engines.triton.rows import Target
 
 
 def target(k: int, *, balanced: bool = False, symmetric: bool = True, groups: int = 1, block: int = 32) -> Target:

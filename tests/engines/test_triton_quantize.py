@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_helpers import DEVICES, assert_codes, home, moved, why_not
 
-from ditq.numerics import Rotation, quantize
+from ditq.numerics import Rotation, quantize, rotate, scaled_signs
 
 if (reason := why_not()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 import ditq.engines.triton.quantize as operation
-from ditq.engines.triton.rows import Target, scaled_signs
+from ditq.engines.triton.rows import Target
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,8 @@ def target(
     rotation: Rotation | None = None, given: Tensor | None = None,
 ) -> Target:  # fmt: skip
     signs = None if rotation is None else scaled_signs(rotation, CPU)
-    return Target(smooth, signs, 0 if rotation is None else rotation.block, bits, symmetric, groups, given)
+    block, regular = (0, False) if rotation is None else (rotation.block, rotation.kind == "regular")
+    return Target(smooth, signs, block, bits, symmetric, groups, given, regular)
 
 
 def check(device: str, x: Tensor, to: Target, *, exact: bool = True) -> None:
@@ -86,6 +87,19 @@ def test_smoothing_and_rotation(symmetric: bool, block: int | None, device: str)
     rotation = None if block is None else Rotation(k, block, seed=3)
     to = target(symmetric=symmetric, smooth=torch.rand(k) + 0.5, rotation=rotation)
     check(device, torch.randn(11, k) * torch.logspace(-3, 3, 11)[:, None], to, exact=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block", [16, 64])
+def test_regular_rotation(block: int, device: str) -> None:
+    rotation, x = Rotation(384, block, kind="regular"), torch.randn(11, 384)
+    to = target(rotation=rotation)
+    check(device, x, to, exact=False)
+    expected = quantize(rotate(x, rotation), grid(8))
+    scale = home(operation.launch(*moved((x, *to), device)))[1]
+    torch.testing.assert_close(scale, expected.scale, rtol=1e-5, atol=0)
+    other = target(rotation=Rotation(384, block, seed=1))
+    assert not torch.allclose(operation.reference(x, *other)[1], expected.scale, rtol=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)

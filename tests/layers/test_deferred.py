@@ -116,6 +116,24 @@ def test_balanced_inputs_and_low_bits(calls: Counter[str]) -> None:
     assert (y - expected).norm() <= 0.01 * expected.norm()
 
 
+@pytest.mark.parametrize("name", ["pixart", "dit"])
+def test_layers_with_a_branch_take_fused_inputs(name: str, calls: Counter[str]) -> None:
+    """The quantizer is fused with the norm; the branch reads the norm's output."""
+    model = tiny_model(name)
+    recipe = load("rtn-w8a8").override("branch.rank=8")
+    quantize_model(model, architectures.match(model), recipe, None)
+    with torch.no_grad():
+        y = run(model, name)
+        assert calls["norm_quantize"] > 0
+        with engines.use_engine("torch"):
+            expected = run(model, name)
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.branch_up.zero_()
+        assert (run(model, name) - expected).norm() > 0.1 * expected.norm()
+    assert (y - expected).norm() <= 1e-3 * expected.norm()
+
+
 def test_compiled_and_taught_models_do_not_wait(calls: Counter[str]) -> None:
     model = quantized("dit")
     run_block = torch.compile(lambda x: model.transformer_blocks[0].norm1.norm(x), backend="eager", fullgraph=True)

@@ -8,6 +8,7 @@ from ditq.numerics import (
     hadamard_matrix,
     is_supported,
     largest_block,
+    largest_regular_block,
     rotate,
     rotation_matrix,
     signs,
@@ -27,9 +28,11 @@ PINNED_ROTATION = [-22, 8, -30, 6, -8, 34, -20, 28, -32, 32, 10, -6]
 
 
 def by_definition(rotation: Rotation) -> torch.Tensor:
-    """diag(signs) blockdiag(H, ..., H) / sqrt(block), float64."""
-    h = hadamard_matrix(rotation.block).double()
+    """diag(signs) blockdiag(H, ..., H) / sqrt(block), float64; without signs for a regular H."""
+    h = hadamard_matrix(rotation.block, rotation.kind).double()
     blocks = torch.block_diag(*[h] * (rotation.size // rotation.block))
+    if rotation.kind == "regular":
+        return blocks / rotation.block**0.5
     return signs(rotation.size, rotation.seed).double().diag() @ blocks / rotation.block**0.5
 
 
@@ -90,6 +93,55 @@ def test_rotate_is_the_matrix_product(size: int, block: int) -> None:
     assert y.dtype == torch.float32 and y.shape == x.shape
     torch.testing.assert_close(y.double(), x.double() @ q, rtol=0, atol=2e-5)
     torch.testing.assert_close(unrotate(x, rotation).double(), x.double() @ q.T, rtol=0, atol=2e-5)
+
+
+# ------------------------------------------------------------------------------------- regular matrices
+
+
+def test_regular_matrices_are_kronecker_powers_of_that_of_order_4() -> None:
+    four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+    expected = four
+    for n in (4, 16, 64, 256):
+        h = hadamard_matrix(n, "regular")
+        assert torch.equal(h, expected)
+        assert torch.equal(h @ h, n * torch.eye(n))
+        assert torch.equal(h, h.T)
+        assert torch.equal(h.sum(0), torch.full((n,), n**0.5))
+        expected = torch.kron(four, expected)
+
+
+@pytest.mark.parametrize(("size", "block"), [(4, 4), (48, 16), (1152, 64), (1152, 4), (1536, 256), (256, 256)])
+def test_regular_rotation_is_the_matrix_product_and_its_own_inverse(size: int, block: int) -> None:
+    rotation = Rotation(size, block, kind="regular")
+    q = by_definition(rotation)
+    assert torch.equal(rotation_matrix(rotation).double(), q)  # powers of two: nothing is rounded
+    x = torch.randn(2, 3, size)
+    y = rotate(x, rotation)
+    torch.testing.assert_close(y.double(), x.double() @ q, rtol=0, atol=2e-5)
+    torch.testing.assert_close(rotate(y, rotation), x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(unrotate(y, rotation), x, rtol=0, atol=1e-5)
+
+
+def test_regular_rotation_spreads_a_common_mean_over_its_block() -> None:
+    """Sylvester's first column collects the mean of a block in one channel; here every channel keeps it."""
+    x = torch.ones(1, 256)
+    assert torch.equal(rotate(x, Rotation(256, 64, kind="regular")), x)
+
+
+@pytest.mark.parametrize(("n", "block"), [(1152, 64), (4608, 256), (1536, 256), (20, 4), (6, None), (7, None)])
+def test_largest_regular_block(n: int, block: int | None) -> None:
+    assert largest_regular_block(n) == block
+
+
+@pytest.mark.parametrize("order", [1, 2, 8, 128, 1024])
+def test_other_regular_orders_are_refused(order: int) -> None:
+    with pytest.raises(ValueError, match=f"of the orders 4, 16, 64, 256 are known here, got order {order}"):
+        hadamard_matrix(order, "regular")
+
+
+def test_regular_rotation_has_no_seed() -> None:
+    with pytest.raises(ValueError, match="its seed must be 0, got 3"):
+        Rotation(64, 64, 3, "regular")
 
 
 @pytest.mark.parametrize(("size", "block"), [(4608, 4608), (4608, 128), (8960, 8960), (13824, 13824), (16384, 16384)])

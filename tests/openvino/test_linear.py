@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ditq import engines
 from ditq.errors import DitqError, UsageError
 from ditq.layers import QuantizedLinear
-from ditq.numerics import Grid, Rotation, hadamard_matrix, is_supported, relative_error, rotate
+from ditq.numerics import Grid, Rotation, RotationKind, hadamard_matrix, is_supported, relative_error, rotate
+from ditq.numerics.hadamard import REGULAR
 from ditq.openvino import runtime
 from ditq.plan import Rotate, Smooth
 
@@ -40,13 +41,15 @@ def linear(
     activation: Grid | None = TOKEN,
     smooth: bool = False,
     rotate: int | None = None,
+    kind: RotationKind = "hadamard",
     bias: bool = True,
 ) -> QuantizedLinear:
     """A quantized linear of random weights; ``rotate`` is the block of its Hadamard rotation."""
     static = activation is not None and not activation.dynamic
+    rotation = Rotate(kind=kind, block=rotate, seed=0 if kind == "regular" else 3) if rotate else None
     plan = layer_plan(
         k=k, n=n, weight=weight or weight_format(), activation=activation, bias=bias,
-        smooth=Smooth(alpha=0.5) if smooth else None, rotate=Rotate(block=rotate, seed=3) if rotate else None,
+        smooth=Smooth(alpha=0.5) if smooth else None, rotate=rotation,
     )  # fmt: skip
     torch.manual_seed(k + n)
     scale = torch.rand(k) + 0.5 if smooth else None
@@ -149,10 +152,11 @@ def test_a_graph_without_rounding_is_the_float_product(weight: str, activation: 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("smooth", [True, False], ids=["smooth", "plain"])
-@pytest.mark.parametrize(("k", "block"), [(64, None), (64, 64), (64, 16), (96, 96), (96, 32), (144, 72)])
+@pytest.mark.parametrize(("k", "block"), [(64, None), (64, 64), (64, 16), (96, 96), (96, 32), (144, 72), (48, 16)])
 def test_balance_is_that_of_the_layer(k: int, block: int | None, smooth: bool, bias: bool) -> None:
     """With 16-bit activations, so that no rounding hides a wrong sign or a permuted channel."""
-    layer = linear(k, weight=weight_format(8), activation=None, smooth=smooth, rotate=block, bias=bias)
+    kind: RotationKind = "regular" if k == 48 else "hadamard"
+    layer = linear(k, weight=weight_format(8), activation=None, smooth=smooth, rotate=block, kind=kind, bias=bias)
     x = inputs(2, 7, k)
     y = run(spec(layer), x, 0)
     assert relative_error(layer(x), y) < 2e-6
@@ -243,6 +247,13 @@ def test_inputs_shared_by_layers_are_balanced_once() -> None:
 def test_split_of_a_hadamard_matrix(order: int) -> None:
     outer, inner = split(order)
     assert torch.equal(torch.kron(hadamard_matrix(outer), hadamard_matrix(inner)), hadamard_matrix(order))
+
+
+@pytest.mark.parametrize("order", REGULAR)
+def test_split_of_a_regular_matrix(order: int) -> None:
+    outer, inner = split(order, "regular")
+    both = [hadamard_matrix(n, "regular") if n > 1 else torch.ones(1, 1) for n in (outer, inner)]
+    assert torch.equal(torch.kron(*both), hadamard_matrix(order, "regular"))
 
 
 def test_split_has_the_fewest_operations() -> None:

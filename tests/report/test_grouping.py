@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ditq.plan import LayerPlan, Rotate, Smooth, TensorFormat
+from ditq.plan import Branch, LayerPlan, Rotate, Smooth, TensorFormat
 from ditq.report.grouping import Row, ranges, sections, within_block
 
 W4 = TensorFormat(bits=4, symmetric=False, granularity="group", group_size=64)
@@ -57,7 +57,8 @@ def test_formats_roles_rounding_and_reasons_tell_rows_apart() -> None:
     changes: list[dict[str, Any]] = [
         {}, {"weight": W4.model_copy(update={"group_size": 32})}, {"activation": None}, {"role": "ffn.down"},
         {"rounding": "gptq"}, {"reason": "x"}, {"smooth": Smooth(alpha=0.5, folded="norm")},
-        {"smooth": Smooth(alpha=0.5)}, {"timesteps": ((0, 1), (2, 3))},
+        {"smooth": Smooth(alpha=0.5)}, {"timesteps": ((0, 1), (2, 3))}, {"branch": Branch(rank=8)},
+        {"rotate": Rotate(block=64)}, {"rotate": Rotate(kind="regular", block=64)},
     ]  # fmt: skip
     layers = [layer(f"blocks.{i}.q", **change) for i, change in enumerate(changes)]
     assert len(list(rows(layers))) == len(changes)

@@ -15,7 +15,7 @@ from ditq.calibration import Statistics
 from ditq.conversion import convert, estimate, replace
 from ditq.conversion.hessians import walk_blocks
 from ditq.conversion.rounding import round_weight
-from ditq.conversion.scales import group_scale
+from ditq.conversion.scales import balanced, group_scale
 from ditq.layers import Clock, QuantizedLinear, SteppedLinear
 from ditq.plan import LayerPlan, Plan
 from ditq.recipe import Recipe
@@ -107,7 +107,8 @@ class Candidates:
             for name, hessian in hessians.items():
                 scale = self.scales.get(name)
                 for weights in wanted[name]:
-                    plan, quantized = round_weight(self.linears[name], weights, scale, hessian)
+                    weight = balanced(self.linears[name].weight.detach(), scale, weights.rotate, weight=True)
+                    plan, quantized = round_weight(weight, weights, hessian)
                     self._quantized[name, weights] = QuantizedLinear.from_linear(
                         self.linears[name], plan, smooth_scale=scale, quantized=quantized
                     )

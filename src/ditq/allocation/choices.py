@@ -130,7 +130,8 @@ class Choices:
         """The genes for these quantized layers, in their order.
 
         Raises:
-            UsageError: a group size does not fit; the activations of a layer are static, or it has timestep ranges.
+            UsageError: a group size does not fit; the activations of a layer are static, or it has timestep ranges,
+                or a branch.
         """
         for layer in layers:
             _check_formats(layer)
@@ -234,6 +235,11 @@ def _check_formats(layer: LayerPlan) -> None:
     if layer.timesteps:
         raise UsageError(
             f"Layer {layer.name!r} has separate weights for each timestep range; search without timestep ranges."
+        )
+    if layer.branch is not None:
+        raise UsageError(
+            f"Layer {layer.name!r} has a low-rank branch, which a search does not compute for each choice; search "
+            "with --set branch=null."
         )
     if layer.activation is not None and not layer.activation.dynamic:
         raise UsageError(

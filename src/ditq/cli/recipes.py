@@ -58,9 +58,11 @@ def recipes(
 def in_words(recipe: Recipe) -> str:
     """The steps of a recipe without numbers: ``smooth + rotate by error, dynamic``."""
     rules = recipe.balance
-    balance = " + ".join(name for name, on in (("smooth", rules.smooth), ("rotate", rules.rotate)) if on)
+    rotation = "rotate by regular blocks" if rules.rotation == "regular" else "rotate"
+    balance = " + ".join(name for name, on in (("smooth", rules.smooth), (rotation, rules.rotate)) if on)
     parts = [
         f"{balance} by error" if rules.choose == "error" else balance,
+        f"branch of rank {recipe.branch.rank}" if recipe.branch else "",
         "GPTQ" if recipe.rounding == "gptq" else "" if balance else "round to nearest",
         f"groups of {recipe.weights.group_size}" if recipe.weights.group_size else "",
         "dynamic" if recipe.activations is None or recipe.activations.dynamic else "static",

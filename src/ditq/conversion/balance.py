@@ -5,7 +5,7 @@ One function serves every method: SmoothQuant (Xiao et al. 2023, eq. 4), QuaRot'
 :class:`ditq.recipe.Balance`. ViDiT-Q sets alpha and the balanced layers by hand; ``choose: error`` selects both for
 each input group, by the output error on calibration inputs.
 
-To add a second kind of rotation, extend :func:`options`, ``Rotate.kind`` of the plan and ``ditq.numerics.hadamard``.
+To add a kind of rotation, extend :func:`rotate_of`, ``Rotate.kind`` of the plan and ``ditq.numerics.hadamard``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ditq.calibration import GroupStatistics
 from ditq.conversion.error import SEARCH_ROWS, output_error
 from ditq.conversion.scales import group_scale
 from ditq.errors import UsageError
-from ditq.numerics import is_supported, largest_block
+from ditq.numerics import is_supported, largest_block, largest_regular_block
+from ditq.numerics.hadamard import REGULAR
 from ditq.plan import LayerPlan, Rotate, Smooth
 from ditq.recipe import Balance
 
@@ -27,12 +28,22 @@ Option = tuple[Smooth | None, Rotate | None]
 
 
 def rotate_of(width: int, rules: Balance, seed: int) -> Rotate:
-    """The widest Hadamard rotation for ``width`` inputs, or the rotation with the block size of the rules.
+    """The widest rotation of the rules' kind for ``width`` inputs, or the one with the block size of the rules.
 
     Raises:
         UsageError: the block does not divide the width, or has no known Hadamard matrix.
     """
     block = rules.block
+    if rules.rotation == "regular":
+        widest = largest_regular_block(width)
+        if widest is None or (block and width % block):
+            what = f"balance.block={block}" if block else "balance.rotation=regular, in blocks of at least 4,"
+            possible = ", ".join(str(b) for b in REGULAR if width % b == 0)
+            raise UsageError(
+                f"{what} does not fit an input of {width} channels; "
+                + (f"possible: {possible}, or 0 for the widest." if possible else "use balance.rotation=hadamard.")
+            )
+        return Rotate(kind="regular", block=block or widest)
     if block and (width % block or not is_supported(block)):
         fits = [b for b in range(2, width + 1) if width % b == 0 and is_supported(b)]
         raise UsageError(

@@ -26,7 +26,7 @@ def check(
     if not any(plan.weight for plan in plans.values()):
         raise NothingQuantizedError("The plan keeps every layer in 16 bit.")
     for name, plan in plans.items():
-        if plan.branch is not None:
+        if plan.branch is not None and plan.branch.rank > plan.branch.svd:
             raise UsageError(
                 f"Layer {name!r} of the plan has a branch: a LoRA was fused into it, and its numbers are only in the "
                 "checkpoint of that plan. Load that checkpoint, or quantize with the plan from before fusing and call "
@@ -84,5 +84,7 @@ def _check_statistics(
                 f"Layer {name!r} is rounded by GPTQ: "
                 + ("calls of the transformer are needed, pass prompts." if group else "its input is not known.")
             )
+        if plan.branch is not None and plan.branch.iterations and group is not None:
+            reason = "refines its branch on its inputs"  # without known inputs, on its weight
         if reason and (statistics is None or group is None or group.name not in statistics.groups):
             raise UsageError(f"Layer {name!r} {reason}: calibration of its input is needed, pass prompts.")

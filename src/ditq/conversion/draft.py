@@ -10,8 +10,8 @@ from ditq.architectures import Architecture, Linear
 from ditq.conversion.storage import count_float32
 from ditq.errors import NothingQuantizedError, UsageError
 from ditq.numerics import Grid
-from ditq.plan import MIN_GROUP_SIZE, LayerPlan, Plan, first_error
-from ditq.recipe import Recipe
+from ditq.plan import MIN_GROUP_SIZE, Branch, LayerPlan, Plan, first_error
+from ditq.recipe import Recipe, SideBranch
 
 
 def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[LayerPlan]:
@@ -42,6 +42,7 @@ def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[
                 out_features=linear.module.out_features, bias=linear.module.bias is not None,
                 weight=weight, activation=activation, clip=recipe.clip if weight else "minmax",
                 rounding=rounding, gptq=recipe.gptq if rounding == "gptq" else None,
+                branch=_branch(recipe.branch, linear) if weight else None,
                 timesteps=recipe.balance.timesteps if weight and activation else None, reason=reason,
             )  # fmt: skip
         except ValidationError as error:
@@ -50,6 +51,14 @@ def draft(model: nn.Module, architecture: Architecture, recipe: Recipe) -> list[
     if not any(layer.weight for layer in layers):
         raise NothingQuantizedError(f"Recipe {recipe.name!r} keeps all {len(layers)} linear layers in 16 bit.")
     return layers
+
+
+def _branch(rules: SideBranch | None, linear: Linear) -> Branch | None:
+    """The recipe's branch, of a rank that the layer can have."""
+    if rules is None:
+        return None
+    rank = min(rules.rank, linear.module.in_features, linear.module.out_features)
+    return Branch(rank=rank, dtype=rules.dtype, svd=rank, iterations=rules.iterations)
 
 
 def _fitted(fmt: Grid | None, linear: Linear, fit: bool) -> Grid | None:

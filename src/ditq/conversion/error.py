@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ditq.architectures import InputGroup
+from ditq.conversion.branch import split
 from ditq.conversion.scales import balanced
 from ditq.numerics import Grid, fake_quantize
 from ditq.plan import LayerPlan, Rotate
@@ -31,6 +32,8 @@ def output_error(
 ) -> float:
     """Mean over the layers of ||X W^T - Q(X') Q(W')^T||^2 / ||X W^T||^2, for inputs ``x`` [R, K].
 
+    A layer with a branch adds the branch's output, and rounds what it leaves of W'.
+
     ``exact`` caches X W^T of each layer between calls with the same ``x``.
     """
     exact = {} if exact is None else exact
@@ -48,7 +51,12 @@ def output_error(
         if linear.name not in exact:
             exact[linear.name] = x @ w.T
         y = exact[linear.name]
-        rounded_weight = _rounded(balanced(w, scale, rotate_plan, weight=True), plan.weight)
-        approximate = rounded_inputs[plan.activation] @ rounded_weight.T
-        total += float(torch.dist(y, approximate).square() / torch.linalg.vector_norm(y).square().clamp_min(1e-30))
+        target, weight = y, balanced(w, scale, rotate_plan, weight=True)
+        if plan.branch is not None:
+            weight = split(weight, plan.branch, scale, rotate_plan).residual
+            target = inputs @ weight.T  # the branch's output is exact
+        approximate = rounded_inputs[plan.activation] @ _rounded(weight, plan.weight).T
+        total += float(
+            torch.dist(target, approximate).square() / torch.linalg.vector_norm(y).square().clamp_min(1e-30)
+        )
     return total / len(plans)

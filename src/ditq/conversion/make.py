@@ -6,10 +6,13 @@ from torch import Tensor, nn
 
 from ditq.architectures import InputGroup
 from ditq.calibration import GroupStatistics, Statistics
+from ditq.conversion.branch import refined
+from ditq.conversion.error import SEARCH_ROWS
 from ditq.conversion.hessians import InputHessian
 from ditq.conversion.rounding import round_weight
 from ditq.conversion.scales import balanced, group_scale, static_scale
 from ditq.layers import Clock, QuantizedLinear, TimestepLinear, with_steps
+from ditq.layers.quantized_linear import nearest
 from ditq.numerics import incoherence
 from ditq.plan import Incoherence, LayerPlan
 
@@ -37,14 +40,42 @@ def make_layer(
     if plan.timesteps:
         layer = _timestep_layer(plan, linear, group, statistics, clock)
     else:
-        quantized = None
-        if hessian is not None:
-            plan, quantized = round_weight(linear, plan, scale, hessian)
-        layer = QuantizedLinear.from_linear(
-            linear, plan, smooth_scale=scale, input_scale=static_scale(plan, inputs, scale), quantized=quantized
-        )
-        layer = with_steps(layer, plan, clock)
+        rows = None if inputs is None else inputs.rows()
+        plan, one = _rounded(plan, linear, scale, static_scale(plan, inputs, scale), rows, hessian)
+        layer = with_steps(one, plan, clock)
     return plan.model_copy(update={"incoherence": _incoherence(plan, linear, scale, inputs)}), layer
+
+
+def _rounded(
+    plan: LayerPlan,
+    linear: nn.Linear,
+    scale: Tensor | None,
+    input_scale: Tensor | None,
+    rows: Tensor | None,
+    hessian: InputHessian | None = None,
+) -> tuple[LayerPlan, QuantizedLinear]:
+    """The plan with its rounding gain, and the layer: the branch if it has one, then the integers.
+
+    Args:
+        rows: sample of the inputs [R, K]; None if they are not known.
+    """
+    if plan.branch is None and hessian is None:
+        return plan, QuantizedLinear.from_linear(linear, plan, smooth_scale=scale, input_scale=input_scale)
+    weight = balanced(linear.weight.detach(), scale, plan.rotate, weight=True)
+    factors = None
+    if plan.branch is not None:
+        if rows is not None:
+            rows = rows[:: max(1, len(rows) // SEARCH_ROWS)].to(weight.device)
+        down, up, weight = refined(weight, plan, scale, rows, None if input_scale is None else input_scale.to(weight))
+        factors = (down, up)
+    if hessian is not None:
+        plan, quantized = round_weight(weight, plan, hessian)
+    else:
+        quantized = nearest(weight, plan)
+    layer = QuantizedLinear.from_linear(
+        linear, plan, smooth_scale=scale, input_scale=input_scale, quantized=quantized, branch=factors
+    )
+    return plan, layer
 
 
 def _timestep_layer(
@@ -59,7 +90,8 @@ def _timestep_layer(
             assert statistics is not None and group is not None and inputs is not None  # see checks.check
             scale = group_scale(plan.smooth, group, inputs, statistics.timesteps, between).to(linear.weight.device)
         input_scale = static_scale(inner, inputs, scale, between)
-        ranges.append(QuantizedLinear.from_linear(linear, inner, smooth_scale=scale, input_scale=input_scale))
+        rows = None if inputs is None else inputs.rows(between)
+        ranges.append(_rounded(inner, linear, scale, input_scale, rows)[1])
     return TimestepLinear(plan, ranges, clock)
 
 

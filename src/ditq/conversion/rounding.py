@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ditq.conversion.hessians import InputHessian
-from ditq.conversion.scales import balanced
 from ditq.numerics import Quantized, gptq
 from ditq.plan import Gptq, LayerPlan
 
 
-def round_weight(
-    linear: nn.Linear, plan: LayerPlan, scale: Tensor | None, hessian: InputHessian
-) -> tuple[LayerPlan, Quantized]:
+def round_weight(weight: Tensor, plan: LayerPlan, hessian: InputHessian) -> tuple[LayerPlan, Quantized]:
     """The plan with GPTQ's gain, and the integers; both are of rounding to nearest if GPTQ gained nothing.
 
     Args:
-        scale: smoothing scale [K] of the plan's smoothing.
+        weight: balanced, or the residual of its branch, float32 [N, K].
         hessian: of the balanced input.
     """
     fmt, settings = plan.weight, plan.gptq or Gptq()
     assert fmt is not None
-    weight = balanced(linear.weight.detach(), scale, plan.rotate, weight=True)
     result = gptq(
         weight, hessian.matrix, fmt, clip=plan.clip == "mse", damping=settings.damping, order=settings.order,
         block=settings.block, factor=hessian.factor(settings),

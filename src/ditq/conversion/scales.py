@@ -8,7 +8,7 @@ from torch import Tensor
 from ditq.architectures import InputGroup
 from ditq.calibration import GroupStatistics
 from ditq.errors import UsageError
-from ditq.numerics import Rotation, rotate, salience_weights, smoothing_scale
+from ditq.numerics import rotate, salience_weights, smoothing_scale
 from ditq.plan import LayerPlan, Rotate, Smooth
 
 
@@ -36,7 +36,7 @@ def balanced(x: Tensor, scale: Tensor | None, rotate_plan: Rotate | None, *, wei
         scale = scale.to(x.device)
         x = x * scale if weight else x / scale
     if rotate_plan is not None:
-        x = rotate(x, Rotation(x.shape[-1], rotate_plan.block, rotate_plan.seed))
+        x = rotate(x, rotate_plan.rotation(x.shape[-1]))
     return x
 
 

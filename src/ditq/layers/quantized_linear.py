@@ -18,7 +18,7 @@ from ditq.errors import warn
 from ditq.layers.deferred import Deferred, can_defer, offloaded, output
 from ditq.layers.read_only import ReadOnly
 from ditq.layers.shared import SharedInput
-from ditq.numerics import Grid, Quantized, Rotation, pack, quantize, rotate, search_clip_ratio, unrotate, warm
+from ditq.numerics import Grid, Quantized, pack, quantize, rotate, search_clip_ratio, unrotate, warm
 from ditq.plan import Branch, LayerPlan
 
 
@@ -28,7 +28,8 @@ class QuantizedLinear(nn.Linear):
     y = Q(x / s R) Q(W s R)^T + b with the smoothing scale s and the rotation R of the plan, both optional. In
     checkpoints of ditq 0.1, s may be folded into the producer of x: the layer's input is x / s already.
 
-    A branch, if the plan has one, adds (x D^T) U^T in floating point: LoRA adapters that were fused.
+    A branch, if the plan has one, adds (x D^T) U^T in floating point: the largest singular values of the weight, LoRA
+    adapters that were fused, or both.
 
     It subclasses ``nn.Linear`` and has a dequantizing property ``weight``, so that adapters (PEFT) accept it; it does
     not have a weight parameter. Its buffers are those of :meth:`ditq.plan.LayerPlan.tensors`.
@@ -68,9 +69,7 @@ class QuantizedLinear(nn.Linear):
             self.bias = nn.Parameter(torch.empty(plan.out_features, dtype=dtype, device=device), requires_grad=False)
         else:
             self.register_parameter("bias", None)
-        self.rotation = (
-            Rotation(plan.in_features, plan.rotate.block, plan.rotate.seed) if plan.rotate is not None else None
-        )
+        self.rotation = None if plan.rotate is None else plan.rotate.rotation(plan.in_features)
         self.warm()
 
     def warm(self) -> None:
@@ -88,6 +87,7 @@ class QuantizedLinear(nn.Linear):
         smooth_scale: Tensor | None = None,
         input_scale: Tensor | None = None,
         quantized: Quantized | None = None,
+        branch: tuple[Tensor, Tensor] | None = None,
     ) -> QuantizedLinear:
         """Quantizes the weights of ``linear`` once, as planned.
 
@@ -95,15 +95,14 @@ class QuantizedLinear(nn.Linear):
             smooth_scale: s [K] of the plan's smoothing: the weight's columns are multiplied by it.
             input_scale: static activation scales (of the balanced input), a scalar, or [1, G] for groups.
             quantized: the balanced weight, if already rounded; None: it is rounded to nearest.
+            branch: D [r, K] and U [N, r] of the plan's branch; ``quantized`` is what they leave of the weight.
 
         Raises:
-            ValueError: a scale that the plan needs is missing; or the plan does not round to nearest and ``quantized``
-                is missing.
+            ValueError: a scale that the plan needs is missing; or the plan does not round to nearest, or has a branch,
+                and ``quantized`` or ``branch`` is missing.
         """
-        if plan.branch is not None:
-            raise ValueError(
-                f"layer {plan.name!r} has a branch, whose numbers are in the checkpoint it was saved with"
-            )
+        if plan.branch is not None and (branch is None or quantized is None):
+            raise ValueError(f"layer {plan.name!r} has a branch: pass branch=, and the integers of the residual")
         layer = cls(plan, dtype=linear.weight.dtype, device=linear.weight.device)
         fmt = plan.weight
         assert fmt is not None
@@ -126,6 +125,9 @@ class QuantizedLinear(nn.Linear):
             if input_scale is None:
                 raise ValueError(f"layer {plan.name!r} has static activations and needs an input_scale")
             layer.input_scale.copy_(input_scale)
+        if branch is not None:
+            layer.branch_down.copy_(branch[0])
+            layer.branch_up.copy_(branch[1])
         if linear.bias is not None and layer.bias is not None:
             layer.bias.copy_(linear.bias)
         return layer
@@ -201,8 +203,8 @@ class QuantizedLinear(nn.Linear):
         down, up = (t.detach().to(self.qweight.device, stored) for t in (down, up))
         if branch is not None:
             down, up = torch.cat([self.branch_down, down]), torch.cat([self.branch_up, up], dim=1)
-        fields: dict[str, Any] = {"rank": len(down), "dtype": dtype if branch is None else branch.dtype}
-        self.plan = self.plan.model_copy(update={"branch": Branch(**fields)})
+        fields = {"dtype": dtype} if branch is None else dict(branch)
+        self.plan = self.plan.model_copy(update={"branch": Branch(**{**fields, "rank": len(down)})})
         self.register_buffer("branch_down", down.contiguous())
         self.register_buffer("branch_up", up.contiguous())
 

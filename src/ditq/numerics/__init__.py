@@ -6,16 +6,20 @@ from ditq.numerics.gptq import Rounded, add_inputs, gptq, inverse_factor, output
 from ditq.numerics.grid import Grid, code_range
 from ditq.numerics.hadamard import (
     Rotation,
+    RotationKind,
     hadamard_matrix,
     is_supported,
     largest_block,
+    largest_regular_block,
     rotate,
     rotation_matrix,
+    scaled_signs,
     signs,
     unrotate,
     warm,
 )
 from ditq.numerics.incoherence import channel_imbalance, incoherence
+from ditq.numerics.lowrank import low_rank
 from ditq.numerics.packing import pack, packed_bytes, unpack
 from ditq.numerics.salience import rank_correlation, salience_weights
 from ditq.numerics.smoothing import smoothing_scale
@@ -32,6 +36,7 @@ from ditq.numerics.uniform import (
 
 __all__ = [
     "Grid",
+    "RotationKind",
     "Quantized",
     "Rotation",
     "Rounded",
@@ -49,6 +54,8 @@ __all__ = [
     "inverse_factor",
     "is_supported",
     "largest_block",
+    "largest_regular_block",
+    "low_rank",
     "not_finite",
     "output_errors",
     "pack",
@@ -59,6 +66,7 @@ __all__ = [
     "rotate",
     "rotation_matrix",
     "salience_weights",
+    "scaled_signs",
     "scale_and_zero_point",
     "search_clip_ratio",
     "signs",

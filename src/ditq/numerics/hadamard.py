@@ -1,7 +1,12 @@
 """Hadamard matrices by construction, and rotations by them.
 
-Orders are 1, 2, Paley's q + 1 (q prime, 3 mod 4) and 2 (q + 1) (q prime, 1 mod 4), and these times
-powers of two: 12, 20, 28, 36, 44, 60, 76, 84, 108, 140 and so on, hence 1152 = 36 * 32, 4608 = 36 * 128.
+Two kinds. ``hadamard``: Sylvester's and Paley's matrices, with random signs of the channels (QuaRot). ``regular``:
+Kronecker powers of a regular matrix of order 4, without signs (ConvRot, arXiv 2512.03673). All rows of a regular
+matrix have the same sum, so no output channel collects the mean of the inputs as the first one of Sylvester's does.
+
+Orders of the first kind are 1, 2, Paley's q + 1 (q prime, 3 mod 4) and 2 (q + 1) (q prime, 1 mod 4), and these times
+powers of two: 12, 20, 28, 36, 44, 60, 76, 84, 108, 140 and so on, hence 1152 = 36 * 32, 4608 = 36 * 128. Orders of the
+second are 4, 16, 64 and 256.
 """
 
 from __future__ import annotations
@@ -9,9 +14,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+RotationKind = Literal["hadamard", "regular"]
+
+REGULAR = (4, 16, 64, 256)
+"""Orders of the regular matrices that are used: larger ones gain little, and readers of ConvRot have no kernels."""
 
 # The largest power-of-two factor of a transform. For the widths of current models the other factor is 8 to 144.
 _INNER_LIMIT = 128
@@ -33,19 +44,27 @@ def largest_block(n: int, limit: int = 128) -> int:
     return min(n & -n, 1 << (limit.bit_length() - 1))
 
 
-def hadamard_matrix(n: int) -> Tensor:
+def largest_regular_block(n: int) -> int | None:
+    """The largest of :data:`REGULAR` that divides ``n``; None if 4 does not."""
+    return max((block for block in REGULAR if n % block == 0), default=None)
+
+
+def hadamard_matrix(n: int, kind: RotationKind = "hadamard") -> Tensor:
     """H with entries +-1 and H H^T = n I, float32 [n, n] on the CPU; its two factors are cached.
 
-    H = kron(P, S): S the Sylvester matrix of the largest power of two for which P, a Paley matrix of
+    ``hadamard``: H = kron(P, S): S the Sylvester matrix of the largest power of two for which P, a Paley matrix of
     order n / 2^k, is known (P = [1] if n is a power of two). Not symmetric in general.
+
+    ``regular``: a Kronecker power of [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]. Symmetric; every
+    row sums to sqrt(n).
 
     Raises:
         ValueError: no construction is implemented; the message gives the nearest orders that have one.
     """
-    outer, inner = _factors(n)
+    outer, inner = _factors(n, kind)
     cpu = torch.device("cpu")
     # A Kronecker product is a new tensor, so no caller can write into the cache.
-    return torch.kron(_cached_matrix(outer, cpu), _cached_matrix(inner, cpu))
+    return torch.kron(_cached_matrix(outer, kind, cpu), _cached_matrix(inner, kind, cpu))
 
 
 @dataclass(frozen=True)
@@ -55,22 +74,27 @@ class Rotation:
     Attributes:
         size: K, the number of channels.
         block: the order of H; equal to ``size`` for the full transform.
-        seed: of the signs.
+        seed: of the signs; 0 for the kind ``regular``, whose signs are all +1.
+        kind: of H.
 
     Raises:
-        ValueError: ``block`` does not divide ``size`` or has no Hadamard matrix, or the seed is negative.
+        ValueError: ``block`` does not divide ``size`` or has no matrix of this kind, or the seed is negative, or not
+            0 for a regular matrix.
     """
 
     size: int
     block: int
-    seed: int
+    seed: int = 0
+    kind: RotationKind = "hadamard"
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.size < 1 or self.size % self.block:
             raise ValueError(f"block must divide size {self.size}, got {self.block}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
-        _factors(self.block)
+        if self.kind == "regular" and self.seed:
+            raise ValueError(f"a regular rotation has no random signs: its seed must be 0, got {self.seed}")
+        _factors(self.block, self.kind)
 
 
 def signs(size: int, seed: int) -> Tensor:
@@ -90,11 +114,12 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
         ValueError: the last axis of ``x`` is not ``rotation.size``.
     """
     _check_width(x, rotation)
-    outer, inner = _split(rotation.block)
-    scaled = x.float() * _tensors[_signs_key(rotation.size, rotation.block, rotation.seed, x.device)]
-    v = scaled.reshape(-1, outer, inner) @ _tensors[_matrix_key(inner, x.device)]
+    kind = rotation.kind
+    outer, inner = _split(rotation.block, kind)
+    scaled = x.float() * _tensors[_signs_key(rotation.size, rotation.block, rotation.seed, kind, x.device)]
+    v = scaled.reshape(-1, outer, inner) @ _tensors[_matrix_key(inner, kind, x.device)]
     if outer > 1:
-        v = _tensors[_matrix_key(outer, x.device)].T @ v
+        v = _tensors[_matrix_key(outer, kind, x.device)].T @ v
     return v.reshape(x.shape)
 
 
@@ -105,17 +130,18 @@ def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
         ValueError: the last axis of ``x`` is not ``rotation.size``.
     """
     _check_width(x, rotation)
-    outer, inner = _factors(rotation.block)
-    v = x.float().reshape(-1, outer, inner) @ _cached_matrix(inner, x.device).T
+    outer, inner = _factors(rotation.block, rotation.kind)
+    v = x.float().reshape(-1, outer, inner) @ _cached_matrix(inner, rotation.kind, x.device).T
     if outer > 1:
-        v = _cached_matrix(outer, x.device) @ v
-    return v.reshape(x.shape) * _cached_scaled_signs(rotation, x.device)
+        v = _cached_matrix(outer, rotation.kind, x.device) @ v
+    return v.reshape(x.shape) * scaled_signs(rotation, x.device)
 
 
 def rotation_matrix(rotation: Rotation) -> Tensor:
     """Q itself, float32 [K, K] on the CPU; for inspection and tests, :func:`rotate` does not need it."""
-    blocks = torch.kron(torch.eye(rotation.size // rotation.block, device="cpu"), hadamard_matrix(rotation.block))
-    return _cached_scaled_signs(rotation, torch.device("cpu"))[:, None] * blocks
+    matrix = hadamard_matrix(rotation.block, rotation.kind)
+    blocks = torch.kron(torch.eye(rotation.size // rotation.block, device="cpu"), matrix)
+    return scaled_signs(rotation, torch.device("cpu"))[:, None] * blocks
 
 
 def _check_width(x: Tensor, rotation: Rotation) -> None:
@@ -124,8 +150,13 @@ def _check_width(x: Tensor, rotation: Rotation) -> None:
 
 
 @cache
-def _factors(n: int) -> tuple[int, int]:
+def _factors(n: int, kind: RotationKind) -> tuple[int, int]:
     """Orders of A and B in H = kron(A, B); B is a power of two, at most ``_INNER_LIMIT``."""
+    if kind == "regular":
+        if n not in REGULAR:
+            orders = ", ".join(map(str, REGULAR))
+            raise ValueError(f"regular Hadamard matrices of the orders {orders} are known here, got order {n}")
+        return (n // 16, 16) if n > 64 else (1, n)
     core = _core_order(n) if n >= 1 else None
     if core is None:
         below = next((m for m in range(n - 1, 0, -1) if is_supported(m)), None)
@@ -163,8 +194,14 @@ def _paley_prime(order: int) -> int | None:
 
 
 @cache
-def _cached_matrix(n: int, device: torch.device) -> Tensor:
+def _cached_matrix(n: int, kind: RotationKind, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
+        if kind == "regular":
+            matrix = torch.ones(1, 1, device="cpu")
+            four = 1 - 2 * torch.eye(4, device="cpu").flip(1)
+            while len(matrix) < n:
+                matrix = torch.kron(matrix, four)
+            return matrix.to(device)
         core = _core_order(n)
         assert core is not None
         matrix = _paley(core) if core > 1 else torch.tensor([[1.0]], device="cpu")
@@ -175,10 +212,16 @@ def _cached_matrix(n: int, device: torch.device) -> Tensor:
 
 
 @cache
-def _cached_scaled_signs(rotation: Rotation, device: torch.device) -> Tensor:
-    """The signs divided by sqrt(block), so that one product applies the signs and the normalization."""
+def scaled_signs(rotation: Rotation, device: torch.device) -> Tensor:
+    """The signs divided by sqrt(block), float32 [K], so that one product applies the signs and the normalization.
+
+    They are cached: do not write into them.
+    """
     with torch.inference_mode(False):
-        return (signs(rotation.size, rotation.seed) / math.sqrt(rotation.block)).to(device)
+        of_kind = signs(rotation.size, rotation.seed)
+        if rotation.kind == "regular":
+            of_kind = torch.ones(rotation.size, device="cpu")
+        return (of_kind / math.sqrt(rotation.block)).to(device)
 
 
 # torch.compile can trace neither caches nor random generators. It treats the results of the three functions below as
@@ -191,24 +234,24 @@ def warm(rotation: Rotation, device: torch.device) -> None:
     """Fills the dictionary for a device. A layer that is compiled before its first call would find it empty: the
     compiler reads the dictionary as it was when the trace began.
     """
-    _signs_key(rotation.size, rotation.block, rotation.seed, device)
-    for factor in _factors(rotation.block):
-        _matrix_key(factor, device)
+    _signs_key(rotation.size, rotation.block, rotation.seed, rotation.kind, device)
+    for factor in _factors(rotation.block, rotation.kind):
+        _matrix_key(factor, rotation.kind, device)
 
 
-def _split(n: int) -> tuple[int, int]:
-    return _factors(n)
+def _split(n: int, kind: RotationKind) -> tuple[int, int]:
+    return _factors(n, kind)
 
 
-def _matrix_key(n: int, device: torch.device) -> str:
-    key = f"{n} {device}"
-    _tensors[key] = _cached_matrix(n, device)
+def _matrix_key(n: int, kind: RotationKind, device: torch.device) -> str:
+    key = f"{n} {kind} {device}"
+    _tensors[key] = _cached_matrix(n, kind, device)
     return key
 
 
-def _signs_key(size: int, block: int, seed: int, device: torch.device) -> str:
-    key = f"{size} {block} {seed} {device}"
-    _tensors[key] = _cached_scaled_signs(Rotation(size, block, seed), device)
+def _signs_key(size: int, block: int, seed: int, kind: RotationKind, device: torch.device) -> str:
+    key = f"{size} {block} {seed} {kind} {device}"
+    _tensors[key] = scaled_signs(Rotation(size, block, seed, kind), device)
     return key
 
 

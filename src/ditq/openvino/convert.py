@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditq.errors import UsageError
 from ditq.layers import QuantizedLinear
 from ditq.openvino import attention_ranges
 from ditq.openvino.graph import Builder
@@ -86,11 +85,6 @@ class Chain(nn.Module):
 
 def linear_spec(name: str, layer: QuantizedLinear) -> LinearSpec:
     """The description of a quantized layer for the export."""
-    if layer.plan.branch is not None:
-        raise UsageError(
-            f"Layer {name!r} has a branch, into which a LoRA was fused, and OpenVINO graphs do not compute it. Export "
-            "the model without the LoRA, or fuse it into the 16-bit model and quantize and export that."
-        )
     return LinearSpec(
         name,
         layer.quantized_weight,
@@ -99,6 +93,7 @@ def linear_spec(name: str, layer: QuantizedLinear) -> LinearSpec:
         layer._buffers.get("smooth_scale"),
         layer.rotation,
         layer._buffers.get("input_scale"),
+        None if layer.plan.branch is None else (layer.branch_down, layer.branch_up),
     )
 
 

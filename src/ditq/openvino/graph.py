@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditq.engines.base import QuantizedWeight
-from ditq.numerics import hadamard_matrix, is_supported, pack, signs, unpack
+from ditq.numerics import RotationKind, hadamard_matrix, is_supported, pack, scaled_signs, unpack
 from ditq.openvino.linear import BIAS, CLIP, SHIFT, SUMS, LinearSpec
 
 # Below it a float32 scale loses digits.
@@ -50,6 +50,7 @@ class Builder:
         """The node of ``linear`` for an input ``x`` (an ``openvino.Output`` [B, tokens, K] or [B, K])."""
         import openvino.opset13 as op
 
+        low = None if linear.branch is None else _low_rank(x, *linear.branch)
         x = self.balance(x, linear)
         if linear.kernel.activations == "graph":
             y = self._rounded_product(x, linear)
@@ -59,7 +60,7 @@ class Builder:
         if linear.bias is not None:
             y = op.add(y, _constant(linear.bias.float()))
             y.set_friendly_name(linear.name + BIAS)  # the compiled graph keeps one of the two names
-        return y
+        return y if low is None else op.add(y, low)
 
     def balance(self, x: Any, linear: LinearSpec) -> Any:
         """``x / s R`` as a multiplication and two small products, see :func:`split`."""
@@ -235,6 +236,13 @@ def _shape(*sizes: int) -> Any:
     return _constant(torch.tensor(sizes, dtype=torch.int64))
 
 
+def _low_rank(x: Any, down: Tensor, up: Tensor) -> Any:
+    """``x D^T U^T``: two float products, which the plugin does not round."""
+    import openvino.opset13 as op
+
+    return op.matmul(op.matmul(x, _constant(down.float()), False, True), _constant(up.float()), False, True)
+
+
 def _balance(x: Any, linear: LinearSpec) -> Any:
     import openvino.opset13 as op
 
@@ -244,25 +252,28 @@ def _balance(x: Any, linear: LinearSpec) -> Any:
         factor = 1 / linear.smooth.detach().cpu().float()
     if rotation is None:
         return op.multiply(x, _constant(factor))
-    factor = factor * signs(columns, rotation.seed) / rotation.block**0.5
-    outer, inner = split(rotation.block)
+    factor = factor * scaled_signs(rotation, torch.device("cpu"))
+    outer, inner = split(rotation.block, rotation.kind)
     scaled = op.multiply(x, _constant(factor))
     lead = [0] * (x.get_partial_shape().rank.get_length() - 1)  # 0: this axis keeps its size
     # With H = kron(A, B) and a block of x as a matrix V [outer, inner]: v H = A^T V B.
     v = op.reshape(scaled, _shape(*lead, columns // inner, inner), True)
-    v = op.matmul(v, _constant(hadamard_matrix(inner)), False, False)
+    v = op.matmul(v, _constant(hadamard_matrix(inner, rotation.kind)), False, False)
     if outer > 1:
         v = op.reshape(v, _shape(*lead, columns // rotation.block, outer, inner), True)
-        v = op.matmul(_constant(hadamard_matrix(outer).T), v, False, False)
+        v = op.matmul(_constant(hadamard_matrix(outer, rotation.kind).T), v, False, False)
     return op.reshape(v, _shape(*lead, columns), True)
 
 
-def split(order: int) -> tuple[int, int]:
+def split(order: int, kind: RotationKind = "hadamard") -> tuple[int, int]:
     """Orders of A and B in H = kron(A, B) of this order, B a power of two: the split with the fewest operations.
 
     A product with the factors of H costs outer + inner float multiplications per channel. A product with H as one
     matrix costs ``order``, which for the widths of current models is more than the layer itself.
     """
     powers = [2**i for i in range((order & -order).bit_length())]
-    splits = [(order // inner, inner) for inner in powers if is_supported(order // inner)]
+    if kind == "regular":  # a Kronecker power of a matrix of order 4
+        splits = [(order // inner, inner) for inner in powers[::2]]
+    else:
+        splits = [(order // inner, inner) for inner in powers if is_supported(order // inner)]
     return min(splits, key=sum)

@@ -73,7 +73,7 @@ class Kernel:
 
 @dataclass(frozen=True, eq=False)
 class LinearSpec:
-    """One quantized linear: y = Q(x / s R) W^T + b, with W the integer weight of the balanced input.
+    """One quantized linear: y = Q(x / s R) W^T + b [+ x D^T U^T], with W the integer weight of the balanced input.
 
     Attributes:
         weight: codes, scales and zero points.
@@ -82,6 +82,7 @@ class LinearSpec:
         smooth: s, float32 [K], if the layer itself divides by it; None if it was folded.
         rotation: R or None.
         input_scale: float32 [1, 1] of static activations, else None.
+        branch: D [r, K] and U [N, r] in floats, or None.
     """
 
     name: str
@@ -91,6 +92,7 @@ class LinearSpec:
     smooth: Tensor | None = None
     rotation: Rotation | None = None
     input_scale: Tensor | None = None
+    branch: tuple[Tensor, Tensor] | None = None
 
     @property
     def kernel(self) -> Kernel:
@@ -170,6 +172,10 @@ def emulate(
     Returns:
         [..., N] in ``dtype``.
     """
+    low = None
+    if linear.branch is not None:
+        down, up = (factor.to(dtype) for factor in linear.branch)
+        low = x.to(dtype) @ down.T @ up.T
     x = balance(x, linear)
     activations = linear.kernel.activations if rounded else "float"
     if activations == "plugin" and group_size:
@@ -177,6 +183,7 @@ def emulate(
     elif activations == "graph":
         x = _values_by_graph(x, linear)
     y = x.to(dtype) @ dequantized(linear).to(dtype).T
+    y = y if low is None else y + low
     return y if linear.bias is None else y + linear.bias.to(dtype)
 
 

@@ -206,7 +206,8 @@ def _digest(spec: LinearSpec) -> bytes:
     """A digest of everything that distinguishes layers with the same kernel."""
     weight = spec.weight
     digest = hashlib.sha256(repr((spec.kernel, weight.format, spec.activation, spec.rotation)).encode())
-    for tensor in (weight.packed, weight.scale, weight.zero_point, spec.bias, spec.smooth, spec.input_scale):
+    tensors = (weight.packed, weight.scale, weight.zero_point, spec.bias, spec.smooth, spec.input_scale)
+    for tensor in (*tensors, *(spec.branch or ())):
         digest.update(b"none" if tensor is None else tensor_bytes(tensor.float()))
     return digest.digest()
 

@@ -106,5 +106,5 @@ def _split(labelled: list[tuple[str, LayerPlan]]) -> dict[tuple[str, Treatment],
 def _treatment(layer: LayerPlan) -> Treatment:
     smooth = layer.smooth and layer.smooth.model_copy(update={"alpha": 0.0})
     rotate = layer.rotate and layer.rotate.model_copy(update={"seed": 0})
-    formats = (layer.weight, layer.activation, layer.timesteps, layer.range_weights, layer.steps)
+    formats = (layer.weight, layer.activation, layer.timesteps, layer.range_weights, layer.steps, layer.branch)
     return (layer.role, *formats, smooth, rotate, layer.rounding, layer.reason)

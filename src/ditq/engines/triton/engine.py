@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditq.engines.base import Activation, FusingEngine, Norm, QuantizedWeight, balance, too_old
 from ditq.engines.torch.engine import TorchEngine
-from ditq.numerics import Grid, Quantized, Rotation
+from ditq.numerics import Grid, Quantized, Rotation, scaled_signs
 
 if TYPE_CHECKING:
     from ditq.engines.triton.rows import Target
@@ -139,10 +139,11 @@ def _target(
     smooth: Tensor | None, rotation: Rotation | None, format: Grid, groups: int, scale: Tensor | None,
     device: torch.device,
 ) -> Target:  # fmt: skip
-    from ditq.engines.triton.rows import Target, scaled_signs
+    from ditq.engines.triton.rows import Target
 
     signs, block = (None, 0) if rotation is None else (scaled_signs(rotation, device), rotation.block)
-    return Target(smooth, signs, block, format.bits, format.symmetric, groups, scale)
+    regular = rotation is not None and rotation.kind == "regular"
+    return Target(smooth, signs, block, format.bits, format.symmetric, groups, scale, regular)
 
 
 def rotates(rotation: Rotation, width: int, device: torch.device) -> bool:

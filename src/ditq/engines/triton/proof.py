@@ -30,11 +30,11 @@ from torch import Tensor
 
 from ditq.engines.triton import activation, expand, linear, norm, quantize
 from ditq.engines.triton.engine import rotates
-from ditq.engines.triton.rows import INTERPRETED, Codes, Target, scaled_signs
+from ditq.engines.triton.rows import INTERPRETED, Codes, Target
 from ditq.engines.triton.tiles import LARGEST, Tile, Work, architecture, tiles
 from ditq.engines.triton.tuning import write
 from ditq.folders import cache_root
-from ditq.numerics import Rotation, pack
+from ditq.numerics import Rotation, pack, scaled_signs
 
 RARE = 200
 SCALE = 1e-4

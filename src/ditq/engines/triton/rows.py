@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ditq.numerics import Grid, Quantized, Rotation, hadamard_matrix, quantize, signs
+from ditq.numerics import Grid, Quantized, hadamard_matrix, quantize
 from ditq.numerics.grid import Granularity
 
 # 1.5 * 2^23: adding this to a number below 2^22 rounds it to an integer, ties to even, in the lowest bits. This costs
@@ -133,7 +133,9 @@ Codes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # Codes, and the fields of Target, in the schemas of operations.
 CODES = "(Tensor codes, Tensor scale, Tensor zero, Tensor sums)"
-TARGET = "Tensor? smooth, Tensor? signs, int block, int bits, bool symmetric, int groups, Tensor? given"
+TARGET = (
+    "Tensor? smooth, Tensor? signs, int block, int bits, bool symmetric, int groups, Tensor? given, bool regular=False"
+)
 
 
 class Target(NamedTuple):
@@ -146,6 +148,7 @@ class Target(NamedTuple):
         bits: 2 to 8.
         groups: scales per row.
         given: static symmetric scales, float32 [1, 1] or [1, groups]; None for dynamic ones.
+        regular: whether H is the regular matrix of its order, see ``ditq.numerics.hadamard``.
     """
 
     smooth: Tensor | None
@@ -155,6 +158,7 @@ class Target(NamedTuple):
     symmetric: bool
     groups: int
     given: Tensor | None
+    regular: bool = False
 
     def reference(self, x: Tensor) -> Codes:
         """Codes, scale, zero point and sums of x [M, K] in plain torch."""
@@ -162,7 +166,7 @@ class Target(NamedTuple):
         if self.smooth is not None:
             y = y / self.smooth
         if self.signs is not None:
-            matrix = hadamard(self.block, x.device, torch.float32)
+            matrix = hadamard(self.block, self.regular, x.device, torch.float32)
             y = ((y * self.signs).reshape(-1, self.block) @ matrix).reshape(y.shape)
         size = None if self.groups == 1 else y.shape[1] // self.groups
         granularity: Granularity = "token" if size is None else "group"
@@ -188,7 +192,7 @@ class Target(NamedTuple):
         kind = torch.float32 if INTERPRETED else torch.bfloat16
         return {
             "K": codes.shape[1], "G": self.groups, "smooth_ptr": self.smooth, "signs_ptr": self.signs,
-            "hadamard_ptr": None if self.signs is None else hadamard(self.block, codes.device, kind),
+            "hadamard_ptr": None if self.signs is None else hadamard(self.block, self.regular, codes.device, kind),
             "given_ptr": self.given, "given_stride": 0 if self.given is None or self.given.shape[1] == 1 else 1,
             "codes_ptr": codes, "scale_ptr": scale, "zero_ptr": None if self.symmetric else zero, "sums_ptr": sums,
             "BLOCK": self.block, "BITS": self.bits,
@@ -230,17 +234,8 @@ def sums_of(codes: Tensor, groups: int) -> Tensor:
     return codes.unflatten(1, (groups, codes.shape[1] // groups)).sum(-1, dtype=torch.int32)
 
 
-# Both caches are filled outside of inference mode, like those of ditq.numerics.hadamard.
-
-
 @cache
-def scaled_signs(rotation: Rotation, device: torch.device) -> Tensor:
-    """The signs over sqrt(block), float32 [K]."""
+def hadamard(block: int, regular: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Filled outside of inference mode, like the caches of ditq.numerics.hadamard.
     with torch.inference_mode(False):
-        return (signs(rotation.size, rotation.seed) / rotation.block**0.5).to(device)
-
-
-@cache
-def hadamard(block: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return hadamard_matrix(block).to(device, dtype)
+        return hadamard_matrix(block, "regular" if regular else "hadamard").to(device, dtype)
