@@ -216,6 +216,8 @@ class LayerPlan(_Frozen):
             raise ValueError(f"layer {self.name!r}: static activation scales are per tensor or group")
         if not grid.dynamic and not grid.symmetric:
             raise ValueError(f"layer {self.name!r}: static activation scales are symmetric")
+        if not grid.dynamic and grid.levels != "uniform":
+            raise ValueError(f"layer {self.name!r}: activations with levels {grid.levels!r} have dynamic scales")
         self._check_groups("activations", grid)
 
     def _check_groups(self, name: str, grid: Grid) -> None:
