@@ -132,7 +132,7 @@ def rounded(x: Array, grid: dict[str, Any], scale: Array | None) -> Array:
     if grid.get("levels") == "normal":
         flat = groups.reshape(1, 1, -1) if grid["granularity"] == "tensor" else groups
         levels, unit = normal_levels(bits)
-        a = unit * np.maximum(np.sqrt(np.square(flat).mean(-1)), np.abs(flat).max(-1) / 3.8)
+        a = unit * np.maximum(np.sqrt(np.square(flat).mean(-1)), np.abs(flat).max(-1) / 4)
         distances = np.abs(groups[..., None] / a[..., None, None] - levels)
         return (levels[distances.argmin(-1)] * a[..., None]).reshape(x.shape)
     top = 2 ** (bits - 1) - 1

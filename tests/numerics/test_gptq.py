@@ -257,4 +257,4 @@ def test_normal_levels_are_better_than_nearest_ones(bits: int, group: int | None
     nearest = squared_errors(x, weight, quantize(weight, fmt, clip_ratio=ratio), fmt.granularity, group)
     torch.testing.assert_close(rounded.error, error, rtol=1e-4, atol=0)
     assert bool((error <= nearest * (1 + 1e-5)).all())
-    assert float(error.sum()) < 0.6 * float(nearest.sum())
+    assert float(error.sum()) < 0.9 * float(nearest.sum())

@@ -14,8 +14,9 @@ from ditq.numerics.uniform import fake_quantize, group_view
 # Below half of the range the cut-off values dominate, whatever the distribution of a weight.
 DEFAULT_RATIOS = tuple(1.0 - 0.025 * step for step in range(21))
 
-# Normal levels start from the root mean square, which is best for normal numbers: other ones need finer or wider grids.
-NORMAL_RATIOS = tuple(0.7 + 0.025 * step for step in range(33))
+# Normal levels start from the root mean square, which is best for normal numbers. Of the rows of 4-bit weights, 98 % have
+# their best ratio between 0.8 and 1.3, of groups of 64 between 0.67 and 1.4; finer steps gain less than 0.05 dB.
+NORMAL_RATIOS = tuple(0.6 + 0.05 * step for step in range(21))
 
 
 def search_clip_ratio(
@@ -35,8 +36,8 @@ def search_clip_ratio(
 
     Args:
         x: [R, K], any real dtype; computed in float32.
-        ratios: candidates in (0, 1], or positive for normal levels; by default 1.0, 0.975, ... 0.5, or 0.7, 0.725,
-            ... 1.5.
+        ratios: candidates in (0, 1], or positive for normal levels; by default 1.0, 0.975, ... 0.5, or 0.6, 0.65, ...
+            1.6.
         norm: p, positive. 2 is the squared error; larger norms (such as 2.4) preserve the largest values better.
         importance: [K], not negative, e.g. the mean square of each input channel of a weight.
 

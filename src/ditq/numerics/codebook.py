@@ -42,7 +42,7 @@ UNIT_SCALE = {2: 0.0118943, 3: 0.0188883, 4: 0.0262171, 5: 0.0262667, 6: 0.03457
 """The scale with the smallest squared error for a normal distribution of variance 1, by bits."""
 
 
-CREST = 3.8
+CREST = 4.0
 """Numbers beyond this multiple of the root mean square widen the scale, see :func:`normal_scale`."""
 
 
