@@ -46,6 +46,16 @@ CASES = {
         "smoothquant-w4a8",
         ("rounding=gptq", "activations={bits: 8, granularity: group, group_size: 64}"),
     ),
+    "pixart-normal-gptq-w4a4": (
+        "pixart",
+        "quarot-w4a4",
+        ("rounding=gptq", "clip=mse", "weights.symmetric=true", "weights.levels=normal", "activations.levels=normal"),
+    ),
+    "dit-normal-groups-w3a16": (
+        "dit",
+        "rtn-w3a16",
+        ("weights={bits: 3, granularity: group, group_size: 32, levels: normal}",),
+    ),
     "dit-timesteps-w4a8": (
         "dit",
         "smoothquant-w4a8",
