@@ -190,7 +190,13 @@ def test_missing_file_is_named() -> None:
         ),
     ],
     ids=[
-        "broken", "list", "empty", "missing-field", "unknown-field", "group-without-size", "normal-with-zero-point",
+        "broken",
+        "list",
+        "empty",
+        "missing-field",
+        "unknown-field",
+        "group-without-size",
+        "normal-with-zero-point",
         "normal-static",
     ],
 )

@@ -51,9 +51,9 @@ CASES = {
         "quarot-w4a4",
         ("rounding=gptq", "clip=mse", "weights.symmetric=true", "weights.levels=normal", "activations.levels=normal"),
     ),
-    "dit-normal-groups-w3a16": (
+    "dit-normal-groups-w3a8": (
         "dit",
-        "rtn-w3a16",
+        "rtn-w3a8",
         ("weights={bits: 3, granularity: group, group_size: 32, levels: normal}",),
     ),
     "dit-timesteps-w4a8": (

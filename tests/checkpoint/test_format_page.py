@@ -185,8 +185,9 @@ CASES = {
                                   "activations.levels=normal"],
     ),
     "normal-w3a6-groups": (
-        "dit", "gptq-w3a8", ["rounding=nearest", "weights.symmetric=true", "weights.levels=normal",
-                             "activations={bits: 6, granularity: group, group_size: 32, dynamic: true, levels: normal}"],
+        "dit", "gptq-w3a6", ["rounding=nearest", "weights.symmetric=true", "weights.levels=normal",
+                             "activations={bits: 6, granularity: group, group_size: 32, dynamic: true, "
+                             "levels: normal}"],
     ),
     "timesteps": ("dit", "smoothquant-w4a8", ["balance.timesteps=[[0, 499], [500, 999]]", "weights.bits=2"]),
 }  # fmt: skip

@@ -139,7 +139,9 @@ LAYERS: dict[str, dict[str, Any]] = {
     "w3a6-full-rotation": {"weight": weight_format(3), "activation": token_format(6, symmetric=False), "block": 96},
     "w8a8-static": {"weight": weight_format(8), "activation": Grid(bits=8, granularity="tensor")},
     "w4a4-normal": {
-        "weight": normal_weights(), "activation": token_format(4, levels="normal"), "block": 32,
+        "weight": normal_weights(),
+        "activation": token_format(4, levels="normal"),
+        "block": 32,
     },
     "w3a8-normal-groups": {
         "weight": normal_weights(3, granularity="group", group=48),

@@ -18,7 +18,18 @@ from ditq.errors import warn
 from ditq.layers.deferred import Deferred, can_defer, offloaded, output
 from ditq.layers.read_only import ReadOnly
 from ditq.layers.shared import SharedInput
-from ditq.numerics import Grid, Quantized, Rotation, pack, quantize, rotate, search_clip_ratio, unrotate, warm, warm_levels
+from ditq.numerics import (
+    Grid,
+    Quantized,
+    Rotation,
+    pack,
+    quantize,
+    rotate,
+    search_clip_ratio,
+    unrotate,
+    warm,
+    warm_levels,
+)
 from ditq.plan import Branch, LayerPlan
 
 

@@ -82,9 +82,7 @@ class Grid(BaseModel):
                 f"levels 'normal' have {WIDTHS[0]} to {WIDTHS[-1]} bits, got bits={self.bits}; set levels to 'uniform'"
             )
         if self.levels == "normal" and not self.symmetric:
-            raise ValueError(
-                "levels 'normal' are symmetric and have no zero point: symmetric must be true, got false"
-            )
+            raise ValueError("levels 'normal' are symmetric and have no zero point: symmetric must be true, got false")
         return self
 
     @model_serializer(mode="wrap")
