@@ -214,6 +214,10 @@ def token_format(
     )  # fmt: skip
 
 
+def full_weights(bits: int = 4, granularity: str = "channel", group: int | None = None) -> Grid:
+    return Grid(bits=bits, granularity=granularity, group_size=group, full=True)  # type: ignore[arg-type]
+
+
 def normal_weights(bits: int = 4, granularity: str = "channel", group: int | None = None) -> Grid:
     return weight_format(bits, granularity, symmetric=True, group=group, levels="normal")
 

@@ -188,6 +188,10 @@ def test_missing_file_is_named() -> None:
             "weights: {bits: 4, granularity: channel}\nactivations: {bits: 4, granularity: tensor, levels: normal}",
             "activations with levels 'normal' are dynamic: dynamic must be true, got false",
         ),
+        (
+            "weights: {bits: 4, granularity: channel}\nactivations: {bits: 4, granularity: tensor, full: true}",
+            "full is for weights",
+        ),
     ],
     ids=[
         "broken",
@@ -198,6 +202,7 @@ def test_missing_file_is_named() -> None:
         "group-without-size",
         "normal-with-zero-point",
         "normal-static",
+        "full-inputs",
     ],
 )
 def test_wrong_file_names_the_file_and_the_field(text: str, complaint: str, tmp_path: Path) -> None:

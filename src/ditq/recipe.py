@@ -68,6 +68,8 @@ def _activations(grid: Grid | None) -> Grid | None:
         )
     if not grid.dynamic and not grid.symmetric:
         raise ValueError("static activations are symmetric: symmetric must be true, got false; or set dynamic to true")
+    if grid.full:
+        raise ValueError("full is for weights: full must be false for activations, got true")
     if not grid.dynamic and grid.levels != "uniform":
         raise ValueError(f"activations with levels {grid.levels!r} are dynamic: dynamic must be true, got false")
     return grid
@@ -345,7 +347,7 @@ class Recipe(_Strict):
         for formats in (data, *data["roles"].values(), *data["layers"].values()):
             for kind in ("weights", "activations"):
                 if formats[kind] is not None:
-                    formats[kind].setdefault("levels", "uniform")  # which grids leave out
+                    formats[kind] = {"levels": "uniform", "full": False} | formats[kind]  # which grids leave out
         # Mappings that take any key; validation decides.
         open_mappings = {id(data["roles"]), id(data["layers"]), id(data["calibration"]["arguments"])}
         for assignment in assignments:

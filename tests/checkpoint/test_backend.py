@@ -51,6 +51,7 @@ CASES = {
         "quarot-w4a4",
         ("rounding=gptq", "clip=mse", "weights.symmetric=true", "weights.levels=normal", "activations.levels=normal"),
     ),
+    "dit-full-w4a8": ("dit", "rtn-w4a8", ("clip=mse", "weights.symmetric=true", "weights.full=true")),
     "dit-normal-groups-w3a8": (
         "dit",
         "rtn-w3a8",

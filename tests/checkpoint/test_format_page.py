@@ -184,6 +184,7 @@ CASES = {
         "pixart", "quarot-w4a4", ["weights={bits: 4, granularity: group, group_size: 32, levels: normal}",
                                   "activations.levels=normal"],
     ),
+    "full-w4a8": ("pixart", "rtn-w4a8", ["weights={bits: 4, granularity: group, group_size: 32, full: true}"]),
     "normal-w3a6-groups": (
         "dit", "gptq-w3a6", ["rounding=nearest", "weights.symmetric=true", "weights.levels=normal",
                              "activations={bits: 6, granularity: group, group_size: 32, dynamic: true, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import normal_weights, token_format, weight_format
+from helpers import full_weights, normal_weights, token_format, weight_format
 from torch import Tensor
 
 from ditq.engines import QuantizedWeight
@@ -63,6 +63,8 @@ W_FORMATS = {
     "tensor-asym": weight_format(granularity="tensor"),
     "group16-sym": weight_format(granularity="group", symmetric=True, group=16),
     "group32-asym": weight_format(granularity="group", group=32),
+    "channel-full": full_weights(),
+    "group16-full": full_weights(3, granularity="group", group=16),
     "channel-normal": normal_weights(),
     "tensor-normal": normal_weights(5, granularity="tensor"),
     "group32-normal": normal_weights(3, granularity="group", group=32),

@@ -56,6 +56,8 @@ def test_normal_levels_equal_those_of_numerics(bits: int, size: int | None, chun
     x[3], x[5, 2] = 0, torch.nan
     assert same(quantize_rows(x[6:], fmt), quantize(x[6:], fmt))
     assert same(quantize_rows(x[6:], fmt, smooth), quantize(x[6:] / smooth, fmt))
+    full = fmt.model_copy(update={"levels": "uniform", "full": True})
+    assert same(quantize_rows(x[6:], full), quantize(x[6:], full))
     scale = quantize_rows(x, fmt).scale
     assert bool(scale[5].isnan().any()) and bool((scale[3] < 1e-37).all())
 

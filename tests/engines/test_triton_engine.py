@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import layer_plan, normal_weights, token_format, weight_format
+from helpers import full_weights, layer_plan, normal_weights, token_format, weight_format
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from triton_helpers import DEVICES, why_not
@@ -143,6 +143,7 @@ LAYERS: dict[str, dict[str, Any]] = {
         "activation": token_format(4, levels="normal"),
         "block": 32,
     },
+    "w4a8-full": {"weight": full_weights(), "activation": token_format(symmetric=False)},
     "w3a8-normal-groups": {
         "weight": normal_weights(3, granularity="group", group=48),
         "activation": token_format(symmetric=False, granularity="group", group=48),

@@ -24,6 +24,7 @@ from ditq.numerics import (
     quantize,
     search_clip_ratio,
 )
+from ditq.numerics.grid import Granularity
 from ditq.numerics.uniform import scale_and_zero_point
 
 FORMATS = {
@@ -246,10 +247,18 @@ def test_wrong_arguments_are_named(changes: dict[str, Any], complaint: str) -> N
 @pytest.mark.parametrize("order", ["natural", "activation"])
 @pytest.mark.parametrize("group", [None, 16])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_normal_levels_are_better_than_nearest_ones(bits: int, group: int | None, order: Any, clip: bool) -> None:
+def test_other_grids_are_better_than_with_rounding_to_nearest(
+    bits: int, group: int | None, order: Any, clip: bool
+) -> None:
     x, weight = inputs(400, 48), torch.randn(40, 48)
     hessian = hessian_of(x)
-    fmt = Grid(bits=bits, granularity="group" if group else "channel", group_size=group, levels="normal")
+    kind: Granularity = "group" if group else "channel"
+    full = gptq(
+        weight, hessian, Grid(bits=bits, granularity=kind, group_size=group, full=True), clip=clip, order=order
+    )
+    assert float(full.error.sum()) < 0.9 * float(full.nearest.sum())
+    assert int(full.quantized.codes.min()) == -(2 ** (bits - 1))
+    fmt = Grid(bits=bits, granularity=kind, group_size=group, levels="normal")
     rounded = gptq(weight, hessian, fmt, clip=clip, order=order, block=16)
     assert set(rounded.quantized.codes.unique().tolist()) <= set(normal_levels(bits))
     error = squared_errors(x, weight, rounded.quantized, fmt.granularity, group)

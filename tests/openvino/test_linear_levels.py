@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import layer_plan, normal_weights, token_format, weight_format
+from helpers import full_weights, layer_plan, normal_weights, token_format, weight_format
 from torch import nn
 
 from ditq.layers import QuantizedLinear
@@ -81,3 +81,8 @@ def test_inputs_with_normal_levels_are_refused(weights: Grid, granularity: str) 
     reason = why_inexact(spec(weights, token_format(4, granularity, levels="normal")))
     assert reason is not None and "evenly spaced codes, not to normal levels" in reason
     assert why_inexact(spec(WEIGHTS["channel"], token_format(4))) is None
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_full_grids_are_refused(inputs: str) -> None:
+    assert "may be negative" in str(why_inexact(spec(full_weights(), INPUTS[inputs])))

@@ -14,8 +14,9 @@ from ditq.numerics.uniform import fake_quantize, group_view
 # Below half of the range the cut-off values dominate, whatever the distribution of a weight.
 DEFAULT_RATIOS = tuple(1.0 - 0.025 * step for step in range(21))
 
-# Normal levels start from the root mean square, which is best for normal numbers. For 98 % of the rows of rotated 4-bit
-# weights the best ratio is between 0.8 and 1.3, for groups of 64 between 0.67 and 1.4; finer steps gain up to 0.05 dB.
+# Normal levels start from the root mean square, which is best for normal numbers. For 98 % of the rows of rotated
+# 4-bit weights the best ratio is between 0.8 and 1.3, for groups of 64 between 0.67 and 1.4; finer steps gain up to
+# 0.05 dB.
 NORMAL_RATIOS = tuple(0.6 + 0.05 * step for step in range(21))
 
 

@@ -68,6 +68,8 @@ def scale_and_zero_point(x: Tensor, grid: Grid, *, clip_ratio: float | Tensor = 
 
     Symmetric: scale = r max|x| / (2^(b-1) - 1). Asymmetric, with l = r min(x, 0) and h = r max(x, 0):
     scale = (h - l) / (2^b - 1), zero_point = round(-l / scale) - 2^(b-1), which is a code, so 0.0 is exact.
+    Full: |scale| = max(m / 2^(b-1), n / (2^(b-1) - 1/2)) with the larger m and the smaller n of h and -l; the scale is
+    negative if m = h, whose code is -2^(b-1). So nothing is rounded by more than half a step.
     A group of zeros counts as having the range 1, so a scale is never 0. A group with NaN or Inf has a scale of NaN or
     Inf: codes cannot represent these, and results computed from codes alone would look plausible.
 
@@ -88,6 +90,8 @@ def scale_and_zero_point(x: Tensor, grid: Grid, *, clip_ratio: float | Tensor = 
         groups = groups.new_zeros(*groups.shape[:2], 1)
     if grid.levels == "normal":
         return (normal_scale(groups, grid.bits) * ratio).clamp_min(_SMALLEST_SCALE), None
+    if grid.full:
+        return _full_scale(groups, ratio, top), None
     if grid.symmetric:
         largest = torch.linalg.vector_norm(groups, float("inf"), dim=-1)
         scale = (largest * ratio / top).clamp_min(_SMALLEST_SCALE)
@@ -100,6 +104,13 @@ def scale_and_zero_point(x: Tensor, grid: Grid, *, clip_ratio: float | Tensor = 
     scale = torch.where(high == low, 1.0 / levels, scale)
     zero_point = ((-low / scale).round() + bottom).clamp(bottom, top)
     return scale, zero_point.to(torch.int16)
+
+
+def _full_scale(groups: Tensor, ratio: float | Tensor, top: int) -> Tensor:
+    low, high = groups.aminmax(dim=-1)
+    larger, smaller = torch.maximum(high, -low), torch.minimum(high, -low)
+    size = (torch.maximum(larger / (top + 1), smaller / (top + 0.5)) * ratio).clamp_min(_SMALLEST_SCALE)
+    return torch.where(larger == 0, 1.0 / top, torch.where(high > -low, -size, size))
 
 
 def quantize(

@@ -139,6 +139,8 @@ def why_inexact(linear: LinearSpec) -> str | None:
     A finer granularity is allowed (groups of channels for tokens, tokens for tensors), but not a coarser one.
     """
     activation = linear.activation
+    if linear.weight.format.full:
+        return "scales of full grids may be negative, for which no probe exists; use weights with a zero point"
     if activation is not None and activation.levels != "uniform":
         return f"a graph rounds activations to evenly spaced codes, not to {activation.levels} levels"
     if activation is None or linear.kernel.activations == "graph" or _is_plugin_format(activation):

@@ -120,7 +120,7 @@ def _range(begin: float, end: float) -> str:
 
 def _granularity(fmt: TensorFormat) -> list[str]:
     size = [str(fmt.group_size)] if fmt.group_size else []
-    levels = [] if fmt.levels == "uniform" else [fmt.levels]
+    levels = ["full"] if fmt.full else [] if fmt.levels == "uniform" else [fmt.levels]
     return [*levels, fmt.granularity, *size, *([] if fmt.symmetric else ["asym"])]
 
 

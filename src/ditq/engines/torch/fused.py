@@ -33,7 +33,7 @@ def quantize_rows(x: Tensor, format: Grid, smooth: Tensor | None = None) -> Quan
         if smooth is not None:
             x_rows = x_rows / smooth
         groups = x_rows.unflatten(1, (-1, size))
-        if format.levels == "normal":
+        if format.levels == "normal" or format.full:
             part = quantize(x_rows, format)
             codes_rows.copy_(part.codes)
             scale_rows.copy_(part.scale)

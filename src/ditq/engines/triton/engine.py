@@ -135,7 +135,7 @@ class TritonEngine(TorchEngine, FusingEngine):
 
 def _in_kernels(format: Grid, scale: Tensor | None) -> bool:
     """Whether the kernels quantize inputs so: levels are uniform, and no scale depends on several rows."""
-    return format.levels == "uniform" and (scale is not None or format.granularity != "tensor")
+    return format.levels == "uniform" and not format.full and (scale is not None or format.granularity != "tensor")
 
 
 def _target(
