@@ -66,6 +66,19 @@ def normal_scale(groups: Tensor, bits: int) -> Tensor:
     """The scale that is best for normal numbers with the root mean square of each group, but not for less than its
     largest number over :data:`CREST`.
 
+    Inputs of bundled:emoji-t2i (calibration rows, one scale per token), SQNR in dB:
+
+        bits                                          2      3      4      6
+        rotated: uniform, asymmetric               5.06  12.35  18.99  31.44
+        rotated: root mean square alone            9.26  14.57  20.19  31.76
+        rotated: with the limit                    9.26  14.57  20.20  31.84
+        as they are: uniform, asymmetric           5.17  11.59  17.70  30.20
+        as they are: root mean square alone        7.79  12.30  16.71  24.97
+        as they are: with the limit                7.52  12.76  18.14  30.22
+
+    A fixed part of the largest number does as well on rotated inputs (20.4 dB with 0.9 of it at 4 bits), but the best
+    part depends on the bits and on the number of channels: 0.5 at 2 bits, 0.7 at 3, 1.0 at 6.
+
     Args:
         groups: float32 [..., n].
 
