@@ -15,6 +15,7 @@ from ditq.calibration import Statistics
 from ditq.calibration.capture import Capture
 from ditq.conversion.storage import dtype_of
 from ditq.numerics import Grid
+from ditq.numerics.grid import Levels
 from ditq.plan import LayerPlan
 from ditq.recipe import load as load_recipe
 
@@ -197,15 +198,28 @@ def draw(pipe: Any, condition: str | None = None, steps: int = 2, guidance_scale
 
 
 def weight_format(
-    bits: int = 4, granularity: str = "channel", symmetric: bool = False, group: int | None = None
-) -> Grid:
-    return Grid(bits=bits, symmetric=symmetric, granularity=granularity, group_size=group)  # type: ignore[arg-type]
+    bits: int = 4, granularity: str = "channel", symmetric: bool = False, group: int | None = None,
+    levels: Levels = "uniform",
+) -> Grid:  # fmt: skip
+    return Grid(bits=bits, symmetric=symmetric, granularity=granularity, group_size=group, levels=levels)  # type: ignore[arg-type]
 
 
-def token_format(bits: int = 8, granularity: str = "token", symmetric: bool = True, group: int | None = None) -> Grid:
+def token_format(
+    bits: int = 8, granularity: str = "token", symmetric: bool = True, group: int | None = None,
+    levels: Levels = "uniform",
+) -> Grid:  # fmt: skip
     return Grid(
-        bits=bits, symmetric=symmetric, granularity=granularity, group_size=group, dynamic=True  # type: ignore[arg-type]
+        bits=bits, symmetric=symmetric, granularity=granularity,  # type: ignore[arg-type]
+        group_size=group, dynamic=True, levels=levels,
     )  # fmt: skip
+
+
+def full_weights(bits: int = 4, granularity: str = "channel", group: int | None = None) -> Grid:
+    return Grid(bits=bits, granularity=granularity, group_size=group, full=True)  # type: ignore[arg-type]
+
+
+def normal_weights(bits: int = 4, granularity: str = "channel", group: int | None = None) -> Grid:
+    return weight_format(bits, granularity, symmetric=True, group=group, levels="normal")
 
 
 def layer_plan(name: str = "layer", k: int = 32, n: int = 24, **fields: Any) -> LayerPlan:

@@ -47,12 +47,34 @@ def test_format_refuses_bits(bits: int) -> None:
         ({"granularity": "token", "group_size": 32}, "group_size"),
         ({"granularity": "group", "group_size": 0}, "group_size"),
         ({"granularity": "row"}, "granularity"),
+        ({"granularity": "channel", "levels": "cubic"}, "levels"),
+        ({"granularity": "channel", "full": True, "symmetric": False}, "full is for symmetric grids"),
+        ({"granularity": "channel", "full": True, "levels": "normal"}, "full is for symmetric grids"),
+        ({"granularity": "channel", "levels": "normal", "symmetric": False}, "have no zero point: symmetric must be"),
         ({"granularity": "token", "wide": True}, "wide"),
     ],
 )
 def test_format_names_the_wrong_field(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValidationError, match=complaint):
         Grid(bits=4, **fields)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_normal_levels_of_many_bits_are_refused(bits: int) -> None:
+    with pytest.raises(ValidationError, match=f"'normal' have 2 to 6 bits, got bits={bits}; set levels to 'uniform'"):
+        Grid(bits=bits, granularity="channel", levels="normal")
+    grid = Grid(bits=4, granularity="group", group_size=32, levels="normal")
+    assert grid.with_bits(3) == Grid(bits=3, granularity="group", group_size=32, levels="normal")
+    assert grid.with_bits(bits) == Grid(bits=bits, granularity="group", group_size=32)
+    assert grid.code_range == (-104, 104) and str(grid) == "int4 normal/group 32, static"
+
+
+def test_uniform_grids_are_written_as_before_levels_existed() -> None:
+    assert Grid(bits=4, granularity="channel").model_dump() == {
+        "bits": 4, "symmetric": True, "granularity": "channel", "group_size": None, "dynamic": False
+    }  # fmt: skip
+    assert Grid(bits=4, granularity="channel", levels="normal").model_dump()["levels"] == "normal"
+    assert (small_plan().hash(), small_plan().binding()) == ("7ad09472332675ec", "92a92e5a6ab1c284")  # ditq 0.2
 
 
 def test_group_size_that_does_not_divide_names_those_that_do() -> None:
@@ -69,6 +91,8 @@ def test_group_size_that_does_not_divide_names_those_that_do() -> None:
         ({"activation": weight_format(8)}, "no granularity 'channel'"),
         ({"activation": Grid(bits=8, granularity="token")}, "static activation scales are per tensor"),
         ({"activation": Grid(bits=8, granularity="tensor", symmetric=False)}, "static .* are symmetric"),
+        ({"activation": Grid(bits=4, granularity="token", dynamic=True, full=True)}, "full is for weights"),
+        ({"activation": Grid(bits=4, granularity="tensor", levels="normal")}, "'normal' have dynamic scales"),
         ({"weight": weight_format(granularity="group", group=4)}, "groups of weights must have at least 8"),
         ({"activation": token_format(granularity="group", group=4)}, "groups of activations must have at least 8"),
         ({"weight": weight_format(granularity="group", group=24)}, "group_size must divide the 32 columns"),
@@ -204,6 +228,8 @@ def test_hash_changes_with_every_field_of_a_plan(fields: dict[str, Any]) -> None
         {"bias": False},
         {"weight": weight_format(5)},
         {"weight": weight_format(symmetric=True)},
+        {"weight": weight_format(levels="normal", symmetric=True)},
+        {"weight": Grid(bits=4, granularity="channel", full=True)},
         {"weight": weight_format(granularity="group", group=16)},
         {"activation": None},
         {"activation": Grid(bits=8, granularity="tensor")},

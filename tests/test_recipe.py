@@ -90,6 +90,17 @@ def test_override_reaches_dotted_keys() -> None:
     assert r.activations is None
 
 
+def test_override_sets_levels_which_uniform_grids_do_not_print() -> None:
+    r = recipe.load("quarot-w4a4").override("roles.ffn={weights: {bits: 3, granularity: channel}}")
+    r = r.override(["weights.symmetric=true", "weights.levels=normal", "activations.levels=normal"])
+    r = r.override("roles.ffn.weights.levels=normal")
+    assert r.activations is not None and r.roles["ffn"].weights is not None
+    assert r.weights.levels == r.activations.levels == r.roles["ffn"].weights.levels == "normal"
+    assert r.override("weights.levels=uniform").weights.levels == "uniform"
+    with pytest.raises(UsageError, match="Unknown recipe field 'weights.levelz'"):
+        r.override("weights.levelz=normal")
+
+
 def test_a_single_override_may_be_a_string() -> None:
     r = recipe.load("rtn-w8a8")
     assert r.override("clip=mse") == r.override(["clip=mse"])
@@ -169,8 +180,30 @@ def test_missing_file_is_named() -> None:
         ("method: rtn\nactivations: null", "weights"),
         ("method: rtn\nweights: {bits: 4, granularity: channel}\nactivations: null\nwieghts: 3", "wieghts"),
         ("method: rtn\nweights: {bits: 4, granularity: group}\nactivations: null", "group_size"),
+        (
+            "weights: {bits: 4, granularity: channel, levels: normal, symmetric: false}\nactivations: null",
+            "levels 'normal' are symmetric and have no zero point: symmetric must be true, got false",
+        ),
+        (
+            "weights: {bits: 4, granularity: channel}\nactivations: {bits: 4, granularity: tensor, levels: normal}",
+            "activations with levels 'normal' are dynamic: dynamic must be true, got false",
+        ),
+        (
+            "weights: {bits: 4, granularity: channel}\nactivations: {bits: 4, granularity: tensor, full: true}",
+            "full is for weights",
+        ),
     ],
-    ids=["broken", "list", "empty", "missing-field", "unknown-field", "group-without-size"],
+    ids=[
+        "broken",
+        "list",
+        "empty",
+        "missing-field",
+        "unknown-field",
+        "group-without-size",
+        "normal-with-zero-point",
+        "normal-static",
+        "full-inputs",
+    ],
 )
 def test_wrong_file_names_the_file_and_the_field(text: str, complaint: str, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"

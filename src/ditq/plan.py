@@ -262,6 +262,10 @@ class LayerPlan(_Frozen):
             raise ValueError(f"layer {self.name!r}: static activation scales are per tensor or group")
         if not grid.dynamic and not grid.symmetric:
             raise ValueError(f"layer {self.name!r}: static activation scales are symmetric")
+        if grid.full:
+            raise ValueError(f"layer {self.name!r}: full is for weights, not for activations")
+        if not grid.dynamic and grid.levels != "uniform":
+            raise ValueError(f"layer {self.name!r}: activations with levels {grid.levels!r} have dynamic scales")
         self._check_groups("activations", grid)
 
     def _check_groups(self, name: str, grid: Grid) -> None:
@@ -397,7 +401,7 @@ class LayerPlan(_Frozen):
         scales = self.weight.scales(n, k)
         out = {
             "qweight": StoredTensor((n, (k * bits + 7) // 8), "uint8"),
-            "weight_scale": StoredTensor(scales, "float32"),
+            "weight_scale": StoredTensor(scales, "float32", signed=self.weight.full),
         }
         if not self.weight.symmetric:
             half = 2 ** (bits - 1)

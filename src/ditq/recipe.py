@@ -68,6 +68,10 @@ def _activations(grid: Grid | None) -> Grid | None:
         )
     if not grid.dynamic and not grid.symmetric:
         raise ValueError("static activations are symmetric: symmetric must be true, got false; or set dynamic to true")
+    if grid.full:
+        raise ValueError("full is for weights: full must be false for activations, got true")
+    if not grid.dynamic and grid.levels != "uniform":
+        raise ValueError(f"activations with levels {grid.levels!r} are dynamic: dynamic must be true, got false")
     return grid
 
 
@@ -370,6 +374,10 @@ class Recipe(_Strict):
         assignments = [assignments] if isinstance(assignments, str) else assignments
         data = self.model_dump(mode="json")
         data["balance"]["fold"] = False  # a field of ditq 0.1, see Balance
+        for formats in (data, *data["roles"].values(), *data["layers"].values()):
+            for kind in ("weights", "activations"):
+                if formats[kind] is not None:
+                    formats[kind] = {"levels": "uniform", "full": False} | formats[kind]  # which grids leave out
         # Mappings that take any key; validation decides.
         open_mappings = {id(data["roles"]), id(data["layers"]), id(data["calibration"]["arguments"])}
         for assignment in assignments:

@@ -46,6 +46,17 @@ CASES = {
         "smoothquant-w4a8",
         ("rounding=gptq", "activations={bits: 8, granularity: group, group_size: 64}"),
     ),
+    "pixart-normal-gptq-w4a4": (
+        "pixart",
+        "quarot-w4a4",
+        ("rounding=gptq", "clip=mse", "weights.symmetric=true", "weights.levels=normal", "activations.levels=normal"),
+    ),
+    "dit-full-w4a8": ("dit", "rtn-w4a8", ("clip=mse", "weights.symmetric=true", "weights.full=true")),
+    "dit-normal-groups-w3a8": (
+        "dit",
+        "rtn-w3a8",
+        ("weights={bits: 3, granularity: group, group_size: 32, levels: normal}",),
+    ),
     "dit-timesteps-w4a8": (
         "dit",
         "smoothquant-w4a8",

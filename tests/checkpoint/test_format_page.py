@@ -58,6 +58,14 @@ def codes(packed: Array, bits: int, columns: int) -> Array:
     return out - 2 ** (bits - 1)
 
 
+def normal_levels(bits: int) -> tuple[Array, float]:
+    """The codes in ascending order, and u, from the page's table."""
+    row = re.search(rf"^\| {bits} \| ([\d, ]+) \| (0\.\d+) \|$", PAGE.read_text(), re.M)
+    assert row
+    positive = np.array([int(code) for code in row[1].split(",")])
+    return np.concatenate([-positive[::-1], positive]), float(row[2])
+
+
 def paley(p: int) -> Array | None:
     def prime(n: int) -> bool:
         return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
@@ -111,7 +119,10 @@ def weight(tensors: dict[str, Array], prefix: str, layer: dict[str, Any]) -> Arr
     """The balanced weight W [N, K]."""
     grid, columns = layer["weight"], layer["in_features"]
     width = grid.get("group_size") or columns
-    c = codes(tensors[prefix + "qweight"], grid["bits"], columns).astype(np.float64)
+    c = codes(tensors[prefix + "qweight"], grid["bits"], columns)
+    if grid.get("levels") == "normal":
+        c = normal_levels(grid["bits"])[0][c + 2 ** (grid["bits"] - 1)]
+    c = c.astype(np.float64)
     scale = tensors[prefix + "weight_scale"].astype(np.float64)
     if not grid.get("symmetric", True):
         c = c - np.repeat(tensors[prefix + "weight_zero_point"], width, axis=1)
@@ -123,6 +134,12 @@ def rounded(x: Array, grid: dict[str, Any], scale: Array | None) -> Array:
     bits, symmetric = grid["bits"], grid.get("symmetric", True)
     width = grid.get("group_size") or x.shape[1]
     groups = x.astype(np.float32).reshape(len(x), -1, width)
+    if grid.get("levels") == "normal":
+        flat = groups.reshape(1, 1, -1) if grid["granularity"] == "tensor" else groups
+        levels, unit = normal_levels(bits)
+        a = unit * np.maximum(np.sqrt(np.square(flat).mean(-1)), np.abs(flat).max(-1) / 4)
+        distances = np.abs(groups[..., None] / a[..., None, None] - levels)
+        return (levels[distances.argmin(-1)] * a[..., None]).reshape(x.shape)
     top = 2 ** (bits - 1) - 1
     bottom = -top if symmetric else -top - 1
     zero: Array = np.zeros((1, 1), np.float32)
@@ -185,6 +202,16 @@ CASES = {
         "dit", "rtn-static-w8a8", ["weights.bits=5", "activations={bits: 8, granularity: group, group_size: 32}"],
     ),
     "symmetric-tensor": ("dit", "rtn-w8a8", ["weights={bits: 6, symmetric: true, granularity: tensor}"]),
+    "normal-w4a4": (
+        "pixart", "quarot-w4a4", ["weights={bits: 4, granularity: group, group_size: 32, levels: normal}",
+                                  "activations.levels=normal"],
+    ),
+    "full-w4a8": ("pixart", "rtn-w4a8", ["weights={bits: 4, granularity: group, group_size: 32, full: true}"]),
+    "normal-w3a6-groups": (
+        "dit", "gptq-w3a6", ["rounding=nearest", "weights.symmetric=true", "weights.levels=normal",
+                             "activations={bits: 6, granularity: group, group_size: 32, dynamic: true, "
+                             "levels: normal}"],
+    ),
     "timesteps": ("dit", "smoothquant-w4a8", ["balance.timesteps=[[0, 499], [500, 999]]", "weights.bits=2"]),
 }  # fmt: skip
 

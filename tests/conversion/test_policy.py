@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from helpers import draw, layer_plan, tiny_model, tiny_pixart, token_format, weight_format
+from helpers import draw, layer_plan, normal_weights, tiny_model, tiny_pixart, token_format, weight_format
 
 import ditq
 from ditq import recipe as recipes
@@ -53,6 +53,16 @@ def test_weights_by_step_are_further_copies_and_are_counted() -> None:
     assert layer.average_weight_bits(DOWN) == pytest.approx((2 * 8 + 3 * 4) / 5)
     alone = [layer.in_range(i).stored_bytes() for i in range(2)]
     assert layer.stored_bytes() == sum(alone) and alone[1] > alone[0]
+
+
+def test_steps_of_eight_bits_have_uniform_levels() -> None:
+    """There are normal ones up to 6 bits."""
+    fields = {"activation": token_format(4, levels="normal"), "weight": normal_weights()}
+    [layer] = with_policy([LAYER.model_copy(update=fields)], recipe("diffusion_step_policy={first_steps: 2}"), DOWN)
+    assert [layer.activation_at(time) for time in DOWN] == [*[token_format(8)] * 2, *[fields["activation"]] * 3]
+    weights = recipe("diffusion_step_policy={first_steps: 2}", "step_weights=8")
+    [layer] = with_policy([LAYER.model_copy(update=fields)], weights, DOWN)
+    assert [grid.levels for grid in layer.range_weights or ()] == ["normal", "uniform"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import layer_plan, token_format, weight_format
+from helpers import full_weights, layer_plan, normal_weights, token_format, weight_format
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -102,6 +102,9 @@ def test_rows_of_zeros_and_rows_that_are_not_finite() -> None:
         ((weight_format(4, granularity="group", group=32), token_format()), "no groups"),
         ((weight_format(4), token_format(granularity="group", group=32)), "no groups"),
         ((weight_format(4), token_format(4)), "8 bits, not 4"),
+        ((full_weights(), token_format()), "those of full grids may be negative"),
+        ((normal_weights(), token_format()), "normal levels are integers of 8 bits"),
+        ((weight_format(4), token_format(4, levels="normal")), "normal levels are integers of 8 bits"),
     ],
 )
 def test_what_it_cannot_do_is_said(formats: tuple[Grid, Grid], reason: str) -> None:

@@ -17,6 +17,7 @@ from ditq.engines.torch import fused
 from ditq.engines.torch.fused import quantize_rows, rescale, rescale_, weight_codes
 from ditq.layers import QuantizedLinear
 from ditq.numerics import Grid, Quantized, pack, quantize
+from ditq.numerics.grid import Granularity
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -44,6 +45,22 @@ def groups(bits: int, symmetric: bool, size: int) -> Grid:
 
 
 # ------------------------------------------------------------------------------------ quantize_rows
+
+
+@pytest.mark.parametrize("size", [None, 16])
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_normal_levels_equal_those_of_numerics(bits: int, size: int | None, chunks: None) -> None:
+    granularity: Granularity = "group" if size else "token"
+    fmt = Grid(bits=bits, granularity=granularity, group_size=size, dynamic=True, levels="normal")
+    x, smooth = torch.randn(37, 48).to(torch.bfloat16), torch.rand(48) + 0.5
+    x[3], x[5, 2] = 0, torch.nan
+    assert same(quantize_rows(x[6:], fmt), quantize(x[6:], fmt))
+    assert same(quantize_rows(x[6:], fmt, smooth), quantize(x[6:] / smooth, fmt))
+    full = fmt.model_copy(update={"levels": "uniform", "full": True})
+    assert same(quantize_rows(x[6:], full), quantize(x[6:], full))
+    scale = quantize_rows(x, fmt).scale
+    assert bool(scale[5].isnan().any()) and bool((scale[3] < 1e-37).all())
+
 
 FINITE = st.floats(-(2.0**127), 2.0**127, width=32, allow_nan=False, allow_subnormal=True)
 

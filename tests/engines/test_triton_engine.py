@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import layer_plan, token_format, weight_format
+from helpers import full_weights, layer_plan, normal_weights, token_format, weight_format
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from triton_helpers import DEVICES, why_not
@@ -138,6 +138,16 @@ LAYERS: dict[str, dict[str, Any]] = {
     },
     "w3a6-full-rotation": {"weight": weight_format(3), "activation": token_format(6, symmetric=False), "block": 96},
     "w8a8-static": {"weight": weight_format(8), "activation": Grid(bits=8, granularity="tensor")},
+    "w4a4-normal": {
+        "weight": normal_weights(),
+        "activation": token_format(4, levels="normal"),
+        "block": 32,
+    },
+    "w4a8-full": {"weight": full_weights(), "activation": token_format(symmetric=False)},
+    "w3a8-normal-groups": {
+        "weight": normal_weights(3, granularity="group", group=48),
+        "activation": token_format(symmetric=False, granularity="group", group=48),
+    },
     "w6a8-tensor": {"weight": weight_format(6), "activation": token_format(granularity="tensor", symmetric=False)},
 }
 

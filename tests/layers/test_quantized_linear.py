@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import layer_plan, token_format, weight_format
+from helpers import layer_plan, normal_weights, token_format, weight_format
 from torch import nn
 from torch.nn import functional as F
 
 from ditq.engines.torch import ENGINE
 from ditq.layers import QuantizedLinear
-from ditq.numerics import Grid, packed_bytes, sqnr_db
+from ditq.numerics import Grid, codebook, fake_quantize, packed_bytes, sqnr_db
 from ditq.plan import LayerPlan, Rotate, Smooth
 
 K, N = 96, 40
@@ -31,7 +31,12 @@ PLANS: dict[str, dict[str, Any]] = {
     },
     "weight-only": {"activation": None},
     "3bit": {"weight": weight_format(3, symmetric=True), "bias": False},
+    "normal": {"weight": normal_weights(), "rotate": Rotate(block=32)},
+    "normal-groups": {"weight": normal_weights(3, "group", group=48)},
 }
+NORMAL_INPUTS = {
+    "normal": token_format(4, levels="normal"), "normal-groups": token_format(6, "group", group=32, levels="normal")
+}  # fmt: skip
 
 
 def plan_of(case: str, **fields: Any) -> LayerPlan:
@@ -74,6 +79,32 @@ def test_balance_cancels_between_input_and_weight(case: str) -> None:
     inner = layer.balance(x).double() @ ENGINE.dequantize_weight(layer.quantized_weight).double().T
     shown = x.double() @ layer.weight.double().T
     assert float((inner - shown).norm() / shown.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["normal", "normal-groups", "groups", "3bit"])
+def test_forward_is_the_product_of_the_rounded_values(case: str) -> None:
+    """The integer products equal those of the dequantized integers in float64."""
+    _, layer = make(case, **({"activation": NORMAL_INPUTS[case]} if case in NORMAL_INPUTS else {}))
+    x, fmt = inputs(50), layer.plan.activation
+    assert fmt is not None
+    rounded = fake_quantize(layer.balance(x), fmt).double()
+    expected = rounded @ ENGINE.dequantize_weight(layer.quantized_weight).double().T
+    expected = expected if layer.bias is None else expected + layer.bias.double()
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["normal", "normal-groups"])
+def test_normal_levels_compile_before_the_first_call(case: str) -> None:
+    _, source = make(case, activation=NORMAL_INPUTS[case])
+    layer = copy.deepcopy(source).to("meta").to_empty(device="cpu")
+    torch._dynamo.reset()
+    layer.load_state_dict(source.state_dict())
+    codebook._tensors.clear()
+    layer.warm()
+    x = inputs(7)
+    with torch.no_grad():
+        found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(found, source(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["plain", "smooth", "rotate", "smooth-rotate"])

@@ -12,16 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditq.numerics import (
+    Grid,
     Quantized,
     add_inputs,
     code_range,
     dequantize,
     gptq,
     inverse_factor,
+    normal_levels,
     output_errors,
     quantize,
     search_clip_ratio,
 )
+from ditq.numerics.grid import Granularity
 from ditq.numerics.uniform import scale_and_zero_point
 
 FORMATS = {
@@ -238,3 +241,29 @@ def test_devices_agree(device: torch.device) -> None:
 def test_wrong_arguments_are_named(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         gptq(**{"weight": torch.randn(4, 16), "hessian": torch.eye(16), "grid": grid(4), **changes})
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("order", ["natural", "activation"])
+@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_other_grids_are_better_than_with_rounding_to_nearest(
+    bits: int, group: int | None, order: Any, clip: bool
+) -> None:
+    x, weight = inputs(400, 48), torch.randn(40, 48)
+    hessian = hessian_of(x)
+    kind: Granularity = "group" if group else "channel"
+    full = gptq(
+        weight, hessian, Grid(bits=bits, granularity=kind, group_size=group, full=True), clip=clip, order=order
+    )
+    assert float(full.error.sum()) < 0.9 * float(full.nearest.sum())
+    assert int(full.quantized.codes.min()) == -(2 ** (bits - 1))
+    fmt = Grid(bits=bits, granularity=kind, group_size=group, levels="normal")
+    rounded = gptq(weight, hessian, fmt, clip=clip, order=order, block=16)
+    assert set(rounded.quantized.codes.unique().tolist()) <= set(normal_levels(bits))
+    error = squared_errors(x, weight, rounded.quantized, fmt.granularity, group)
+    ratio = search_clip_ratio(weight, fmt) if clip else 1.0
+    nearest = squared_errors(x, weight, quantize(weight, fmt, clip_ratio=ratio), fmt.granularity, group)
+    torch.testing.assert_close(rounded.error, error, rtol=1e-4, atol=0)
+    assert bool((error <= nearest * (1 + 1e-5)).all())
+    assert float(error.sum()) < 0.9 * float(nearest.sum())

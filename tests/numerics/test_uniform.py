@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ditq.numerics import (
+    Grid,
     Quantized,
     check_finite,
     code_range,
@@ -19,6 +20,8 @@ from ditq.numerics import (
     not_finite,
     quantize,
     scale_and_zero_point,
+    search_clip_ratio,
+    sqnr_db,
 )
 
 TINY = torch.finfo(torch.float32).tiny
@@ -343,3 +346,47 @@ def test_check_finite(bad: float) -> None:
     x[1, 1] = bad
     with pytest.raises(ValueError, match=r"weight contains NaN or Inf \(1 of 6 values\)"):
         check_finite(x, "weight")
+
+
+# ------------------------------------------------------------------------------------------ full grids
+
+
+@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_full_grids_round_nothing_by_more_than_half_a_step(bits: int, group: int | None) -> None:
+    fmt = Grid(bits=bits, granularity="group" if group else "channel", group_size=group, full=True)
+    x = torch.randn(40, 64) + torch.linspace(-2, 2, 40)[:, None]
+    x[3], x[4], x[5] = 0.0, 1.5, -1.5
+    x[6, ::2], x[6, 1::2] = 1.0, -1.0
+    q = quantize(x, fmt)
+    bottom, top = fmt.code_range
+    assert (bottom, top) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) and q.zero_point is None
+    assert bottom <= int(q.codes.min()) and int(q.codes.max()) <= top
+    assert int(q.codes.min()) == bottom
+    error = group_view((dequantize(q) - x).abs(), fmt).amax(-1)
+    assert bool((error <= q.scale.abs() * (0.5 + 1e-5)).all())
+    # The extra code is on the side of the largest magnitude.
+    low, high = group_view(x, fmt).aminmax(dim=-1)
+    assert bool(((q.scale < 0) == (high > -low)).all())
+    assert bool((dequantize(q)[3] == 0).all())
+    mirrored = quantize(-x, fmt)
+    kept = (high != -low)[:, :1].expand_as(q.scale) if group is None else high != -low
+    assert torch.equal(mirrored.scale[kept], -q.scale[kept])
+
+
+@pytest.mark.parametrize(("group", "gain"), [(None, 0.4), (32, 0.7)])
+def test_full_grids_are_nearly_as_accurate_as_zero_points(group: int | None, gain: float) -> None:
+    x, kind = torch.randn(64, 256), {"granularity": "group" if group else "channel", "group_size": group}
+    found = []
+    for fields in ({}, {"full": True}, {"symmetric": False}):
+        fmt = Grid(bits=4, **kind, **fields)  # type: ignore[arg-type]
+        found.append(sqnr_db(x, fake_quantize(x, fmt, clip_ratio=search_clip_ratio(x, fmt))))
+    symmetric, full, asymmetric = found
+    assert symmetric + gain < full and asymmetric - 0.4 < full
+
+
+def test_full_grids_pass_on_numbers_that_are_not_finite() -> None:
+    x = torch.randn(3, 8)
+    x[0, 1], x[1, 1] = torch.nan, torch.inf
+    scale, zero = scale_and_zero_point(x, Grid(bits=4, granularity="channel", full=True))
+    assert zero is None and scale.isfinite()[:, 0].tolist() == [False, False, True]

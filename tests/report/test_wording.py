@@ -77,3 +77,12 @@ def test_formats_in_short_words() -> None:
     assert wording.inputs(TensorFormat(bits=8, granularity="token", dynamic=True)) == "A8 token dyn"
     assert wording.inputs(TensorFormat(bits=6, granularity="tensor")) == "A6 tensor static"
     assert wording.inputs(None) == "16 bit"
+
+
+def test_formats_name_what_is_not_uniform() -> None:
+    normal = TensorFormat(bits=4, granularity="group", group_size=64, levels="normal")
+    assert wording.weights(normal) == "W4 normal group 64"
+    assert wording.weights(TensorFormat(bits=4, granularity="group", group_size=64)) == "W4 group 64"
+    assert wording.weights(TensorFormat(bits=4, granularity="channel", full=True)) == "W4 full channel"
+    inputs = TensorFormat(bits=4, granularity="token", dynamic=True, levels="normal")
+    assert wording.inputs(inputs) == "A4 normal token dyn"

@@ -176,7 +176,7 @@ def with_weight_bits(layer: LayerPlan, bits: int) -> LayerPlan:
             bias=layer.bias, reason=KEPT,
         )  # fmt: skip
     assert layer.weight is not None
-    return layer.model_copy(update={"weight": layer.weight.model_copy(update={"bits": bits})})
+    return layer.model_copy(update={"weight": layer.weight.with_bits(bits)})
 
 
 def with_activation_bits(layer: LayerPlan, bits: int) -> LayerPlan:
@@ -188,7 +188,7 @@ def with_activation_bits(layer: LayerPlan, bits: int) -> LayerPlan:
             f"Layer {layer.name!r} has activations in 16 bit, so there is no grid whose bits could be chosen. Choose "
             "a recipe with quantized activations (NAME-wXa8)."
         )
-    return layer.model_copy(update={"activation": layer.activation.model_copy(update={"bits": bits})})
+    return layer.model_copy(update={"activation": layer.activation.with_bits(bits)})
 
 
 def with_segments(parts: Sequence[tuple[Gene, LayerPlan]]) -> LayerPlan:

@@ -70,7 +70,7 @@ def _changed(
     if layer.weight is None:
         return layer
     if weights is not None and weights > layer.weight.bits:
-        finer = layer.weight.model_copy(update={"bits": weights})
+        finer = layer.weight.with_bits(weights)
         fields = {
             "weight": finer,
             "timesteps": tuple((begin, end) for begin, end, _ in ranges),
@@ -78,7 +78,7 @@ def _changed(
         }
         return LayerPlan(**{**dict(layer), **fields})
     if activations is not None and activations > layer.activation_bits and layer.activation is not None:
-        finer_input = None if activations == 16 else layer.activation.model_copy(update={"bits": activations})
+        finer_input = None if activations == 16 else layer.activation.with_bits(activations)
         steps = tuple(
             StepFormat(begin=begin, end=end, activation=layer.activation) for begin, end, more in ranges if not more
         )

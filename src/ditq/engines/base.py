@@ -17,7 +17,7 @@ class QuantizedWeight:
     """A packed integer weight in memory.
 
     Attributes:
-        packed: uint8 [N, ceil(K * bits / 8)], see ``ditq.numerics.packing``.
+        packed: uint8 [N, ceil(K * bits / 8)], see ``ditq.numerics.packing``; unpacking needs the whole ``format``.
         scale: float32 [N, G], or [1, 1] per tensor.
         zero_point: int8 of the same shape; None if symmetric.
         columns: K, the number of input features.

@@ -18,7 +18,7 @@ from ditq.errors import warn
 from ditq.layers.deferred import Deferred, can_defer, offloaded, output
 from ditq.layers.read_only import ReadOnly
 from ditq.layers.shared import SharedInput
-from ditq.numerics import Grid, Quantized, pack, quantize, rotate, search_clip_ratio, unrotate, warm
+from ditq.numerics import Grid, Quantized, pack, quantize, rotate, search_clip_ratio, unrotate, warm, warm_levels
 from ditq.plan import Branch, LayerPlan
 
 
@@ -73,9 +73,15 @@ class QuantizedLinear(nn.Linear):
         self.warm()
 
     def warm(self) -> None:
-        """Prepares the rotation for the layer's device, so that the layer can be compiled before its first call."""
-        if self.rotation is not None and self.qweight.device.type != "meta":
-            warm(self.rotation, self.qweight.device)
+        """Prepares constants on the layer's device, so that the layer can be compiled before its first call."""
+        device = self.qweight.device
+        if device.type == "meta":
+            return
+        if self.rotation is not None:
+            warm(self.rotation, device)
+        for grid in (self.plan.weight, *self.plan.activations):
+            if grid is not None and grid.levels == "normal":
+                warm_levels(grid.bits, device)
 
     @classmethod
     @torch.no_grad()
@@ -113,7 +119,7 @@ class QuantizedLinear(nn.Linear):
             if smooth_scale is not None:
                 weight = weight * smooth_scale
             quantized = nearest(weight if layer.rotation is None else rotate(weight, layer.rotation), plan)
-        layer.qweight.copy_(pack(quantized.codes, fmt.bits))
+        layer.qweight.copy_(pack(quantized.codes, fmt))
         layer.weight_scale.copy_(quantized.scale)
         if quantized.zero_point is not None:
             layer.weight_zero_point.copy_(quantized.zero_point)

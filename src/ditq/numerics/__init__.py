@@ -1,6 +1,8 @@
 """Quantization as pure functions on tensors: codes and scales, packing, rotations, clipping, smoothing, errors."""
 
 from ditq.numerics.clipping import search_clip_ratio
+from ditq.numerics.codebook import nearest_level, normal_levels
+from ditq.numerics.codebook import warm as warm_levels
 from ditq.numerics.error import relative_error, sqnr_db
 from ditq.numerics.gptq import Rounded, add_inputs, gptq, inverse_factor, output_errors
 from ditq.numerics.grid import Grid, code_range
@@ -56,6 +58,8 @@ __all__ = [
     "largest_block",
     "largest_regular_block",
     "low_rank",
+    "nearest_level",
+    "normal_levels",
     "not_finite",
     "output_errors",
     "pack",
@@ -74,4 +78,5 @@ __all__ = [
     "sqnr_db",
     "unpack",
     "unrotate",
+    "warm_levels",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,11 @@ from ditq.numerics.uniform import fake_quantize, group_view
 
 # Below half of the range the cut-off values dominate, whatever the distribution of a weight.
 DEFAULT_RATIOS = tuple(1.0 - 0.025 * step for step in range(21))
+
+# Normal levels start from the root mean square, which is best for normal numbers. For 98 % of the rows of rotated
+# 4-bit weights the best ratio is between 0.8 and 1.3, for groups of 64 between 0.67 and 1.4; finer steps gain up to
+# 0.05 dB.
+NORMAL_RATIOS = tuple(0.6 + 0.05 * step for step in range(21))
 
 
 def search_clip_ratio(
@@ -26,11 +32,13 @@ def search_clip_ratio(
 
     argmin_r  sum_k importance_k |x_k - Q(x_k; r)|^norm
 
-    Ratio 1 is always a candidate, and wins ties: the result is never worse than the full range.
+    Ratio 1 is always a candidate, and wins ties: the result is never worse than the full range. For normal levels
+    ratio 1 is the scale of normal numbers, see ``scale_and_zero_point``, and the best ratio may be larger.
 
     Args:
         x: [R, K], any real dtype; computed in float32.
-        ratios: candidates in (0, 1]; by default 1.0, 0.975, ... 0.5.
+        ratios: candidates in (0, 1], or positive for normal levels; by default 1.0, 0.975, ... 0.5, or 0.6, 0.65, ...
+            1.6.
         norm: p, positive. 2 is the squared error; larger norms (such as 2.4) preserve the largest values better.
         importance: [K], not negative, e.g. the mean square of each input channel of a weight.
 
@@ -40,10 +48,11 @@ def search_clip_ratio(
     Raises:
         ValueError: as ``quantize``, or a ratio, ``norm`` or the shape of ``importance`` is not as above.
     """
-    candidates = DEFAULT_RATIOS if ratios is None else tuple(ratios)
-    invalid = [ratio for ratio in candidates if not 0 < ratio <= 1]
+    normal = grid.levels == "normal"
+    candidates = (NORMAL_RATIOS if normal else DEFAULT_RATIOS) if ratios is None else tuple(ratios)
+    invalid = [ratio for ratio in candidates if not 0 < ratio <= (math.inf if normal else 1)]
     if invalid:
-        raise ValueError(f"ratios must be in (0, 1], got {invalid[0]}")
+        raise ValueError(f"ratios must be {'positive' if normal else 'in (0, 1]'}, got {invalid[0]}")
     if not norm > 0:
         raise ValueError(f"norm must be positive, got {norm}")
     groups = group_view(x, grid).float()

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ditq.numerics.clipping import search_clip_ratio
 from ditq.numerics.grid import Grid
-from ditq.numerics.uniform import Quantized, check_finite, dequantize, quantize, scale_and_zero_point
+from ditq.numerics.uniform import (
+    Quantized,
+    check_finite,
+    dequantize,
+    quantize,
+    round_codes,
+    scale_and_zero_point,
+)
 
 Order = Literal["natural", "activation"]
 
@@ -141,7 +148,6 @@ def _compensated(
     scale = static[0].expand(rows, -1).T.clone()  # [G, N]
     zero = torch.zeros_like(scale) if static[1] is None else static[1].expand(rows, -1).T.float()
     codes = torch.empty_like(remaining)
-    bottom, top = grid.code_range
     column_ids = torch.arange(columns) if columns_in_order is None else columns_in_order.cpu()
     group_of = column_ids.div(size, rounding_mode="floor").tolist()
     # A group whose scale is computed late must not extend beyond the columns that are already compensated.
@@ -157,7 +163,7 @@ def _compensated(
                 if group_zero is not None:
                     zero[group] = group_zero[:, 0].float()
             w, s, z = remaining[i], scale[group], zero[group]
-            code = torch.clamp((w / s).round_().add_(z), bottom, top, out=codes[i])
+            code = codes[i].copy_(round_codes(w / s, z, grid))
             error = torch.div(w - (code - z) * s, factor[i, i], out=errors[i - begin])
             remaining[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
         remaining[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)

@@ -2,7 +2,8 @@
 
 Codes are stored unsigned, u = code + 2^(bits-1). Bit j of code i is bit (i bits + j) mod 8 of byte
 (i bits + j) // 8: the first code is in the lowest bits. Rows are padded with zero bits to whole bytes.
-4-bit codes are therefore two to a byte, the first in the low nibble.
+4-bit codes are therefore two to a byte, the first in the low nibble. Of normal levels u is the position among the
+2^bits levels, in ascending order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditq.numerics.grid import code_range
+from ditq.numerics import codebook
+from ditq.numerics.grid import Grid, code_range
 
 
 def packed_bytes(columns: int, bits: int) -> int:
@@ -26,12 +28,17 @@ def packed_bytes(columns: int, bits: int) -> int:
     return (columns * bits + 7) // 8
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, grid: Grid | int) -> Tensor:
     """Packs int8 [R, K] into uint8 [R, ceil(K bits / 8)].
 
+    Args:
+        grid: of the codes; the number of bits stands for uniform levels.
+
     Raises:
-        ValueError: ``codes`` is not an int8 matrix, or contains a code that does not fit in ``bits`` bits.
+        ValueError: ``codes`` is not an int8 matrix, or contains a code that does not fit in ``bits`` bits, or that is
+            not a level of the grid.
     """
+    bits, normal = (grid, False) if isinstance(grid, int) else (grid.bits, grid.levels == "normal")
     bottom, top = code_range(bits, symmetric=False)
     if codes.ndim != 2 or codes.dtype != torch.int8:
         raise ValueError(f"codes must be int8 [R, K], got {codes.dtype} {tuple(codes.shape)}")
@@ -39,6 +46,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     width = packed_bytes(columns, bits)
     if codes.numel() == 0:
         return torch.zeros(rows, width, dtype=torch.uint8, device=codes.device)
+    if normal:
+        codes = codebook.indices(codes, bits)
     low, high = (int(end) for end in codes.aminmax())
     if low < bottom or high > top:
         raise ValueError(f"codes must be in [{bottom}, {top}] for {bits} bits, got [{low}, {high}]")
@@ -55,20 +64,28 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed.view(rows, -1)[:, :width].contiguous()
 
 
-def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+def unpack(packed: Tensor, grid: Grid | int, columns: int) -> Tensor:
     """The inverse of :func:`pack`: int8 [R, columns], contiguous.
 
     It runs in the forward pass of layers, so 8, 4 and 2 bits have fast paths of a few passes over contiguous memory.
 
+    Args:
+        grid: of the codes; the number of bits stands for uniform levels.
+
     Raises:
         ValueError: ``packed`` is not uint8 [R, ceil(columns bits / 8)].
     """
+    bits, normal = (grid, False) if isinstance(grid, int) else (grid.bits, grid.levels == "normal")
     width = packed_bytes(columns, bits)
     if packed.ndim != 2 or packed.dtype != torch.uint8 or packed.shape[1] != width:
         raise ValueError(
             f"packed must be uint8 [R, {width}] for {columns} columns of {bits} bits, "
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
+    if normal:
+        if bits in (4, 2):
+            return codebook.from_bytes(packed, bits)[:, :columns].contiguous()
+        return codebook.from_indices(_unpack_any(packed, bits)[:, :columns].contiguous(), bits)
     if bits == 8:
         return (packed ^ 0x80).view(torch.int8)
     if bits in (4, 2):

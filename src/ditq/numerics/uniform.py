@@ -1,6 +1,9 @@
-"""The uniform quantizer: rounds floats to signed codes of ``bits`` bits on an evenly spaced grid.
+"""The quantizer: rounds floats to signed codes of ``bits`` bits, on an evenly spaced grid or on normal levels.
 
     x  ~  scale * (codes - zero_point)
+
+Codes of normal levels are the levels themselves, integers of 8 bits (see :mod:`ditq.numerics.codebook`). So only
+rounding, packing and the choice of a scale depend on the levels; products and dequantizing do not.
 
 This is the reference for the tests of engines. It divides by the scale. An engine that multiplies by the reciprocal
 instead may round values within an ulp of a rounding boundary to the neighbouring code.
@@ -13,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ditq.numerics.codebook import nearest_level, normal_scale
 from ditq.numerics.grid import Grid
 
 # Scales below the smallest normal float32 would lose digits, flush to zero on some devices, or divide to Inf.
@@ -24,7 +28,7 @@ class Quantized(NamedTuple):
 
     Attributes:
         codes: int8 [R, K].
-        scale: float32 [R, G], the distance of two neighbouring codes; [1, 1] for granularity "tensor".
+        scale: float32 [R, G], the value of code 1 (without zero point); [1, 1] for granularity "tensor".
         zero_point: int16 [R, G], the code of 0.0; None when symmetric.
         grid: bits and granularity.
         sums: int32 [R, G], the sums of the codes; optional, if already computed.
@@ -64,6 +68,8 @@ def scale_and_zero_point(x: Tensor, grid: Grid, *, clip_ratio: float | Tensor = 
 
     Symmetric: scale = r max|x| / (2^(b-1) - 1). Asymmetric, with l = r min(x, 0) and h = r max(x, 0):
     scale = (h - l) / (2^b - 1), zero_point = round(-l / scale) - 2^(b-1), which is a code, so 0.0 is exact.
+    Full: |scale| = max(m / 2^(b-1), n / (2^(b-1) - 1/2)) with the larger m and the smaller n of h and -l; the scale is
+    negative if m = h, whose code is -2^(b-1). So nothing is rounded by more than half a step.
     A group of zeros counts as having the range 1, so a scale is never 0. A group with NaN or Inf has a scale of NaN or
     Inf: codes cannot represent these, and results computed from codes alone would look plausible.
 
@@ -82,6 +88,10 @@ def scale_and_zero_point(x: Tensor, grid: Grid, *, clip_ratio: float | Tensor = 
     ratio = _clip_ratio(clip_ratio, groups)
     if groups.numel() == 0:  # an empty batch has the range of a batch of zeros
         groups = groups.new_zeros(*groups.shape[:2], 1)
+    if grid.levels == "normal":
+        return (normal_scale(groups, grid.bits) * ratio).clamp_min(_SMALLEST_SCALE), None
+    if grid.full:
+        return _full_scale(groups, ratio, top), None
     if grid.symmetric:
         largest = torch.linalg.vector_norm(groups, float("inf"), dim=-1)
         scale = (largest * ratio / top).clamp_min(_SMALLEST_SCALE)
@@ -94,6 +104,13 @@ def scale_and_zero_point(x: Tensor, grid: Grid, *, clip_ratio: float | Tensor = 
     scale = torch.where(high == low, 1.0 / levels, scale)
     zero_point = ((-low / scale).round() + bottom).clamp(bottom, top)
     return scale, zero_point.to(torch.int16)
+
+
+def _full_scale(groups: Tensor, ratio: float | Tensor, top: int) -> Tensor:
+    low, high = groups.aminmax(dim=-1)
+    larger, smaller = torch.maximum(high, -low), torch.minimum(high, -low)
+    size = (torch.maximum(larger / (top + 1), smaller / (top + 0.5)) * ratio).clamp_min(_SMALLEST_SCALE)
+    return torch.where(larger == 0, 1.0 / top, torch.where(high > -low, -size, size))
 
 
 def quantize(
@@ -126,7 +143,6 @@ def quantize(
         >>> dequantize(q).tolist()
         [[0.0, 0.0, -4.0, 7.0]]
     """
-    bottom, top = grid.code_range
     groups = group_view(x, grid).float()
     if scale is None:
         if zero_point is not None:
@@ -143,12 +159,24 @@ def quantize(
         scale = _per_group(scale, groups, "scale").float()
         if zero_point is not None:
             zero_point = _per_group(zero_point, groups, "zero_point").to(torch.int16)
-    codes = (groups / scale[..., None]).round_()
+    codes = round_codes(groups / scale[..., None], None if zero_point is None else zero_point[..., None], grid)
+    return Quantized(codes.to(torch.int8).reshape(x.shape), scale, zero_point, grid)
+
+
+def round_codes(values: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """The nearest code of each of ``values`` (x / scale, float32, any shape), float32 or int8; may overwrite them.
+
+    Ties of uniform levels are rounded to even before the zero point is added; those of normal levels go to the lower
+    level.
+    """
+    if grid.levels == "normal":
+        return nearest_level(values, grid.bits)
+    codes = values.round_()
     if zero_point is not None:
         # Added after rounding, so that the grid is the shifted symmetric one, and ties are rounded the same way.
-        codes = codes.add_(zero_point[..., None])
+        codes = codes.add_(zero_point)
     # Clamped in float: casting a larger value to int8 is undefined.
-    return Quantized(codes.clamp_(bottom, top).to(torch.int8).reshape(x.shape), scale, zero_point, grid)
+    return codes.clamp_(*grid.code_range)
 
 
 def dequantize(q: Quantized) -> Tensor:

@@ -154,7 +154,7 @@ class Builder:
 
 
 def _codes(weight: QuantizedWeight) -> Tensor:
-    return unpack(weight.packed, weight.format.bits, weight.columns)
+    return unpack(weight.packed, weight.format, weight.columns)
 
 
 def _round(x: Any, linear: LinearSpec, static: float | None) -> _Codes:

@@ -13,6 +13,8 @@ The plugin has two ways to multiply 8-bit integers, and ditq chooses one for eac
   weights are whole multiples of G; weights are u8 or u4 with zero points of the same type, or i8 or i4 without;
   there is more than one output, and the CPU has VNNI.
 
+Weights with normal levels are constants of 8 bits, the levels themselves, in every kernel: the plugin has no tables.
+
 ``ditq.openvino.probe`` proves for every kernel that it multiplies integers.
 """
 
@@ -97,7 +99,7 @@ class LinearSpec:
     @property
     def kernel(self) -> Kernel:
         fmt, activations = self.weight.format, self._activations()
-        width = 4 if fmt.bits <= 4 and activations != "graph" else 8
+        width = 4 if _fits_4_bits(fmt) and activations != "graph" else 8
         # A float kernel has a zero point that is not an integer, which keeps the plugin from quantizing the input.
         signed = fmt.symmetric and activations != "float"
         return Kernel(
@@ -120,12 +122,17 @@ class LinearSpec:
         if self.weight_group or self.activation.group_size:
             return "plugin"
         # Weights stay in four bits in memory only if the plugin rounds the input.
-        small = self.weight.format.bits <= 4 and self.weight.columns >= STEP and len(self.weight.packed) > 1
+        small = _fits_4_bits(self.weight.format) and self.weight.columns >= STEP and len(self.weight.packed) > 1
         return "plugin" if small and _is_plugin_format(self.activation) else "graph"
 
 
+def _fits_4_bits(weight: Grid) -> bool:
+    """Whether the codes themselves have four bits; normal levels are integers of eight bits."""
+    return weight.bits <= 4 and weight.levels == "uniform"
+
+
 def _is_plugin_format(activation: Grid) -> bool:
-    return activation.dynamic and activation.bits == 8 and activation.symmetric
+    return activation.dynamic and activation.bits == 8 and activation.symmetric and activation.levels == "uniform"
 
 
 def why_inexact(linear: LinearSpec) -> str | None:
@@ -134,6 +141,10 @@ def why_inexact(linear: LinearSpec) -> str | None:
     A finer granularity is allowed (groups of channels for tokens, tokens for tensors), but not a coarser one.
     """
     activation = linear.activation
+    if linear.weight.format.full:
+        return "scales of full grids may be negative, for which no probe exists; use weights with a zero point"
+    if activation is not None and activation.levels != "uniform":
+        return f"a graph rounds activations to evenly spaced codes, not to {activation.levels} levels"
     if activation is None or linear.kernel.activations == "graph" or _is_plugin_format(activation):
         return None
     if not activation.dynamic:
@@ -154,7 +165,7 @@ def balance(x: Tensor, linear: LinearSpec) -> Tensor:
 def dequantized(linear: LinearSpec) -> Tensor:
     """The weight's values, float32 [N, K], for the balanced input."""
     fmt = linear.weight.format
-    codes = unpack(linear.weight.packed, fmt.bits, linear.weight.columns)
+    codes = unpack(linear.weight.packed, fmt, linear.weight.columns)
     return dequantize(Quantized(codes, linear.weight.scale, linear.weight.zero_point, fmt))
 
 

@@ -53,6 +53,7 @@ def layer_json(layer: LayerPlan) -> dict[str, Any]:
             "weights": layer.weight.group_size if layer.weight else None,
             "activations": layer.activation.group_size if layer.activation else None,
         },
+        **levels_json(layer),
         "balance": layer.balance,
         "rounding": layer.rounding if layer.weight else None,
         "rounding_gain": layer.rounding_gain,
@@ -62,6 +63,12 @@ def layer_json(layer: LayerPlan) -> dict[str, Any]:
         **({"timesteps": layer.timesteps} if layer.timesteps else {}),
         **({"range_weight_bits": [grid.bits for grid in layer.range_weights]} if layer.range_weights else {}),
     }
+
+
+def levels_json(layer: LayerPlan) -> dict[str, Any]:
+    """The levels of a layer's grids, unless all are uniform."""
+    weights, inputs = (None if grid is None else grid.levels for grid in (layer.weight, layer.activation))
+    return {"levels": {"weights": weights, "activations": inputs}} if "normal" in (weights, inputs) else {}
 
 
 def plan_table(plan: Plan, *, by: By = "blocks", width: int = 80) -> Table:

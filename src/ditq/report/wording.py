@@ -78,7 +78,7 @@ def tensor(width: int, granularity: str | None) -> str:
 
 
 def weights(fmt: TensorFormat) -> str:
-    """The format of weights: ``W4 group 128 asym``."""
+    """The format of weights: ``W4 group 128 asym``, ``W4 normal group 64``."""
     return " ".join(["W" + str(fmt.bits), *_granularity(fmt)])
 
 
@@ -120,7 +120,8 @@ def _range(begin: float, end: float) -> str:
 
 def _granularity(fmt: TensorFormat) -> list[str]:
     size = [str(fmt.group_size)] if fmt.group_size else []
-    return [fmt.granularity, *size, *([] if fmt.symmetric else ["asym"])]
+    levels = ["full"] if fmt.full else [] if fmt.levels == "uniform" else [fmt.levels]
+    return [*levels, fmt.granularity, *size, *([] if fmt.symmetric else ["asym"])]
 
 
 def balance(layers: Sequence[LayerPlan]) -> str:

@@ -40,6 +40,10 @@ class Fp8Engine(TorchEngine):
     def why_unsupported(self, weight: Grid, activation: Grid | None, device: torch.device) -> str | None:
         if device.type not in ("cpu", "cuda", "meta"):
             return f"torch._scaled_mm runs on cuda, not on {device.type}"
+        if weight.levels != "uniform" or (activation is not None and activation.levels != "uniform"):
+            return "normal levels are integers of 8 bits, which e4m3 would round; use another engine"
+        if weight.full or (activation is not None and activation.full):
+            return "its products have positive scales, and those of full grids may be negative"
         if weight.granularity == "group" or (activation is not None and activation.granularity == "group"):
             return "its products have one scale per token and one per output channel, no groups"
         if activation is not None and activation.bits != 8:

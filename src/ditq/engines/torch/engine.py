@@ -1,6 +1,7 @@
 """W8A8-style linears with ``torch._int_mm``: int8 x int8 -> int32, rescaled by an outer product of scales.
 
-All bit widths from 2 to 8 run on the 8-bit integer path; fewer bits save memory, not time. A token with NaN or Inf
+All bit widths from 2 to 8 run on the 8-bit integer path; fewer bits save memory, not time. Codes of normal levels are
+integers of 8 bits themselves, which a table maps to fewer bits in memory. A token with NaN or Inf
 has a scale that is not finite, so its output has no finite number.
 """
 
@@ -61,7 +62,7 @@ class TorchEngine(Engine):
         return grouped_products(x, codes, weight.scale, w_zero, bias).to(dtype)
 
     def dequantize_weight(self, weight: QuantizedWeight) -> Tensor:
-        codes = unpack(weight.packed, weight.format.bits, weight.columns)
+        codes = unpack(weight.packed, weight.format, weight.columns)
         return dequantize(Quantized(codes, weight.scale, weight.zero_point, weight.format))
 
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ditq.engines.base import QuantizedWeight
-from ditq.numerics import Grid, Quantized, unpack
+from ditq.numerics import Grid, Quantized, quantize, unpack
 
 # Half of the 1 MiB or more of L2 cache that a core usually has.
 _CHUNK_BYTES = 2**19
 
 
 def quantize_rows(x: Tensor, format: Grid, smooth: Tensor | None = None) -> Quantized:
-    """Codes of x / smooth [M, K] with dynamic scales per token or group.
+    """Codes of x / smooth [M, K] with dynamic scales per token or group, of uniform or normal levels.
 
     Bitwise equal to ``numerics.quantize(x.float() / smooth, format)``, but faster.
     """
@@ -33,6 +33,11 @@ def quantize_rows(x: Tensor, format: Grid, smooth: Tensor | None = None) -> Quan
         if smooth is not None:
             x_rows = x_rows / smooth
         groups = x_rows.unflatten(1, (-1, size))
+        if format.levels == "normal" or format.full:
+            part = quantize(x_rows, format)
+            codes_rows.copy_(part.codes)
+            scale_rows.copy_(part.scale)
+            continue
         # On a CPU two reductions are two to four times faster than aminmax(), abs() or an infinity norm.
         low, high = groups.amin(-1).float(), groups.amax(-1).float()
         s, z = _grid(low, high, bottom, top, format.symmetric)
@@ -68,7 +73,7 @@ def weight_codes(weight: QuantizedWeight) -> tuple[Tensor, Tensor | None]:
     Up to 7 bits, code - zero_point fits in int8: the integer product then needs no correction.
     """
     bits, zero = weight.format.bits, weight.zero_point
-    codes = unpack(weight.packed, bits, weight.columns)
+    codes = unpack(weight.packed, weight.format, weight.columns)
     if zero is None or bits == 8:
         return codes, zero
     codes.unflatten(1, (zero.shape[1], -1)).sub_(zero[..., None])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditq.engines.base import Activation, FusingEngine, Norm, QuantizedWeight, balance, too_old
 from ditq.engines.torch.engine import TorchEngine
-from ditq.numerics import Grid, Quantized, Rotation, scaled_signs
+from ditq.numerics import Grid, Quantized, Rotation, scaled_signs, unpack
 
 if TYPE_CHECKING:
     from ditq.engines.triton.rows import Target
@@ -28,7 +28,8 @@ class TritonEngine(TorchEngine, FusingEngine):
 
     ``torch.compile`` fuses the quantizer, in plain torch, into the operation before it; the product is one opaque
     operation to it. In eager code the quantizer is a kernel too, fused with the norm or the nonlinearity before it,
-    and gate and residual are part of the product.
+    and gate and residual are part of the product. Normal levels of weights and inputs are looked up by torch, in
+    passes of their own.
     """
 
     name = "triton"
@@ -63,7 +64,7 @@ class TritonEngine(TorchEngine, FusingEngine):
         self, x: Tensor, smooth: Tensor | None, rotation: Rotation | None, format: Grid, scale: Tensor | None
     ) -> Quantized:
         groups = format.groups(x.shape[1])
-        if torch.compiler.is_compiling() or not _by_row(format, scale):
+        if torch.compiler.is_compiling() or not _in_kernels(format, scale):
             return super().quantize_activations(balance(x, smooth, rotation), format, scale)
         if rotation is not None and not rotates(rotation, x.shape[1] // groups, x.device):
             x, smooth, rotation = balance(x, smooth, rotation), None, None
@@ -83,7 +84,7 @@ class TritonEngine(TorchEngine, FusingEngine):
         columns = of.x.shape[1] // (2 if isinstance(of, Activation) and of.gated else 1)
         groups = format.groups(columns)
         size = columns // groups
-        if not _by_row(format, scale) or (groups > 1 and size & (size - 1)):
+        if not _in_kernels(format, scale) or (groups > 1 and size & (size - 1)):
             return None
         if rotation is not None and not rotates(rotation, size, of.x.device):
             return None
@@ -119,20 +120,22 @@ class TritonEngine(TorchEngine, FusingEngine):
         from ditq.engines.triton.linear import int8_linear
         from ditq.engines.triton.rows import sums_of
 
-        sums = x.sums
-        needed = weight.zero_point is not None or weight.format.bits == 4
+        packed, bits, sums = weight.packed, weight.format.bits, x.sums
+        if weight.format.levels == "normal":  # torch looks the levels up; the product takes them as 8-bit integers
+            packed, bits = unpack(packed, weight.format, weight.columns), 8
+        needed = weight.zero_point is not None or bits == 4
         if sums is None and needed and torch.compiler.is_compiling():
             # The compiler fuses these sums into the quantizer; the product would read the codes a second time.
             sums = sums_of(x.codes, x.scale.shape[1])
         return int8_linear(
-            x.codes, x.scale, x.zero_point, sums, weight.packed, weight.format.bits,
+            x.codes, x.scale, x.zero_point, sums, packed, bits,
             weight.scale, weight.zero_point, bias, gate, residual, None, None, dtype,
         )  # fmt: skip
 
 
-def _by_row(format: Grid, scale: Tensor | None) -> bool:
-    """Whether no scale depends on several rows."""
-    return scale is not None or format.granularity != "tensor"
+def _in_kernels(format: Grid, scale: Tensor | None) -> bool:
+    """Whether the kernels quantize inputs so: levels are uniform, and no scale depends on several rows."""
+    return format.levels == "uniform" and not format.full and (scale is not None or format.granularity != "tensor")
 
 
 def _target(
