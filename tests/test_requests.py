@@ -155,7 +155,7 @@ def job(options: dict[str, Any] | None = None, **changes: Any) -> Bits | dict[st
         "weights": (), "activations": (), "unit": "layer", "segments": 1, "budget": None, "strategy": None,
         "metrics": None,
     }  # fmt: skip
-    return search_job(**{**defaults, **changes}, options=options or {})
+    return search_job(**{"error": None, **defaults, **changes}, options=options or {})
 
 
 def test_without_bits_a_search_is_one_of_group_sizes_by_evolution() -> None:

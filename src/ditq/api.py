@@ -15,6 +15,7 @@ from torch import nn
 
 from ditq import allocation, architectures, engines, requests
 from ditq.allocation import Scores, SearchResult
+from ditq.allocation.scores import ERRORS, LATENT_ERROR
 from ditq.architectures import Architecture
 from ditq.calibration import Statistics, calibrate, watch
 from ditq.checkpoint.backend import attach
@@ -24,7 +25,7 @@ from ditq.components import transformers as transformers_of
 from ditq.conversion import draft, quantize_model
 from ditq.conversion.finest import drop_steps, without_steps
 from ditq.conversion.rollback import restored_on_error
-from ditq.errors import UsageError
+from ditq.errors import UsageError, unknown
 from ditq.files import make_writable, new_folder
 from ditq.plan import Plan
 from ditq.recipe import Calibration, Recipe
@@ -316,6 +317,7 @@ def search(
     budget: float | str | Sequence[float | str] | None = None,
     strategy: str | allocation.Evolution | None = None,
     metrics: Mapping[str, str] | None = None,
+    error: str | None = None,
     network: str = "auto",
     overrides: str | Sequence[str] = (),
     architecture: str | Path | Architecture | None = None,
@@ -346,6 +348,8 @@ def search(
             :mod:`ditq.allocation.budget`. All transformers of the pipeline share them.
         strategy: for bits: "error" (default), "greedy" or "decoupled"; or, one transformer at a time, those of
             :func:`ditq.allocation.search`: "evolution" (default for group sizes), "random", "program", "uniform".
+        error: of the sensitivity: "latent" (default; of the final latents, a sampling run for each layer and width),
+            or "prediction" (at a few steps, several times as fast).
         metrics: of "decoupled": a metric of ``ditq compare`` for groups of roles, e.g. ``{"content": "clip_score"}``.
         network: the feature network, for metrics that need one.
         architecture: name or YAML file, if ditq does not support the transformer's class.
@@ -381,7 +385,7 @@ def search(
         name: architectures.load(architecture) if architecture else architectures.match(model)
         for name, model in models.items()
     }
-    job = requests.search_job(weights, activations, unit, segments, budget, strategy, metrics, options)
+    job = requests.search_job(weights, activations, unit, segments, budget, strategy, metrics, error, options)
     results = []
     with ExitStack() as stack:
         for model in models.values():
@@ -410,6 +414,7 @@ def sensitivity(
     weights: Sequence[int] = (8, 4, 3),
     activations: Sequence[int] = (8, 6, 4),
     unit: str = "block",
+    error: str = "latent",
     metrics: Sequence[str] = (),
     network: str = "auto",
     moments: int = 4,
@@ -436,7 +441,9 @@ def sensitivity(
         prompts: prompts, or class names or numbers, of all measurements.
         weights, activations: bits to measure, of 2 to 8; an empty list leaves that part out.
         unit: what is quantized alone: "layer", "block" or "role".
-        metrics: of generated images, besides the prediction error: names of ``ditq compare``'s metrics with a value
+        error: "latent" also measures the error of the final latents, in a whole sampling run for every width;
+            "prediction" only that of the transformer's output, several times as fast.
+        metrics: of generated images, besides these errors: names of ``ditq compare``'s metrics with a value
             for each prompt. They need whole sampling runs and take most of the time.
         network: the feature network, for metrics that need one.
         moments: random timesteps of each prompt at which the prediction error is measured.
@@ -465,6 +472,8 @@ def sensitivity(
     sampling = Sampling(seed, steps, guidance_scale, batch_size, dict(arguments or {}))
     loaded = load_recipe(recipe).override(overrides)
     parts = requests.sensitivity_parts(weights, activations, unit)
+    if error not in ERRORS:
+        raise unknown("error", error, ERRORS)
     if storage is not None and len(parts) * len(models) > 1:
         raise UsageError(
             "storage= is the file of one study, and this run has several (weights and activations of every "
@@ -480,7 +489,8 @@ def sensitivity(
                 scores.append(
                     allocation.measure_sensitivity(
                         pipe, arch, loaded, prompts, sampling, part=part, choices=choices, component=name,
-                        moments=moments, images=images, calibration=calibration or prompts, storage=storage,
+                        moments=moments, latent=error == LATENT_ERROR, images=images,
+                        calibration=calibration or prompts, storage=storage,
                         progress=progress,
                     )
                 )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import nn
 from ditq.allocation import ACTIVATIONS, BY_SCORES, WEIGHTS, Bits, Choices, Evolution, Part
 from ditq.allocation.budget import kind_of
 from ditq.allocation.choices import UNITS, Unit
+from ditq.allocation.scores import LATENT_ERROR
 from ditq.allocation.search import STRATEGIES
 from ditq.calibration import Statistics
 from ditq.components import transformer_names
@@ -150,6 +151,7 @@ def search_job(
     budget: float | str | Sequence[float | str] | None,
     strategy: str | Evolution | None,
     metrics: Mapping[str, str] | None,
+    error: str | None,
     options: Mapping[str, Any],
 ) -> Bits | dict[str, Any]:
     """What ``search`` does: bits by scores, or keywords of :func:`ditq.allocation.search`.
@@ -183,8 +185,13 @@ def search_job(
                     f"{name} has no effect with strategy {chosen!r}, which does not evaluate candidates: leave it "
                     "out, or search with strategy='evolution'."
                 )
-        return Bits(budgets, tuple(weights), tuple(activations), unit, segments, chosen, dict(metrics or {}))
-    for name, value, default in (("segments", segments, 1), ("metrics", metrics or None, None)):
+        return Bits(
+            budgets, tuple(weights), tuple(activations), unit, segments, chosen, dict(metrics or {}),
+            error or LATENT_ERROR,
+        )  # fmt: skip
+    for name, value, default in (
+        ("segments", segments, 1), ("metrics", metrics or None, None), ("error", error, None),
+    ):  # fmt: skip
         if value != default:
             raise UsageError(f"{name} has no effect with strategy {strategy or 'evolution'!r}: leave it out.")
     job: dict[str, Any] = {"strategy": strategy or "evolution", "budget": budgets or None}

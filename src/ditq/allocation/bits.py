@@ -19,7 +19,7 @@ from ditq.allocation.decoupled import GROUPS, allocate_decoupled, greedy
 from ditq.allocation.fitness import LATENT, Fitness
 from ditq.allocation.program import Errors, Fixed, integer_program
 from ditq.allocation.rivals import interleaved_uniform
-from ditq.allocation.scores import Scores
+from ditq.allocation.scores import ERRORS, LATENT_ERROR, Scores
 from ditq.allocation.search import Chosen, SearchResult, other_bytes, search
 from ditq.allocation.sensitivity import NO_IMAGES, ImageMetrics, Part, measure_sensitivity
 from ditq.allocation.space import Genome, Space
@@ -54,10 +54,13 @@ class Bits:
         budget: one or several, see :mod:`ditq.allocation.budget`; shared by all transformers.
         unit: what shares a choice: layer, block or role.
         segments: of the sampling trajectory, each with activation bits of its own.
-        strategy: ``error``: the integer program on the prediction error; a few allocations are tried in the whole
-            model, and the best one counts. ``greedy``: the most sensitive first, as in ViDiT-Q, by the prediction
+        strategy: ``error``: the integer program on the error; a few allocations are tried in the whole
+            model, and the best one counts. ``greedy``: the most sensitive first, as in ViDiT-Q, by the
             error. ``decoupled``: ViDiT-Q's groups of roles, each by its own metric.
         metrics: of ``decoupled``: a metric of images for each group (content, quality, temporal).
+        error: of the sensitivity. ``latent``: of the final latents, which takes a whole sampling run for each layer
+            and width. ``prediction``: of the transformer's output at a few steps, several times as fast; it does not
+            see that errors of some layers add up over the steps.
 
     Raises:
         UsageError: a value that does not exist, or has no effect.
@@ -70,8 +73,11 @@ class Bits:
     segments: int = 1
     strategy: str = "error"
     metrics: Mapping[str, str] = field(default_factory=dict)
+    error: str = LATENT_ERROR
 
     def __post_init__(self) -> None:
+        if self.error not in ERRORS:
+            raise unknown("error", self.error, ERRORS)
         if self.strategy not in BY_SCORES:
             raise unknown("strategy", self.strategy, BY_SCORES)
         if not self.weights and not self.activations:
@@ -307,7 +313,8 @@ def _measured(
         scores: dict[Part, Scores] = {
             part: measure_sensitivity(
                 pipe, architecture, plain, conditions, sampling, part=part, choices=bits.choices(part, ()),
-                component=component, moments=moments, images=images, calibration=calibration, progress=progress,
+                component=component, moments=moments, latent=bits.error == LATENT_ERROR,
+                images=images, calibration=calibration, progress=progress,
             )
             for part in bits.parts
         }  # fmt: skip
@@ -334,7 +341,9 @@ def _allocated(
     errors: dict[str, Errors] = {}
     notes: list[str] = []
     for name, space in spaces.items():
-        scores, share = transformers[name].scores[part], transformers[name].share
+        scores = transformers[name].scores[part]
+        # The final latents are those of the whole run; a prediction error is the mean over the own steps.
+        share = 1.0 if scores.error == LATENT_ERROR else transformers[name].share
         of_one: Errors = errors_of(space, scores)
         overall = agreement(scores)[-1]
         where = f"{part} of {name}" if len(spaces) > 1 else part

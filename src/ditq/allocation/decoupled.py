@@ -10,7 +10,7 @@ import numpy as np
 
 from ditq.allocation.costs import Cost
 from ditq.allocation.program import Errors, integer_program
-from ditq.allocation.scores import PREDICTION, Array, Scores, listed
+from ditq.allocation.scores import ERRORS, Array, Scores, listed
 from ditq.allocation.space import Genome, Space
 from ditq.allocation.uncertainty import agreement, errors_of, losses
 from ditq.errors import UsageError, unknown
@@ -60,18 +60,19 @@ class Allocation:
 def allocate_decoupled(
     space: Space, scores: Scores, *, metrics: Mapping[str, str], within: Within = "program"
 ) -> Allocation:
-    """ViDiT-Q-MP: budgets of groups by the error of the prediction, choices within a group by the group's metric.
+    """ViDiT-Q-MP: budgets of groups by the error of the output, choices within a group by the group's metric.
 
-    1. The integer program on shrunk prediction errors splits every budget between the groups (:func:`group_of`).
+    1. The integer program on shrunk errors (:attr:`Scores.error`) splits every budget between the groups
+       (:func:`group_of`).
     2. Within a group: ``greedy``, as in the paper, or the ``program``, by the shrunk harm of the group's metric.
 
     A metric that does not rank the group's genes alike in both halves of the prompts is noise
-    (:func:`ditq.allocation.uncertainty.agreement`): the group then uses the prediction error, and a note says so.
+    (:func:`ditq.allocation.uncertainty.agreement`): the group then uses the error, and a note says so.
 
     Args:
         space: bits of weights or of activations, by layer or role.
         scores: of the same part and unit.
-        metrics: by group; a group without one uses ``prediction``. Groups that the model does not have are ignored.
+        metrics: by group; a group without one uses the error. Groups that the model does not have are ignored.
         within: how a group's budget is spent.
 
     Raises:
@@ -86,10 +87,10 @@ def allocate_decoupled(
             raise unknown("metric of these scores", metric, scores.metrics)
     if within not in WITHIN:
         raise unknown("allocation within a group", within, WITHIN)
-    if any(gene.segment for gene in space.genes) and set(metrics.values()) - {PREDICTION}:
+    if any(gene.segment for gene in space.genes) and set(metrics.values()) - set(ERRORS):
         raise UsageError(
-            f"Only {PREDICTION!r} is measured by timestep. Allocate timestep segments by {PREDICTION!r} in all "
-            "groups, or pass no segments."
+            f"Only errors are known by timestep. Allocate timestep segments by {scores.error!r} in all groups, or "
+            "pass no segments."
         )
     members = members_of([(gene.name, [plan.role for plan in gene.layers]) for gene in space.genes])
     base = integer_program(space, errors_of(space, scores))
@@ -100,7 +101,7 @@ def allocate_decoupled(
         used = {name: sum(space.costs[i][base[i]][name] for i in numbers) for name in space.limits}
         part = part_of(space, numbers, used)
         budgets[group] = average_bits(space, base, numbers)
-        metric, note = _usable(scores, part, group, metrics.get(group, PREDICTION))
+        metric, note = _usable(scores, part, group, metrics.get(group, scores.error))
         notes += note
         errors = errors_of(part, scores, metric)
         chosen = integer_program(part, errors) if within == "program" else greedy(part, errors)
@@ -188,13 +189,13 @@ def average_bits(space: Space, genome: Genome, numbers: Sequence[int]) -> float:
 
 def _usable(scores: Scores, part: Space, group: str, metric: str) -> tuple[str, list[str]]:
     """The metric to rank a group by, and notes."""
-    if len(part.genes) == 1 or metric == PREDICTION:
+    if len(part.genes) == 1 or metric in ERRORS:
         return metric, []
     found = agreement(scores, metric, genes=[gene.name for gene in part.genes])[-1]
     if not found.is_noise:
         return metric, []
-    title, error = scores.metrics[metric].title, scores.metrics[PREDICTION].title
-    return PREDICTION, [f"{group}: {error} instead of {title}, which does not rank its genes ({found})"]
+    title, error = scores.metrics[metric].title, scores.metrics[scores.error].title
+    return scores.error, [f"{group}: {error} instead of {title}, which does not rank its genes ({found})"]
 
 
 # ------------------------------------------------------------------------------------- the table of groups
@@ -233,7 +234,7 @@ def decoupling(scores: Scores, choice: str, metrics: Sequence[str] | None = None
     Args:
         scores: by layer or role.
         choice: a width of the scores.
-        metrics: by name; by default all but ``prediction``, or ``prediction`` if there is no other.
+        metrics: by name; by default all but errors, or the error if there is no other.
         seed: of the bootstrap.
 
     Raises:
@@ -241,7 +242,7 @@ def decoupling(scores: Scores, choice: str, metrics: Sequence[str] | None = None
     """
     if choice not in scores.choices:
         raise unknown("width of these scores", choice, scores.choices)
-    names = tuple(metrics or [name for name in scores.values if name != PREDICTION] or [PREDICTION])
+    names = tuple(metrics or [name for name in scores.values if name not in ERRORS] or [scores.error])
     members = members_of(list(zip(scores.genes, scores.roles, strict=True)))
     column = scores.choices.index(choice)
     harms = [losses(scores, name)[:, column] for name in names]  # [genes, prompts] each

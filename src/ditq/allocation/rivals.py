@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from ditq.allocation.costs import Cost
 from ditq.allocation.decoupled import group_of, members_of, part_of
 from ditq.allocation.program import Errors, integer_program
-from ditq.allocation.scores import PREDICTION, Scores
+from ditq.allocation.scores import Scores
 from ditq.allocation.space import Genome, Space
 from ditq.allocation.uncertainty import errors_of
 from ditq.architectures import Architecture
@@ -261,8 +261,8 @@ def mixdq(
     scores: Scores,
     evaluate: Callable[[Genome], float],
     *,
-    content: str = PREDICTION,
-    quality: str = PREDICTION,
+    content: str | None = None,
+    quality: str | None = None,
     ratios: Sequence[float] = RATIOS,
 ) -> MixDQ:
     """MixDQ's allocation: an integer program for each of two groups, whose share of the budget is scanned.
@@ -273,7 +273,7 @@ def mixdq(
         b_quality = B (1 + r) / (k r + 1),    b_content = k b_quality
 
     and each group is allocated within its part. The k whose genome has the smallest value wins. MixDQ ranks the
-    content group by SSIM and the quality group by SQNR; both are the prediction error by default. Budgets in bytes or
+    content group by SSIM and the quality group by SQNR; both are the error by default. Budgets in bytes or
     BitOps are split likewise, with the groups' costs at the cheapest choices as sizes.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,14 @@ from ditq.files import write_text
 from ditq.plan import first_error
 from ditq.reading import read_json
 
-PREDICTION = "prediction"
+PREDICTION: Literal["prediction"] = "prediction"
 """The metric that is always there: the error of the transformer's output along the 16-bit trajectory."""
+
+LATENT_ERROR: Literal["latent"] = "latent"
+"""The error of the final latents of whole sampling runs. Errors that repeat from step to step add up in it."""
+
+ErrorName = Literal["latent", "prediction"]
+ERRORS: tuple[ErrorName, ...] = get_args(ErrorName)
 
 Array = NDArray[np.float64]
 
@@ -89,6 +95,11 @@ class Scores(BaseModel):
             if self.metrics[name].kind == "own" and len(self.reference.get(name, ())) != n:
                 raise ValueError(f"the reference of {name!r} must have {n} values")
         return self
+
+    @property
+    def error(self) -> ErrorName:
+        """The error that allocations sum up: that of the final latents if it was measured."""
+        return LATENT_ERROR if LATENT_ERROR in self.metrics else PREDICTION
 
     def harms(self, metric: str = PREDICTION, between: tuple[float, float] | None = None) -> Array:
         """The harm of every gene at every choice for every prompt, [genes, choices, prompts]; larger is worse.

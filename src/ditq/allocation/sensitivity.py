@@ -26,7 +26,7 @@ from ditq.allocation.fitness import kept_moments, outputs_of
 from ditq.allocation.probes import InputProbes, WeightProbes
 from ditq.allocation.program import Fixed
 from ditq.allocation.rows import counted_rows
-from ditq.allocation.scores import PREDICTION, MetricKind, Scores
+from ditq.allocation.scores import LATENT_ERROR, PREDICTION, MetricKind, Scores
 from ditq.allocation.space import Genome, Space
 from ditq.architectures import Architecture
 from ditq.calibration import calibrate
@@ -82,6 +82,7 @@ def measure_sensitivity(
     choices: Choices,
     component: str = "transformer",
     moments: int = 4,
+    latent: bool = False,
     images: ImageMetrics = NO_IMAGES,
     calibration: Sequence[str] | None = None,
     storage: str | Path | None = None,
@@ -100,6 +101,7 @@ def measure_sensitivity(
         choices: widths and the unit (layer, block or role) of a gene. 16 bit is added as the reference.
         component: name of the transformer to measure.
         moments: random timesteps of each prompt at which ``prediction`` is measured.
+        latent: also measures the error of the final latents, which takes a whole sampling run for every width.
         images: further metrics, of generated images.
         calibration: conditions to calibrate with, if the recipe needs it.
         storage: of the study; by default in ditq's cache, named by everything that the scores depend on.
@@ -129,6 +131,7 @@ def measure_sensitivity(
         "conditions": digests.of_json(conditions),
         "calibration": digests.of_json(list(calibration or ())),
         "moments": moments,
+        "latent": latent,
         "metrics": sorted(images.kinds),
         "sampling": digests.of_json([sampling.seed, sampling.sampler, sampling.batch_size]),
     }
@@ -140,8 +143,8 @@ def measure_sensitivity(
         if not laboratory:  # a run that finds all results never gets here
             laboratory.append(
                 _Laboratory(
-                    pipe, component, architecture, recipe, conditions, sampling, part, choices, moments, images,
-                    calibration, progress,
+                    pipe, component, architecture, recipe, conditions, sampling, part, choices, moments, latent,
+                    images, calibration, progress,
                 )
             )  # fmt: skip
         return laboratory[0].measured(genome)
@@ -155,7 +158,7 @@ def measure_sensitivity(
             space, Fixed(tuple(genomes)), evaluate, trials=len(genomes), seed=sampling.seed, storage=storage,
             identity=identity, name=f"{study.NAME}-sensitivity", patience=patience, on_trial=on_trial,
         )  # fmt: skip
-    return _scores(space, trials, part, choices, images, recipe, conditions, sampling, component)
+    return _scores(space, trials, part, choices, latent, images, recipe, conditions, sampling, component)
 
 
 def _check(recipe: Recipe, part: Part, choices: Choices, moments: int) -> None:
@@ -199,11 +202,13 @@ class _Laboratory:
         part: Part,
         choices: Choices,
         moments: int,
+        latent: bool,
         images: ImageMetrics,
         calibration: Sequence[str] | None,
         progress: Progress | None,
     ) -> None:
         self.pipe, self.architecture, self.conditions, self.images = pipe, architecture, conditions, images
+        self.latent = latent
         self.model: nn.Module = getattr(pipe, component)
         self.noise = sampling.shifted(NOISE_OFFSET)
         seed = sampling.seed
@@ -232,7 +237,7 @@ class _Laboratory:
         self.base: Genome = tuple(possible[0] for possible in space.choices)
         self.probes.put(self.base)
         self.reference = outputs_of(self.model, self.calls)
-        self.samples = self._samples() if images.kinds else None
+        self.samples = self._samples() if images.kinds or latent else None
 
     def measured(self, genome: Genome) -> study.Measured:
         self.probes.put(genome)
@@ -246,9 +251,12 @@ class _Laboratory:
                 errors.setdefault((prompt, time), []).append(error)
         values = {PREDICTION: [float(np.mean(errors[key])) for key in sorted(errors)]}
         if self.samples is not None:
-            assert self.images.measure is not None
-            found = self.images.measure(self.samples, self._samples())
-            values |= {name: list(found[name]) for name in self.images.kinds}
+            samples = self._samples()
+            if self.latent:
+                values[LATENT_ERROR] = _ratios(self.samples.latents, samples.latents)
+            if self.images.measure is not None:
+                found = self.images.measure(self.samples, samples)
+                values |= {name: list(found[name]) for name in self.images.kinds}
         for name, numbers in values.items():
             if not np.isfinite(numbers).all():
                 raise DitqError(f"{name} is NaN or Inf with {_named(genome, self.base, self.probes.space)}.")
@@ -280,7 +288,7 @@ class _Laboratory:
         }
 
     def _samples(self) -> Samples:
-        return sample(self.pipe, self.architecture, self.conditions, self.noise)
+        return sample(self.pipe, self.architecture, self.conditions, self.noise, decode=bool(self.images.kinds))
 
 
 def _ratios(a: Tensor, b: Tensor) -> list[float]:
@@ -327,6 +335,7 @@ def _scores(
     trials: study.Trials,
     part: Part,
     choices: Choices,
+    latent: bool,
     images: ImageMetrics,
     recipe: Recipe,
     conditions: Sequence[str],
@@ -336,7 +345,9 @@ def _scores(
     """The results of a finished study as scores."""
     facts, *measured = trials.details
     widths = space.choices[0][1:]
-    kinds = {PREDICTION: MetricKind(kind="error", higher_is_better=False, title="prediction error"), **images.kinds}
+    titles = {PREDICTION: "prediction error", **({LATENT_ERROR: "error of the final latents"} if latent else {})}
+    errors = {name: MetricKind(kind="error", higher_is_better=False, title=title) for name, title in titles.items()}
+    kinds = {**errors, **images.kinds}
     values: dict[str, list[list[list[float]]]] = {name: [] for name in kinds}
     results = iter(measured)
     for possible in space.choices:

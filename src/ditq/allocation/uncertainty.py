@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ditq.allocation.choices import Segment
-from ditq.allocation.scores import PREDICTION, Array, Scores, listed
+from ditq.allocation.scores import LATENT_ERROR, PREDICTION, Array, Scores, listed
 from ditq.allocation.space import Space
 from ditq.errors import UsageError, unknown
 
@@ -111,22 +111,26 @@ def is_error(scores: Scores, metric: str) -> bool:
     return scores.metrics[metric].kind in ("error", "decibel")
 
 
-def errors_of(space: Space, scores: Scores, metric: str = PREDICTION) -> list[dict[int | str, float]]:
+def errors_of(space: Space, scores: Scores, metric: str | None = None) -> list[dict[int | str, float]]:
     """The shrunk harm of every gene of a space at each of its choices, for :func:`ditq.allocation.integer_program`.
 
     Harms are shrunk over the genes of the space, and are at least 0, that of 16 bit: a choice that improves a metric
-    by chance is not worth more than none. Genes of timestep segments get the error between these timesteps times the
-    segment's share of the steps, so that the sum over segments compares with the error of the whole run.
+    by chance is not worth more than none. Genes of timestep segments get their part of the error, so that the sum over
+    segments is the error of the whole run: the prediction error between these timesteps times the segment's share of
+    the steps. The error of the final latents is divided among segments in proportion to that.
 
     Args:
         space: of the part and unit that was measured; choices in 16 bit need no scores.
         scores: with all genes and choices of the space.
-        metric: by name.
+        metric: by name; by default :attr:`Scores.error`.
 
     Raises:
         UsageError: a gene or a choice was not measured; an unknown metric; segments with a metric other than
             ``prediction``, or without a measured timestep.
     """
+    metric = metric or scores.error
+    if metric == LATENT_ERROR and any(gene.segment for gene in space.genes):
+        return _divided(space, scores)
     numbers = {name: i for i, name in enumerate(scores.genes)}
     columns = {choice: i for i, choice in enumerate(scores.choices)}
     rows: dict[Segment | None, list[tuple[int, int]]] = {}
@@ -154,6 +158,27 @@ def errors_of(space: Space, scores: Scores, metric: str = PREDICTION) -> list[di
         for (i, _), of_gene in zip(pairs, values, strict=True):
             out[i] = {c: 0.0 if _is_kept(c) else share * float(of_gene[columns[str(c)]]) for c in space.genes[i].plans}
     return out
+
+
+def _divided(space: Space, scores: Scores) -> list[dict[int | str, float]]:
+    """The errors of the final latents, divided among the segments of each gene by their prediction errors."""
+    parts = errors_of(space, scores, PREDICTION)
+    first = space.genes[0].segment
+    numbers = [i for i, gene in enumerate(space.genes) if gene.segment == first]
+    whole_genes = tuple(
+        replace(space.genes[i], name=space.genes[i].name.removesuffix(f", {first}"), segment=None) for i in numbers
+    )
+    whole = errors_of(replace(space, genes=whole_genes), scores, LATENT_ERROR)
+    by_name = {gene.name: errors for gene, errors in zip(whole_genes, whole, strict=True)}
+    names = [gene.name.removesuffix(f", {gene.segment}") for gene in space.genes]
+    sums: dict[tuple[str, int | str], float] = {}
+    for name, of_gene in zip(names, parts, strict=True):
+        for choice, error in of_gene.items():
+            sums[name, choice] = sums.get((name, choice), 0.0) + error
+    return [
+        {c: by_name[name][c] * error / max(sums[name, c], 1e-300) for c, error in of_gene.items()}
+        for name, of_gene in zip(names, parts, strict=True)
+    ]
 
 
 def _is_kept(choice: int | str) -> bool:
@@ -205,7 +230,7 @@ class Agreement:
 
 def agreement(
     scores: Scores,
-    metric: str = PREDICTION,
+    metric: str | None = None,
     between: tuple[float, float] | None = None,
     genes: Sequence[str] | None = None,
     seed: int = 0,
@@ -222,7 +247,7 @@ def agreement(
 
     Args:
         scores: of at least :data:`FEWEST` prompts and two genes; with fewer, the result is noise.
-        metric: by name.
+        metric: by name; by default :attr:`Scores.error`.
         between: timesteps, see :meth:`Scores.harms`.
         genes: only these, by name.
         seed: of splits and permutations.
@@ -230,7 +255,7 @@ def agreement(
     Raises:
         UsageError: an unknown metric or gene.
     """
-    harms = _complete(scores.harms(metric, between))
+    harms = _complete(scores.harms(metric or scores.error, between))
     if genes is not None:
         wrong = [name for name in genes if name not in scores.genes]
         if wrong:

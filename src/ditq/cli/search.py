@@ -90,6 +90,13 @@ def search(
         ),
     ] = "prediction",
     real: Annotated[Path | None, typer.Option(help="Folder of real images, for fid, kid and sfid.")] = None,
+    error: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the sensitivity: latent (of the final latents, in whole sampling runs; default), or prediction "
+            "(of the transformer at a few steps, several times as fast)."
+        ),
+    ] = None,
     network: Annotated[str, typer.Option(help="Feature network, for metrics that need one.")] = "auto",
     prompts: PromptFile = None,
     pictures: Annotated[
@@ -169,7 +176,7 @@ def search(
         "weights": numbers("weight-bits", weight_bits, "bits, e.g. 8,4,3") if weight_bits else (),
         "activations": numbers("activation-bits", activation_bits, "bits, e.g. 8,6,4") if activation_bits else (),
         "unit": unit, "segments": segments, "budget": budget or None, "strategy": strategy,
-        "metrics": _metrics(metric or []),
+        "metrics": _metrics(metric or []), "error": error,
     }  # fmt: skip
     evolution = Evolution(population, top_k, crossover, mutation, mutation_probability)
     options: dict[str, Any] = {"sizes": chosen_sizes} if chosen_sizes else {}

@@ -55,6 +55,13 @@ def sensitivity(
         str, typer.Option(help="Bits of activations to measure, of 2 to 8; none: leave them out.")
     ] = "8,6,4",
     unit: Annotated[str, typer.Option(help="What is quantized alone: layer, block or role.")] = "block",
+    error: Annotated[
+        str,
+        typer.Option(
+            help="latent: the error of the final latents, in whole sampling runs, and of the transformer's output; "
+            "prediction: the latter only, several times as fast."
+        ),
+    ] = "latent",
     metrics: Annotated[
         list[str] | None,
         typer.Option(
@@ -121,7 +128,8 @@ def sensitivity(
     names = [name for text in metrics or [] for name in text.replace(" ", "").split(",") if name]
     with progress_bars(quiet or as_json) as progress:
         scores = api.sensitivity(
-            pipe, recipe, calibration[:pictures], **bits, unit=unit, metrics=names, network=network, moments=moments,
+            pipe, recipe, calibration[:pictures], **bits, unit=unit, error=error, metrics=names, network=network,
+            moments=moments,
             overrides=overrides or [], architecture=arch if architecture else None, component=component, seed=seed,
             steps=steps, guidance_scale=guidance_scale, batch_size=batch_size, arguments=size,
             calibration=calibration, storage=storage, progress=progress,
