@@ -249,7 +249,7 @@ class _Laboratory:
             time = call_time(self.architecture, call)
             for prompt, error in zip(prompts, _ratios(a, b), strict=True):
                 errors.setdefault((prompt, time), []).append(error)
-        values = {PREDICTION: [float(np.mean(errors[key])) for key in sorted(errors)]}
+        values: dict[str, list[float]] = {PREDICTION: [float(np.mean(errors[key])) for key in sorted(errors)]}
         if self.samples is not None:
             samples = self._samples()
             if self.latent:
@@ -345,7 +345,10 @@ def _scores(
     """The results of a finished study as scores."""
     facts, *measured = trials.details
     widths = space.choices[0][1:]
-    titles = {PREDICTION: "prediction error", **({LATENT_ERROR: "error of the final latents"} if latent else {})}
+    titles: dict[str, str] = {
+        PREDICTION: "prediction error",
+        **({LATENT_ERROR: "error of the final latents"} if latent else {}),
+    }
     errors = {name: MetricKind(kind="error", higher_is_better=False, title=title) for name, title in titles.items()}
     kinds = {**errors, **images.kinds}
     values: dict[str, list[list[list[float]]]] = {name: [] for name in kinds}
