@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from ditq.cli.app import build
+from ditq.openvino.runtime import why_unavailable
 from ditq.recipe import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +136,8 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
         pytest.skip("no block that runs here")
     for module in [*NEEDS_MODULES.get(name_of(page), []), "ditq_bundled"]:
         pytest.importorskip(module)
+    if "openvino" in NEEDS_MODULES.get(name_of(page), []) and (reason := why_unavailable()):
+        pytest.skip(reason)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "page"}
     for block in runnable:

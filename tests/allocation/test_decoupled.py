@@ -136,7 +136,7 @@ def test_segments_are_allocated_by_prediction() -> None:
     found = allocate_decoupled(space, scores, metrics={})
     assert found.genome == ("a8", "a4", "a4", "a8")
     assert found.budgets == {"content": 6.0, "quality": 6.0}
-    with pytest.raises(UsageError, match="Only 'prediction' is measured by timestep"):
+    with pytest.raises(UsageError, match="Only errors are known by timestep"):
         allocate_decoupled(space, scores, metrics={"content": "m"})
 
 

@@ -178,6 +178,8 @@ def test_the_storage_of_another_study_is_refused(tmp_path: Path) -> None:
     [
         ("values", lambda values: [values[0] + 1e-9]),
         ("values", lambda values: []),
+        ("values", lambda values: ["xxx"]),
+        ("values", lambda values: [None]),
         ("user_attr", lambda attribute: {"checksum": "0" * 16} if "checksum" in attribute else attribute),
     ],
 )

@@ -19,7 +19,7 @@ from ditq.allocation.scores import Scores, mean_and_error
 pytest.importorskip("ditq_bundled")
 
 TINY = ["--pictures", 2, "--steps", 2, "--moments", 1]
-WEIGHTS = ["--weights", 4, "--activations", "none"]
+WEIGHTS = ["--weights", 4, "--activations", "none", "--error", "prediction"]
 
 
 @dataclass(frozen=True)

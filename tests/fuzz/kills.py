@@ -21,6 +21,7 @@ import torch
 from helpers import CLASSES, tiny_dit
 
 import ditq
+from ditq.openvino.runtime import why_unavailable
 
 WHOLE, NOTHING, BEFORE = "whole", "nothing", "as before"
 """What a killed process leaves: its complete result, nothing, or what stood there before."""
@@ -42,6 +43,7 @@ class Verb:
 
 def verbs() -> list[Verb]:
     few = ("--steps", "2", "--quiet")
+    exports = [Verb("export", ("export", "w8a8", "--quiet"))] if why_unavailable() is None else []
     return [
         Verb("quantize", ("quantize", "tiny", "--recipe", "smoothquant-w4a8", *SET, "--quiet")),
         Verb(
@@ -50,7 +52,7 @@ def verbs() -> list[Verb]:
         Verb("search", ("search", "tiny", "--recipe", "rtn-w4a4", *SEARCH, "--quiet")),
         Verb("generate", ("generate", "quantized", "--prompt", CLASSES[0], *few)),
         Verb("compare", ("compare", "tiny", "quantized", "--prompts", "prompts.txt", *few)),
-        Verb("export", ("export", "w8a8", "--quiet")),
+        *exports,
         Verb("save(overwrite=True)", ()),
     ]
 

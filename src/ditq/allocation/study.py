@@ -312,8 +312,11 @@ class _Watch:
                 if trial.state.name != "COMPLETE":
                     continue
                 result, details = trial.values, trial.user_attrs.get(DETAILS, {})
-                if len(result) != 1 or trial.user_attrs.get(CHECKSUM) != _checksum(
-                    trial.number, slot, result[0], details
+                numbers = [value for value in result if isinstance(value, int | float)]  # SQLite keeps any type
+                if (
+                    len(result) != 1
+                    or len(numbers) != 1
+                    or trial.user_attrs.get(CHECKSUM) != _checksum(trial.number, slot, numbers[0], details)
                 ):
                     raise CheckpointError(
                         f"{self.storage}: the result of trial {trial.number} does not match its checksum: the storage "
