@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ditq.allocation.costs import Cost, averaged, bit_operations, grouped
 from ditq.errors import UsageError
@@ -54,17 +54,7 @@ def limits(
     Raises:
         UsageError: a budget has none of the known forms, two limit the same cost, or it is not positive.
     """
-    out: dict[Cost, float] = {}
-    units = averaged(layers, rows)
-    for budget in [budgets] if isinstance(budgets, str | int | float) else budgets:
-        kind = kind_of(budget)
-        if kind in out:
-            raise UsageError(f"Two budgets limit the same cost ({kind}): {budget!r} is the second. Keep one of them.")
-        value = _value(budget, layers, rows) * units[kind]
-        if not value > 0:
-            raise UsageError(f"A budget must be more than 0, got {budget!r}.")
-        out[kind] = value
-    return out
+    return _by_cost(budgets, averaged(layers, rows), lambda budget: _value(budget, layers, rows))
 
 
 def shared_limits(budgets: Budget | Sequence[Budget], units: Mapping[Cost, float]) -> dict[Cost, float]:
@@ -77,17 +67,28 @@ def shared_limits(budgets: Budget | Sequence[Budget], units: Mapping[Cost, float
     Raises:
         UsageError: see :func:`limits`.
     """
-    out: dict[Cost, float] = {}
-    for budget in [budgets] if isinstance(budgets, str | int | float) else budgets:
-        kind = kind_of(budget)
+    for budget in _listed(budgets):
         if isinstance(budget, str) and budget.startswith("uniform:"):
             raise UsageError(f"The budget {budget!r} is one of group sizes; for bits pass e.g. weights:4 or 5GB.")
+    return _by_cost(budgets, units, lambda budget: _value(budget, (), {}))
+
+
+def _listed(budgets: Budget | Sequence[Budget]) -> Sequence[Budget]:
+    return [budgets] if isinstance(budgets, str | int | float) else budgets
+
+
+def _by_cost(
+    budgets: Budget | Sequence[Budget], units: Mapping[Cost, float], value: Callable[[Budget], float]
+) -> dict[Cost, float]:
+    out: dict[Cost, float] = {}
+    for budget in _listed(budgets):
+        kind = kind_of(budget)
         if kind in out:
             raise UsageError(f"Two budgets limit the same cost ({kind}): {budget!r} is the second. Keep one of them.")
-        value = _value(budget, (), {}) * units[kind]
-        if not value > 0:
+        limit = value(budget) * units[kind]
+        if not limit > 0:
             raise UsageError(f"A budget must be more than 0, got {budget!r}.")
-        out[kind] = value
+        out[kind] = limit
     return out
 
 

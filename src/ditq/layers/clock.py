@@ -33,12 +33,21 @@ class Clock(nn.Module):
         super().__init__()
         self.latest = torch.zeros(())
         self.argument = ""
+        self._distinct: tuple[Tensor, tuple[float, ...]] | None = None
 
     @property
     def now(self) -> Tensor:
         """The timesteps of the current call, float32 on the CPU: one for all samples, [], or one each, [B, ...]."""
         calls: weakref.WeakKeyDictionary[Clock, Tensor] = getattr(_of_thread, "calls", weakref.WeakKeyDictionary())
         return calls.get(self, self.latest)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The distinct timesteps of the current call; computed once for all layers that ask."""
+        now, kept = self.now, self._distinct
+        if kept is None or kept[0] is not now:
+            kept = self._distinct = now, tuple(now.flatten().unique().tolist())
+        return kept[1]
 
     def set(self, value: Tensor | float) -> None:
         """Starts a call at these timesteps."""

@@ -34,7 +34,7 @@ class SteppedLinear(QuantizedLinear):
 
     @property
     def activation(self) -> Grid | None:
-        (grid,) = self._grids() or (self.plan.activation,)
+        (grid,) = self._grids()
         return grid
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
@@ -61,8 +61,7 @@ class SteppedLinear(QuantizedLinear):
     @torch.compiler.disable
     def _grids(self) -> tuple[Grid | None, ...]:
         """The grids of the current call, one for each group of its timesteps."""
-        times: list[float] = self.clock.now.flatten().unique().tolist()
-        return tuple(dict.fromkeys(self.plan.activation_at(time) for time in times))
+        return tuple(dict.fromkeys(self.plan.activation_at(time) for time in self.clock.times))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, steps={len(self.plan.steps or ())}"
