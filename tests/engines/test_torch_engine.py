@@ -8,7 +8,8 @@ from helpers import full_weights, normal_weights, token_format, weight_format
 from torch import Tensor
 
 from ditq.engines import QuantizedWeight
-from ditq.engines.torch.engine import MAX_COLUMNS, TorchEngine, integer_product
+from ditq.engines.torch import engine
+from ditq.engines.torch.engine import MAX_COLUMNS, TorchEngine, exact_float_product, integer_product
 from ditq.numerics import Grid, Quantized, pack, quantize
 
 ENGINE = TorchEngine()
@@ -195,6 +196,30 @@ def test_integer_product_of_extreme_codes_does_not_saturate() -> None:
     x, w = torch.full((3, k), -128, dtype=torch.int8), torch.full((8, k), -128, dtype=torch.int8)
     assert bool((integer_product(x, w) == k * 128 * 128).all())
     assert bool((integer_product(x, (-w - 1).to(torch.int8)) == -k * 128 * 127).all())
+
+
+@pytest.mark.parametrize("k", [0, 1, 31, 1023, 1024, 1025, 3000, 33_000])
+def test_exact_float_product_equals_int64(k: int) -> None:
+    x, w = torch.randint(-128, 128, (9, k), dtype=torch.int8), torch.randint(-128, 128, (65, k), dtype=torch.int8)
+    x[:2], w[:2] = -128, -128  # the largest sum
+    x[2], w[2] = 127, 127
+    y = exact_float_product(x, w)
+    assert y.dtype == torch.int32
+    assert torch.equal(y.long(), x.long() @ w.long().T)
+
+
+@pytest.mark.parametrize("how", ["autocast", "medium precision", "VNNI"])
+def test_floats_are_used_only_where_they_are_exact(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_lacks_vnni", lambda: how != "VNNI")
+    monkeypatch.setattr(engine, "exact_float_product", lambda x, w: calls.append(1))
+    calls: list[int] = []
+    x = torch.randint(-128, 128, (4, 1024), dtype=torch.int8)
+    if how != "VNNI":
+        assert integer_product(x, x) is None
+        assert calls == [1]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium" if "medium" in how else "highest")
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        assert torch.equal(integer_product(x, x).long(), x.long() @ x.long().T)
 
 
 def test_integer_product_refuses_what_could_overflow() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 from ditq.allocation.budget import Budget, kind_of, shared_limits
+from ditq.allocation.calibrated import calibrated
 from ditq.allocation.choices import Choices, Unit, segments_of
 from ditq.allocation.costs import COSTS, Cost, averaged, costs_of
 from ditq.allocation.decoupled import GROUPS, allocate_decoupled, greedy
@@ -25,7 +26,7 @@ from ditq.allocation.sensitivity import NO_IMAGES, ImageMetrics, Part, measure_s
 from ditq.allocation.space import Genome, Space
 from ditq.allocation.uncertainty import agreement, errors_of
 from ditq.architectures import Architecture
-from ditq.calibration import Statistics, calibrate
+from ditq.calibration import Statistics
 from ditq.conversion import estimate, plan_layers
 from ditq.conversion.rollback import restored_on_error
 from ditq.errors import UsageError, unknown
@@ -320,11 +321,7 @@ def _measured(
         }  # fmt: skip
         statistics = None
         if recipe.needs_calibration:
-            statistics = calibrate(
-                pipe, architecture, calibration, recipe.calibration, component=component, seed=sampling.seed,
-                resume=True,
-                progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
-            )  # fmt: skip
+            statistics = calibrated(pipe, component, architecture, recipe, calibration, sampling.seed, progress)
         layers = plan_layers(
             model, architecture, recipe, statistics, seed=sampling.seed,
             trajectory=next(iter(scores.values())).steps, progress=progress,

@@ -13,6 +13,7 @@ from torch import nn
 from ditq import digests
 from ditq.allocation import study
 from ditq.allocation.budget import Budget
+from ditq.allocation.calibrated import calibrated
 from ditq.allocation.candidates import Candidates
 from ditq.allocation.choices import Choices
 from ditq.allocation.costs import Cost, scale_overhead_bits
@@ -22,7 +23,7 @@ from ditq.allocation.program import Fixed, integer_program, layer_errors, unifor
 from ditq.allocation.rows import counted_rows
 from ditq.allocation.space import Genome, Space
 from ditq.architectures import Architecture
-from ditq.calibration import Statistics, calibrate
+from ditq.calibration import Statistics
 from ditq.conversion import draft, estimate, plan_layers
 from ditq.errors import DitqError, UsageError, unknown
 from ditq.plan import LayerPlan, Plan
@@ -227,7 +228,7 @@ def search(
     model: nn.Module = getattr(pipe, component)
     candidate = recipe if rounding == "recipe" else recipe.model_copy(update={"rounding": "nearest"})
     if statistics is None and (candidate.needs_calibration or strategy == "program"):
-        statistics = _calibrated(pipe, component, architecture, recipe, calibration, seed, progress)
+        statistics = calibrated(pipe, component, architecture, recipe, calibration, seed, progress)
     trajectory = trajectory or _trajectory(pipe, architecture, recipe, conditions, sampling, choices)
     layers = list(
         layers
@@ -306,23 +307,6 @@ def _trajectory(
     if recipe.diffusion_step_policy is None and not (choices and choices.segments):
         return []
     return trajectory_timesteps(pipe, architecture, conditions[0], sampling)
-
-
-def _calibrated(
-    pipe: Any,
-    component: str,
-    architecture: Architecture,
-    recipe: Recipe,
-    conditions: Sequence[str] | None,
-    seed: int,
-    progress: Progress | None,
-) -> Statistics:
-    if not conditions:
-        raise UsageError("This search needs calibration: pass calibration=[...] prompts, or statistics=.")
-    return calibrate(
-        pipe, architecture, conditions, recipe.calibration, component=component, seed=seed, resume=True,
-        progress=None if progress is None else lambda done, total: progress("calibrate", done, total),
-    )  # fmt: skip
 
 
 def _plan(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ditq import digests
 from ditq.allocation import study
+from ditq.allocation.calibrated import calibrated
 from ditq.allocation.candidates import Candidates
 from ditq.allocation.choices import Choices
 from ditq.allocation.fitness import kept_moments, outputs_of
@@ -29,7 +30,6 @@ from ditq.allocation.rows import counted_rows
 from ditq.allocation.scores import LATENT_ERROR, PREDICTION, MetricKind, Scores
 from ditq.allocation.space import Genome, Space
 from ditq.architectures import Architecture
-from ditq.calibration import calibrate
 from ditq.conversion import draft, plan_layers
 from ditq.conversion.rollback import restored_on_error
 from ditq.errors import DitqError, UsageError
@@ -214,13 +214,7 @@ class _Laboratory:
         seed = sampling.seed
         statistics = None
         if recipe.needs_calibration:
-            if not calibration:
-                raise UsageError(f"Recipe {recipe.name!r} needs calibration: pass calibration=[...] prompts.")
-            on_batch = None if progress is None else lambda done, total: progress("calibrate", done, total)
-            statistics = calibrate(
-                pipe, architecture, calibration, recipe.calibration, component=component, seed=seed, resume=True,
-                progress=on_batch,
-            )  # fmt: skip
+            statistics = calibrated(pipe, component, architecture, recipe, calibration, seed, progress)
         if part == "activations":  # weights stay in floats: there is nothing to round
             recipe = recipe.model_copy(update={"rounding": "nearest"})
         layers = plan_layers(self.model, architecture, recipe, statistics, seed=seed, progress=progress)

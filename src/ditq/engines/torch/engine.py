@@ -8,6 +8,8 @@ has a scale that is not finite, so its output has no finite number.
 from __future__ import annotations
 
 import math
+import platform
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from ditq.numerics import Grid, Quantized, Rotation, dequantize, not_finite, qua
 # Up to this K, int32 accumulators hold K products of 8-bit codes minus their zero points (at most 255 * 255 each)
 # without overflow.
 MAX_COLUMNS = (2**31 - 1) // (255 * 255)
+
+# Of one product in float32: see exact_float_product.
+_EXACT_COLUMNS = 2**10
 
 
 class TorchEngine(Engine):
@@ -155,4 +160,34 @@ def integer_product(x: Tensor, w: Tensor) -> Tensor:
             x = torch.nn.functional.pad(x, (0, pad_k, 0, pad_m))
             w = torch.nn.functional.pad(w, (0, pad_k, 0, pad_n))
             return torch._int_mm(x.contiguous(), w.t())[:m, :n].contiguous()
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and _lacks_vnni() and _floats_are_exact():
+        return exact_float_product(x, w)
     return torch._int_mm(x.contiguous(), w.t())
+
+
+def exact_float_product(x: Tensor, w: Tensor) -> Tensor:
+    """``x @ w.T`` of int8 [M, K] and int8 [N, K], int32 [M, N], by float32 products that round nothing.
+
+    A product of two 8-bit codes is at most 2^14, so a sum of 2^10 of them is an integer of at most 2^24, which float32
+    holds exactly, in any order. CPUs without integer dot products (VNNI) multiply floats several times as fast.
+    """
+    total = None
+    for begin in range(0, x.shape[1], _EXACT_COLUMNS):
+        columns = slice(begin, begin + _EXACT_COLUMNS)
+        part = x[:, columns].float() @ w[:, columns].float().t()
+        # The integers go to the memory of the floats, which have the same width: each is read before it is written.
+        integers = part.view(torch.int32).copy_(part)
+        total = integers if total is None else total.add_(integers)
+    return total if total is not None else x.new_zeros(len(x), len(w), dtype=torch.int32)
+
+
+@cache
+def _lacks_vnni() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_vnni_supported()
+
+
+def _floats_are_exact() -> bool:
+    """Whether torch multiplies float32 numbers as such: not as bfloat16, by autocast or by a setting."""
+    setting = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "none")
+    exact = torch.get_float32_matmul_precision() == "highest" and setting in ("none", "ieee")
+    return exact and not torch.is_autocast_enabled("cpu")
